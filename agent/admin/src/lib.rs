@@ -1,0 +1,1 @@
+//! The agent's local socket: status out, pod events in; readiness.

@@ -1,0 +1,1 @@
+//! Traffic to us: eBPF programs, pod network namespaces, listeners.

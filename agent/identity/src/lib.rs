@@ -1,0 +1,1 @@
+//! SPIFFE certificates: keys, authority, rotation, TLS configurations.

@@ -1,0 +1,1 @@
+//! Connections: outbound, inbound, passthrough, on shards.

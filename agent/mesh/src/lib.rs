@@ -1,0 +1,1 @@
+//! What this process knows: deltas in, snapshots out.

@@ -1,0 +1,19 @@
+//! The mesh's nouns as plain values: identities, workloads, services, policies, addresses.
+//!
+//! Knows nothing of where they come from (a file, xDS, Kubernetes) or of how they are used: no I/O, no clock, no async.
+//! Everything here is cheap to clone and compares by value. The serialised form is that of the static file
+//! (`undercurrent node --static`), whose names are ztunnel's for its local configuration, so that one file serves both.
+
+mod address;
+mod identity;
+mod policy;
+mod service;
+mod settings;
+mod workload;
+
+pub use address::{Authority, AuthorityError, OriginalDst, PeerAddr, canonical_ip, canonical_socket};
+pub use identity::{Identity, IdentityError, NamespacedName, TrustDomain};
+pub use policy::{Action, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch};
+pub use service::{NetworkAddress, Service};
+pub use settings::{MeshSettings, NonTcp};
+pub use workload::{HealthStatus, NetworkMode, TunnelProtocol, Workload, WorkloadUid};

@@ -1,0 +1,153 @@
+//! A workload: something with addresses that connections come from and go to. Field by field Istio's
+//! `istio.workload.Workload`, as far as it is acted upon.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Identity, NamespacedName, NonTcp, TrustDomain};
+
+/// A workload's unique name in the mesh, such as `cluster1//v1/Pod/default/web-0`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct WorkloadUid(pub Arc<str>);
+
+impl WorkloadUid {
+    /// The uid of a Kubernetes pod.
+    pub fn of_pod(cluster: &str, namespace: &str, name: &str) -> Self {
+        Self(format!("{cluster}//v1/Pod/{namespace}/{name}").into())
+    }
+}
+
+impl fmt::Display for WorkloadUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for WorkloadUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// How a workload is reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum TunnelProtocol {
+    /// As it is: plain TCP.
+    #[default]
+    #[serde(rename = "TCP")]
+    None,
+    /// Through HBONE on port 15008; the workload is in the mesh.
+    #[serde(rename = "HBONE")]
+    Hbone,
+}
+
+/// Whose network namespace a workload lives in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum NetworkMode {
+    /// Its own.
+    #[default]
+    Standard,
+    /// The node's; its address names the node, not the workload.
+    HostNetwork,
+}
+
+/// Whether new connections may go there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum HealthStatus {
+    /// Yes.
+    #[default]
+    Healthy,
+    /// No.
+    Unhealthy,
+}
+
+/// Something that connections come from and go to: a pod, for now.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Workload {
+    /// Unique in the mesh.
+    pub uid: WorkloadUid,
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// The pod's namespace.
+    pub namespace: Arc<str>,
+    /// Whose authority vouches for it.
+    #[serde(default)]
+    pub trust_domain: TrustDomain,
+    /// The Kubernetes service account; `default` where nothing is said.
+    #[serde(default = "default_service_account")]
+    pub service_account: Arc<str>,
+    /// Every address it is reached at, IPv4 and IPv6.
+    #[serde(default)]
+    pub workload_ips: Vec<IpAddr>,
+    /// How it is reached.
+    #[serde(default)]
+    pub protocol: TunnelProtocol,
+    /// Whose network namespace it lives in.
+    #[serde(default)]
+    pub network_mode: NetworkMode,
+    /// The node that it runs on.
+    #[serde(default = "empty")]
+    pub node: Arc<str>,
+    /// The name telemetry groups by (`service.istio.io/canonical-name`, else `app`).
+    #[serde(default = "empty")]
+    pub canonical_name: Arc<str>,
+    /// The revision telemetry groups by (`service.istio.io/canonical-revision`, else `version`).
+    #[serde(default = "empty")]
+    pub canonical_revision: Arc<str>,
+    /// The Deployment, Job or pod that it belongs to.
+    #[serde(default = "empty")]
+    pub workload_name: Arc<str>,
+    /// What `workload_name` names: `deployment`, `job`, `cronjob` or `pod`.
+    #[serde(default = "default_workload_type")]
+    pub workload_type: Arc<str>,
+    /// The cluster it runs in.
+    #[serde(default = "default_cluster")]
+    pub cluster_id: Arc<str>,
+    /// The services it is an endpoint of (`namespace/hostname`), each with service port → target port.
+    #[serde(default)]
+    pub services: BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
+    /// The policies that select it by label; those of its namespace and of the mesh apply without being listed.
+    #[serde(default)]
+    pub authorization_policies: Vec<NamespacedName>,
+    /// Whether new connections may go there.
+    #[serde(default)]
+    pub status: HealthStatus,
+    /// What becomes of traffic that the mesh does not carry (UDP, ICMP and the rest).
+    #[serde(default)]
+    pub non_tcp: NonTcp,
+}
+
+impl Workload {
+    /// The identity that its certificate carries.
+    pub fn identity(&self) -> Identity {
+        Identity {
+            trust_domain: self.trust_domain.clone(),
+            namespace: self.namespace.clone(),
+            service_account: self.service_account.clone(),
+        }
+    }
+
+    /// Whether a node agent captures its traffic: in the mesh, with a network namespace of its own.
+    pub fn is_captured(&self) -> bool {
+        self.protocol == TunnelProtocol::Hbone && self.network_mode == NetworkMode::Standard
+    }
+}
+
+fn empty() -> Arc<str> {
+    Arc::from("")
+}
+
+fn default_service_account() -> Arc<str> {
+    Arc::from("default")
+}
+
+fn default_workload_type() -> Arc<str> {
+    Arc::from("pod")
+}
+
+fn default_cluster() -> Arc<str> {
+    Arc::from("Kubernetes")
+}

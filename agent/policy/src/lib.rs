@@ -1,0 +1,1 @@
+//! May it? Verdicts with their reasons; pure.

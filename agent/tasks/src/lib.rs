@@ -1,0 +1,1 @@
+//! Supervise, drain, back off.

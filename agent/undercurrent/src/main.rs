@@ -1,0 +1,2 @@
+//! Undercurrent: a service mesh without sidecars, in one binary.
+fn main() {}

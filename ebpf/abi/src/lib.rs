@@ -1,0 +1,2 @@
+//! Map and event layouts shared by the eBPF programs and agent/capture.
+#![no_std]

@@ -1,0 +1,1 @@
+//! The harness for scenarios on real network namespaces.
