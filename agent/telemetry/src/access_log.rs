@@ -1,0 +1,458 @@
+//! One line for each connection, when it ends: Istio's names, text or JSON.
+//!
+//! ```text
+//! shard ─ record() ─► buffer (bounded) ─► one writer thread ─► stdout     at most 20 writes a second
+//! ```
+//! [`AccessLog::record`] never blocks and never waits for the output: what does not fit into the buffer is dropped,
+//! counted, and the number is written once there is room (`a_full_buffer_drops_and_says_so`).
+
+use std::{
+    fmt::{self, Display, Write as _},
+    io::Write,
+    net::SocketAddr,
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use model::{Identity, Workload};
+use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
+
+/// How a line is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Format {
+    /// `time level access connection complete key=value …`
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Which way a connection went, seen from the pod whose agent writes the line.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    /// The pod opened it.
+    Outbound,
+    /// It was opened to the pod.
+    Inbound,
+}
+
+impl Direction {
+    /// `outbound` or `inbound`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+    }
+}
+
+/// One side of a connection.
+#[derive(Clone, Copy, Default)]
+pub struct Party<'a> {
+    /// Its address, as this agent saw it.
+    pub address: Option<SocketAddr>,
+    /// Its workload, where it is known.
+    pub workload: Option<&'a Workload>,
+    /// The identity that it proved, or that was demanded of it.
+    pub identity: Option<&'a Identity>,
+}
+
+/// A connection that ended, or never came to be.
+pub struct ConnectionRecord<'a> {
+    /// Which way it went.
+    pub direction: Direction,
+    /// Who opened it.
+    pub source: Party<'a>,
+    /// To whom.
+    pub destination: Party<'a>,
+    /// The CONNECT's target, where it went through a tunnel.
+    pub hbone_target: Option<SocketAddr>,
+    /// The host name of the service that was dialled.
+    pub service: Option<&'a str>,
+    /// Bytes that the pod of this agent sent: outbound, from the client; inbound, from the server.
+    pub bytes_sent: u64,
+    /// Bytes that the pod of this agent received.
+    pub bytes_received: u64,
+    /// From accept to the end of both directions.
+    pub duration: Duration,
+    /// What decided that it may, or may not, be.
+    pub rule: Option<&'a dyn Display>,
+    /// What went wrong and whose fault it is; none for a connection that ended well.
+    pub error: Option<&'a dyn Display>,
+}
+
+/// Where the lines go. Cheap to clone, shared by all shards.
+#[derive(Clone)]
+pub struct AccessLog {
+    shared: Option<Arc<Shared>>,
+    format: Format,
+}
+
+struct Shared {
+    state: Mutex<Buffer>,
+    wake: Condvar,
+    capacity: usize,
+    dropped: AtomicU64,
+    dropped_total: AtomicU64,
+}
+
+#[derive(Default)]
+struct Buffer {
+    lines: Vec<u8>,
+    /// Set while the writer sleeps and needs a wake-up for the next line.
+    idle: bool,
+    writing: bool,
+    closed: bool,
+}
+
+const CAPACITY_BYTES: usize = 4 << 20;
+const BATCH: Duration = Duration::from_millis(50);
+
+impl AccessLog {
+    /// A log that writes nothing and costs nothing.
+    pub fn off() -> Self {
+        Self {
+            shared: None,
+            format: Format::Text,
+        }
+    }
+
+    /// A log to `out`, by a thread of its own. At most 4 MiB wait; more is dropped and counted.
+    pub fn start(out: impl Write + Send + 'static, format: Format) -> std::io::Result<Self> {
+        Self::with_capacity(out, format, CAPACITY_BYTES)
+    }
+
+    fn with_capacity(out: impl Write + Send + 'static, format: Format, capacity: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(Buffer::default()),
+            wake: Condvar::new(),
+            capacity,
+            dropped: AtomicU64::new(0),
+            dropped_total: AtomicU64::new(0),
+        });
+        let writer = shared.clone();
+        std::thread::Builder::new()
+            .name("access-log".to_owned())
+            .spawn(move || writer.run(out))?;
+        Ok(Self {
+            shared: Some(shared),
+            format,
+        })
+    }
+
+    /// Whether anything is written; a caller may spare itself the gathering.
+    pub fn is_on(&self) -> bool {
+        self.shared.is_some()
+    }
+
+    /// Takes a line over. Never blocks on the output.
+    pub fn record(&self, record: &ConnectionRecord<'_>) {
+        let Some(shared) = &self.shared else { return };
+        let now = SystemTime::now();
+        let mut line = String::with_capacity(640);
+        let written = match self.format {
+            Format::Text => write_text(&mut line, now, record),
+            Format::Json => write_json(&mut line, now, record),
+        };
+        written.expect("writing to a String does not fail");
+        shared.push(line.as_bytes());
+    }
+
+    /// How many lines were dropped since the start because the output was too slow.
+    pub fn dropped(&self) -> u64 {
+        self.shared
+            .as_ref()
+            .map_or(0, |shared| shared.dropped_total.load(Ordering::Relaxed))
+    }
+
+    /// Waits until all lines so far were written, at most this long; nothing is lost at a regular end.
+    pub fn flush(&self, at_most: Duration) {
+        let Some(shared) = &self.shared else { return };
+        let mut state = shared.lock();
+        state.closed = true;
+        shared.wake.notify_all();
+        let unwritten = |state: &mut Buffer| !state.lines.is_empty() || state.writing;
+        let (mut state, _) = shared
+            .wake
+            .wait_timeout_while(state, at_most, unwritten)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.closed = false;
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Buffer> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, line: &[u8]) {
+        let mut state = self.lock();
+        if state.lines.len() + line.len() > self.capacity {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.dropped_total.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        state.lines.extend_from_slice(line);
+        if std::mem::take(&mut state.idle) {
+            self.wake.notify_all();
+        }
+    }
+
+    /// Takes what has gathered, writes it, lets more gather for a moment. Ends when no handle is left.
+    fn run(self: Arc<Self>, mut out: impl Write) {
+        let mut taken = Vec::new();
+        while self.take(&mut taken) {
+            let lost = self.dropped.swap(0, Ordering::Relaxed);
+            if lost > 0 {
+                let _ = writeln!(out, "access log: {lost} lines dropped, since the output was too slow");
+            }
+            // A closed output must not stop the traffic: the lines are lost, as they would be on a full disk.
+            let _ = out.write_all(&taken).and_then(|()| out.flush());
+            taken.clear();
+            let mut state = self.lock();
+            state.writing = false;
+            self.wake.notify_all();
+            let pause = |state: &mut Buffer| !state.closed;
+            drop(
+                self.wake
+                    .wait_timeout_while(state, BATCH, pause)
+                    .unwrap_or_else(PoisonError::into_inner),
+            );
+        }
+    }
+
+    fn take(self: &Arc<Self>, taken: &mut Vec<u8>) -> bool {
+        let mut state = self.lock();
+        while state.lines.is_empty() {
+            state.idle = true;
+            // Wakes now and then to see whether anybody is left who could write.
+            let (woken, _) = self
+                .wake
+                .wait_timeout(state, Duration::from_secs(5))
+                .unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+            if state.lines.is_empty() && Arc::strong_count(self) == 1 {
+                return false;
+            }
+        }
+        state.idle = false;
+        state.writing = true;
+        std::mem::swap(&mut state.lines, taken);
+        true
+    }
+}
+
+const TIMESTAMP: &[BorrowedFormatItem<'_>] =
+    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
+
+fn timestamp(now: SystemTime) -> String {
+    OffsetDateTime::from(now)
+        .format(TIMESTAMP)
+        .unwrap_or_else(|_| "-".to_owned())
+}
+
+fn write_text(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>) -> fmt::Result {
+    let level = if record.error.is_some() { "error" } else { "info" };
+    write!(line, "{}\t{level}\taccess\tconnection complete\t", timestamp(now))?;
+    let mut first = true;
+    each_field(record, |name, value| {
+        let space = if std::mem::take(&mut first) { "" } else { " " };
+        match value {
+            Value::Text(text) => write!(line, "{space}{name}={:?}", Plain(text)),
+            Value::Bare(bare) => write!(line, "{space}{name}={bare}"),
+        }
+    })?;
+    line.push('\n');
+    Ok(())
+}
+
+fn write_json(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>) -> fmt::Result {
+    let level = if record.error.is_some() { "error" } else { "info" };
+    let time = timestamp(now);
+    write!(
+        line,
+        r#"{{"time":"{time}","level":"{level}","scope":"access","message":"connection complete""#
+    )?;
+    each_field(record, |name, value| match value {
+        Value::Text(text) => {
+            let quoted = serde_json::to_string(&text.to_string()).map_err(|_| fmt::Error)?;
+            write!(line, r#","{name}":{quoted}"#)
+        }
+        Value::Bare(bare) => match bare.to_string() {
+            number if number.bytes().all(|byte| byte.is_ascii_digit()) => write!(line, r#","{name}":{number}"#),
+            text => write!(line, r#","{name}":"{text}""#),
+        },
+    })?;
+    line.push_str("}\n");
+    Ok(())
+}
+
+/// A text that may hold anything and is quoted, or a number or address that needs no quotes.
+enum Value<'a> {
+    Text(&'a dyn Display),
+    Bare(&'a dyn Display),
+}
+
+/// `{:?}` of a Display: quoted and escaped, so that nothing in a name can forge a field or a line.
+struct Plain<'a>(&'a dyn Display);
+
+impl fmt::Debug for Plain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0.to_string(), f)
+    }
+}
+
+/// The names and order of ztunnel's access log, and `rule` after them.
+fn each_field(
+    record: &ConnectionRecord<'_>,
+    mut field: impl FnMut(&'static str, Value<'_>) -> fmt::Result,
+) -> fmt::Result {
+    let [addr, workload, namespace, identity] = ["src.addr", "src.workload", "src.namespace", "src.identity"];
+    party(&mut field, [addr, workload, namespace, identity], &record.source)?;
+    if let Some(address) = record.destination.address {
+        field("dst.addr", Value::Bare(&address))?;
+    }
+    if let Some(target) = record.hbone_target {
+        field("dst.hbone_addr", Value::Bare(&target))?;
+    }
+    if let Some(service) = record.service {
+        field("dst.service", Value::Text(&service))?;
+    }
+    let destination = Party {
+        address: None,
+        ..record.destination
+    };
+    party(
+        &mut field,
+        ["dst.addr", "dst.workload", "dst.namespace", "dst.identity"],
+        &destination,
+    )?;
+    field("direction", Value::Text(&record.direction.as_str()))?;
+    field("bytes_sent", Value::Bare(&record.bytes_sent))?;
+    field("bytes_recv", Value::Bare(&record.bytes_received))?;
+    let duration = format!("{}ms", record.duration.as_millis());
+    field("duration", Value::Text(&duration))?;
+    if let Some(rule) = record.rule {
+        field("rule", Value::Text(rule))?;
+    }
+    if let Some(error) = record.error {
+        field("error", Value::Text(error))?;
+    }
+    Ok(())
+}
+
+fn party(
+    field: &mut impl FnMut(&'static str, Value<'_>) -> fmt::Result,
+    [addr, workload, namespace, identity]: [&'static str; 4],
+    party: &Party<'_>,
+) -> fmt::Result {
+    if let Some(address) = party.address {
+        field(addr, Value::Bare(&address))?;
+    }
+    if let Some(known) = party.workload {
+        field(workload, Value::Text(&known.name))?;
+        field(namespace, Value::Text(&known.namespace))?;
+    }
+    if let Some(known) = party.identity {
+        field(identity, Value::Text(known))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Hands each write over and waits to be let go on.
+    struct Out(mpsc::SyncSender<Vec<u8>>);
+
+    impl Write for Out {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.send(bytes.to_vec()).map_err(std::io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn record<'a>(identity: &'a Identity, error: Option<&'a dyn Display>) -> ConnectionRecord<'a> {
+        ConnectionRecord {
+            direction: Direction::Inbound,
+            source: Party {
+                address: Some("10.0.0.1:4000".parse().unwrap()),
+                workload: None,
+                identity: Some(identity),
+            },
+            destination: Party {
+                address: Some("10.0.0.2:15008".parse().unwrap()),
+                ..Party::default()
+            },
+            hbone_target: Some("10.0.0.2:80".parse().unwrap()),
+            service: Some("web.shop"),
+            bytes_sent: 12,
+            bytes_received: 34,
+            duration: Duration::from_millis(56),
+            rule: None,
+            error,
+        }
+    }
+
+    fn line(format: Format, error: Option<&dyn Display>) -> String {
+        let identity: Identity = "spiffe://td/ns/a/sa/b".parse().unwrap();
+        let mut line = String::new();
+        let record = record(&identity, error);
+        let written = match format {
+            Format::Text => write_text(&mut line, SystemTime::UNIX_EPOCH, &record),
+            Format::Json => write_json(&mut line, SystemTime::UNIX_EPOCH, &record),
+        };
+        written.unwrap();
+        line
+    }
+
+    #[test]
+    fn a_line_has_istios_names() {
+        assert_eq!(
+            line(Format::Text, None),
+            "1970-01-01T00:00:00.000000Z\tinfo\taccess\tconnection complete\tsrc.addr=10.0.0.1:4000 \
+             src.identity=\"spiffe://td/ns/a/sa/b\" dst.addr=10.0.0.2:15008 dst.hbone_addr=10.0.0.2:80 \
+             dst.service=\"web.shop\" direction=\"inbound\" bytes_sent=12 bytes_recv=34 duration=\"56ms\"\n"
+        );
+    }
+
+    #[test]
+    fn nothing_in_a_text_can_forge_a_field_or_a_line() {
+        let error: &dyn Display = &"bad\" src.identity=\"x\"\nforged";
+        let text = line(Format::Text, Some(error));
+        assert!(
+            text.ends_with("error=\"bad\\\" src.identity=\\\"x\\\"\\nforged\"\n"),
+            "{text}"
+        );
+        assert_eq!(text.lines().count(), 1);
+        let json: serde_json::Value = serde_json::from_str(&line(Format::Json, Some(error))).unwrap();
+        assert_eq!(json["error"], "bad\" src.identity=\"x\"\nforged");
+        assert_eq!(json["bytes_sent"], 12);
+    }
+
+    #[test]
+    fn a_full_buffer_drops_and_says_so() {
+        let (sender, receiver) = mpsc::sync_channel(0);
+        let log = AccessLog::with_capacity(Out(sender), Format::Text, 4096).unwrap();
+        let identity: Identity = "spiffe://td/ns/a/sa/b".parse().unwrap();
+        for _ in 0..100 {
+            log.record(&record(&identity, None));
+        }
+        assert!(log.dropped() > 0);
+        let mut written = String::new();
+        while !written.contains("lines dropped") {
+            written.push_str(&String::from_utf8(receiver.recv().unwrap()).unwrap());
+            log.record(&record(&identity, None));
+        }
+    }
+}
