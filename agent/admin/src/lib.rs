@@ -1,1 +1,21 @@
-//! The agent's local socket: status out, pod events in; readiness.
+//! The agent's local socket: its status for a person, pod events from a CNI plugin, readiness for a kubelet.
+//!
+//! ```text
+//! STATE_DIR/agent.sock (only root can open it)         127.0.0.1 / node address :15021
+//!   GET  /status         → Status as JSON                GET /healthz/ready → 200 or 500 with what is pending
+//!   GET  /healthz/ready  → 200 or 500 with why
+//!   POST /cmdadd         PodAdded  → 200 once captured
+//!   POST /cmddel         PodRemoved → 200
+//! ```
+//! `cmdadd` is what Istio's CNI plugin sends to its agent. Deliberately unknown here: how any of it is done; the binary
+//! hands in an [`Agent`].
+
+mod client;
+mod server;
+mod status;
+
+pub use client::{ClientError, get, post};
+pub use server::{Agent, Health, ServeError, serve_health, serve_socket};
+pub use status::{
+    CapabilityStatus, CaptureStatus, CertificateStatus, KnowledgeStatus, PodAdded, PodIp, PodRemoved, PodStatus, Status,
+};

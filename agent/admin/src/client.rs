@@ -1,0 +1,99 @@
+//! The asking end.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request, StatusCode, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use tokio::net::UnixStream;
+
+/// How long an agent may take to answer; capturing a pod is the longest it does.
+const TIMEOUT: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: usize = 64 << 20;
+
+/// Why there is no answer, or what the refusal says.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error("no agent answers at {path}: {source}", path = .path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+    /// The agent said no.
+    #[error("the agent answers {status}: {text}")]
+    Refused {
+        /// The HTTP status.
+        status: StatusCode,
+        /// Why.
+        text: String,
+    },
+    /// The connection broke.
+    #[error("the agent's answer broke off: {0}")]
+    Broken(String),
+    /// Nothing came in time.
+    #[error("the agent did not answer within {} s", TIMEOUT.as_secs())]
+    Timeout,
+}
+
+/// `GET` from the agent behind this socket; the text of the answer.
+pub async fn get(socket: &Path, path: &str) -> Result<String, ClientError> {
+    exchange(socket, Method::GET, path, Bytes::new()).await
+}
+
+/// `POST` a value as JSON.
+pub async fn post(socket: &Path, path: &str, value: &impl Serialize) -> Result<String, ClientError> {
+    let body = serde_json::to_vec(value).map_err(|error| ClientError::Broken(error.to_string()))?;
+    exchange(socket, Method::POST, path, body.into()).await
+}
+
+async fn exchange(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<String, ClientError> {
+    let exchange = async {
+        let stream = UnixStream::connect(socket)
+            .await
+            .map_err(|source| ClientError::Connect {
+                path: socket.to_owned(),
+                source,
+            })?;
+        let broken = |error: &dyn std::fmt::Display| ClientError::Broken(error.to_string());
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| broken(&error))?;
+        let driver = tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "agent")
+            .body(Full::new(body))
+            .map_err(|error| broken(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
+        let status = response.status();
+        let text = Limited::new(response.into_body(), ANSWER_LIMIT)
+            .collect()
+            .await
+            .map_err(|error| broken(&error))?
+            .to_bytes();
+        driver.abort();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        if status.is_success() {
+            Ok(text)
+        } else {
+            Err(ClientError::Refused {
+                status,
+                text: text.trim_end().to_owned(),
+            })
+        }
+    };
+    tokio::time::timeout(TIMEOUT, exchange)
+        .await
+        .unwrap_or(Err(ClientError::Timeout))
+}
