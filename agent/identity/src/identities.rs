@@ -1,0 +1,282 @@
+//! Every identity that this node speaks for: fetched once, cached, rotated at half life, never served expired.
+//!
+//! ```text
+//! (unknown) ──credentials()──> fetching ──> held ──half life──> held, fetching ──> held (new serial)
+//!                                 │ fails                           │ fails: retried with back-off, the old one
+//!                                 ▼                                 ▼ serves until it expires
+//!                              backing off                       backing off
+//! ```
+
+use std::{
+    collections::HashMap,
+    fmt,
+    hash::{BuildHasher, RandomState},
+    sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{Duration, SystemTime},
+};
+
+use model::{Identity, TrustDomain};
+use tokio::{
+    sync::{Mutex, Notify, Semaphore},
+    task::JoinSet,
+};
+
+use crate::{Authority, Clock, Credentials, IssueError};
+
+/// Certificates fetched at the same time.
+const PARALLEL_ISSUES: usize = 8;
+/// After the first failure; doubled with each further one up to [`LONGEST_BACKOFF`], each time ± 20 %.
+const FIRST_BACKOFF: Duration = Duration::from_secs(1);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(150);
+/// An authority that takes longer counts as unavailable.
+const ISSUE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long [`Identities::rotate`] sleeps at most: a clock that was set is noticed after this.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+
+/// There is no valid certificate for an identity, now.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("no certificate for {identity}: {reason}")]
+pub struct IdentityUnavailable {
+    /// Whose.
+    pub identity: Identity,
+    /// Why.
+    pub reason: IssueError,
+}
+
+/// A certificate as a debug view shows it.
+#[derive(Debug, Clone)]
+pub struct CertificateInfo {
+    /// Whose.
+    pub identity: Identity,
+    /// Its serial number and validity, if there is one.
+    pub held: Option<(String, SystemTime, SystemTime)>,
+    /// When the next is fetched.
+    pub next_fetch: SystemTime,
+    /// Why the last fetch failed, until one succeeds.
+    pub last_error: Option<IssueError>,
+}
+
+/// The certificates of this node's identities. Cheap to clone; shared by all shards.
+#[derive(Clone)]
+pub struct Identities(Arc<Inner>);
+
+struct Inner {
+    authority: Arc<dyn Authority>,
+    trust_domain: TrustDomain,
+    clock: Clock,
+    entries: RwLock<HashMap<Identity, Entry>>,
+    permits: Semaphore,
+    /// Wakes [`Identities::rotate`] when an entry comes whose date may be the earliest.
+    changed: Notify,
+    random: RandomState,
+}
+
+struct Entry {
+    credentials: Option<Arc<Credentials>>,
+    next_fetch: SystemTime,
+    failures: u32,
+    last_error: Option<IssueError>,
+    /// Held while fetching, so that everyone who waits for an identity shares one fetch.
+    fetching: Arc<Mutex<()>>,
+}
+
+impl Identities {
+    /// Nothing is fetched before it is asked for. Peers are verified against `trust_domain`.
+    pub fn new(authority: Arc<dyn Authority>, trust_domain: TrustDomain, clock: Clock) -> Self {
+        Self(Arc::new(Inner {
+            authority,
+            trust_domain,
+            clock,
+            entries: RwLock::default(),
+            permits: Semaphore::new(PARALLEL_ISSUES),
+            changed: Notify::new(),
+            random: RandomState::new(),
+        }))
+    }
+
+    /// The valid certificate that is held, if any. For the hot path: one shared lock, one look-up, no allocation.
+    pub fn cached(&self, identity: &Identity) -> Option<Arc<Credentials>> {
+        let entries = self.0.read();
+        let credentials = entries.get(identity)?.credentials.as_ref()?;
+        (credentials.not_after() > self.0.clock.now()).then(|| credentials.clone())
+    }
+
+    /// The certificate, fetched first if none is held; whoever asks meanwhile shares that fetch.
+    ///
+    /// After a failure the error is repeated to everyone until the back-off is over.
+    pub async fn credentials(&self, identity: &Identity) -> Result<Arc<Credentials>, IdentityUnavailable> {
+        if let Some(credentials) = self.cached(identity) {
+            return Ok(credentials);
+        }
+        let fetching = self.0.enter(identity);
+        let _alone = fetching.lock().await;
+        if let Some(credentials) = self.cached(identity) {
+            return Ok(credentials);
+        }
+        let unavailable = |reason| IdentityUnavailable {
+            identity: identity.clone(),
+            reason,
+        };
+        if let Some(reason) = self.0.still_failing(identity) {
+            return Err(unavailable(reason));
+        }
+        self.0.fetch(identity, &fetching).await.map_err(unavailable)
+    }
+
+    /// Drops the certificate and stops rotating it: the last pod of this identity is gone.
+    pub fn forget(&self, identity: &Identity) {
+        self.0.write().remove(identity);
+    }
+
+    /// What is held, by identity.
+    pub fn list(&self) -> Vec<CertificateInfo> {
+        let info = |(identity, entry): (&Identity, &Entry)| CertificateInfo {
+            identity: identity.clone(),
+            held: entry
+                .credentials
+                .as_ref()
+                .map(|held| (held.serial().to_owned(), held.not_before(), held.not_after())),
+            next_fetch: entry.next_fetch,
+            last_error: entry.last_error.clone(),
+        };
+        let mut list: Vec<_> = self.0.read().iter().map(info).collect();
+        list.sort_by(|a, b| a.identity.cmp(&b.identity));
+        list
+    }
+
+    /// Rotates what is held, until dropped. The caller spawns and owns this, once.
+    ///
+    /// Without it certificates are fetched when they are first needed and again when they have expired.
+    pub async fn rotate(&self) {
+        let mut running = JoinSet::new();
+        loop {
+            let changed = self.0.changed.notified();
+            let now = self.0.clock.now();
+            let mut next = LONGEST_SLEEP;
+            for (identity, due, fetching) in self.0.dates() {
+                match due.duration_since(now) {
+                    Ok(wait) if !wait.is_zero() => next = next.min(wait),
+                    _ => {
+                        if let Ok(alone) = fetching.clone().try_lock_owned() {
+                            let identities = self.clone();
+                            running.spawn(async move {
+                                if let Err(error) = identities.0.fetch(&identity, &fetching).await {
+                                    tracing::warn!(%identity, %error, "the certificate was not rotated");
+                                }
+                                drop(alone);
+                            });
+                        }
+                    }
+                }
+            }
+            tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep(next.max(Duration::from_millis(10))) => {}
+                Some(_) = running.join_next() => {}
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<Identity, Entry>> {
+        self.entries.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, HashMap<Identity, Entry>> {
+        self.entries.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn enter(&self, identity: &Identity) -> Arc<Mutex<()>> {
+        let mut entries = self.write();
+        let entry = entries.entry(identity.clone()).or_insert_with(|| Entry {
+            credentials: None,
+            // Whoever entered fetches; the rotation takes over if that is cancelled.
+            next_fetch: self.clock.now() + ISSUE_TIMEOUT,
+            failures: 0,
+            last_error: None,
+            fetching: Arc::default(),
+        });
+        entry.fetching.clone()
+    }
+
+    fn still_failing(&self, identity: &Identity) -> Option<IssueError> {
+        let entries = self.read();
+        let entry = entries.get(identity)?;
+        let error = entry.last_error.as_ref()?;
+        (entry.next_fetch > self.clock.now()).then(|| error.clone())
+    }
+
+    fn dates(&self) -> Vec<(Identity, SystemTime, Arc<Mutex<()>>)> {
+        let date =
+            |(identity, entry): (&Identity, &Entry)| (identity.clone(), entry.next_fetch, entry.fetching.clone());
+        self.read().iter().map(date).collect()
+    }
+
+    /// Fetches and keeps. `fetching` is the entry's lock, held by the caller; an entry that was forgotten meanwhile
+    /// has another one, or is gone, and is left alone.
+    async fn fetch(&self, identity: &Identity, fetching: &Arc<Mutex<()>>) -> Result<Arc<Credentials>, IssueError> {
+        let result = self.issue(identity).await;
+        let jitter = self.jitter();
+        let mut entries = self.write();
+        let entry = entries
+            .get_mut(identity)
+            .filter(|entry| Arc::ptr_eq(&entry.fetching, fetching));
+        if let Some(entry) = entry {
+            entry.keep(&result, self.clock.now(), jitter);
+        }
+        drop(entries);
+        self.changed.notify_waiters();
+        result
+    }
+
+    async fn issue(&self, identity: &Identity) -> Result<Arc<Credentials>, IssueError> {
+        let closed = |_| IssueError::Unavailable("shutting down".into());
+        let _permit = self.permits.acquire().await.map_err(closed)?;
+        let issued = tokio::time::timeout(ISSUE_TIMEOUT, self.authority.issue(identity))
+            .await
+            .map_err(|_| IssueError::Unavailable("no answer in time".into()))??;
+        let credentials = Credentials::new(identity.clone(), &self.trust_domain, issued, &self.clock)
+            .map_err(|error| IssueError::Unusable(error.to_string().into()))?;
+        tracing::info!(%identity, serial = credentials.serial(), "certificate issued");
+        Ok(Arc::new(credentials))
+    }
+
+    /// Uniform in 0..1; only for spreading load.
+    fn jitter(&self) -> f64 {
+        let entropy = self.random.hash_one(self.clock.now());
+        (entropy >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+impl Entry {
+    fn keep(&mut self, result: &Result<Arc<Credentials>, IssueError>, now: SystemTime, jitter: f64) {
+        match result {
+            Ok(credentials) => {
+                // A certificate cut short by its authority's end may be past half of its life when it comes.
+                let left = credentials.not_after().duration_since(now).unwrap_or(Duration::ZERO);
+                let earliest = now + (left / 2).max(FIRST_BACKOFF);
+                self.next_fetch = credentials
+                    .rotation_due(jitter)
+                    .max(earliest.min(now + LONGEST_BACKOFF));
+                self.credentials = Some(credentials.clone());
+                self.failures = 0;
+                self.last_error = None;
+            }
+            Err(error) => {
+                let backoff = FIRST_BACKOFF * 2u32.saturating_pow(self.failures.min(16));
+                self.next_fetch = now + backoff.min(LONGEST_BACKOFF).mul_f64(0.8 + 0.4 * jitter);
+                self.failures += 1;
+                self.last_error = Some(error.clone());
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Identities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.list().iter().map(|info| &info.identity))
+            .finish()
+    }
+}
