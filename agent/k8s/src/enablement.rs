@@ -1,0 +1,65 @@
+//! Who is in the mesh: Istio's enablement selector (`cni/pkg/util/enablement_selector.go`).
+
+use model::NonTcp;
+
+use crate::{Metadata, Pod};
+
+const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+const NON_TCP: &str = "undercurrent.io/non-tcp-traffic";
+/// Namespaces whose pods are never in the mesh: a mesh must not sit below what it runs on.
+const EXCLUDED_NAMESPACES: [&str; 1] = ["kube-system"];
+
+/// Whether a pod is in the mesh, and why not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enablement {
+    /// It is: its traffic is captured.
+    Captured,
+    /// Neither the pod nor its namespace asks for it, or the pod opts out.
+    NotAsked,
+    /// It has the node's network namespace, which is not its own to capture.
+    HostNetwork,
+    /// It has a sidecar.
+    Sidecar,
+    /// Its namespace is one that is never captured.
+    ExcludedNamespace,
+}
+
+/// Whether a pod is in the mesh: its label over its namespace's, never with the host's network.
+pub fn enablement(pod: &Pod, namespace: Option<&Metadata>) -> Enablement {
+    let mode = |metadata: &Metadata| metadata.labels.get(DATAPLANE_MODE).cloned();
+    let of_namespace = namespace.and_then(mode);
+    let asked = match mode(&pod.metadata).as_deref() {
+        Some("ambient") => true,
+        Some("none") => false,
+        _ => of_namespace.as_deref() == Some("ambient"),
+    };
+    if !asked {
+        Enablement::NotAsked
+    } else if EXCLUDED_NAMESPACES.contains(&pod.metadata.namespace.as_str()) {
+        Enablement::ExcludedNamespace
+    } else if pod.spec.host_network {
+        Enablement::HostNetwork
+    } else if pod.metadata.annotations.contains_key("sidecar.istio.io/status") {
+        Enablement::Sidecar
+    } else {
+        Enablement::Captured
+    }
+}
+
+/// What becomes of a pod's traffic that is not TCP: the pod's annotation over its namespace's; or the value that is
+/// neither `pass` nor `forbid`, which forbids.
+pub(crate) fn non_tcp(pod: &Pod, namespace: Option<&Metadata>) -> (NonTcp, Option<String>) {
+    let of_namespace = namespace.and_then(|metadata| metadata.annotations.get(NON_TCP));
+    match pod
+        .metadata
+        .annotations
+        .get(NON_TCP)
+        .or(of_namespace)
+        .map(String::as_str)
+    {
+        None => (NonTcp::Inherit, None),
+        Some("pass") => (NonTcp::Pass, None),
+        Some("forbid") => (NonTcp::Forbid, None),
+        Some(other) => (NonTcp::Forbid, Some(other.to_owned())),
+    }
+}

@@ -1,0 +1,125 @@
+//! What was not taken, or not in full: which object, where it stands, which field, why, and what follows.
+
+use std::fmt;
+
+/// Where an object stands among the manifests.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Place {
+    /// The file, as its reader named it.
+    pub file: String,
+    /// The document in the file, from 1.
+    pub document: usize,
+    /// The item in the document's `List`, from 1.
+    pub item: Option<usize>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, document {}", self.file, self.document)?;
+        self.item.map_or(Ok(()), |item| write!(f, ", item {item}"))
+    }
+}
+
+/// An object's name; parts that could not be read are empty.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct ObjectRef {
+    /// Such as `Pod`.
+    pub kind: String,
+    /// Empty for what has no namespace.
+    pub namespace: String,
+    /// The object's name.
+    pub name: String,
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.kind.is_empty() { "object" } else { &self.kind };
+        match (self.namespace.is_empty(), self.name.is_empty()) {
+            (_, true) => f.write_str(kind),
+            (true, false) => write!(f, "{kind} {}", self.name),
+            (false, false) => write!(f, "{kind} {}/{}", self.namespace, self.name),
+        }
+    }
+}
+
+/// Why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Problem {
+    /// The text is not YAML.
+    #[error("not YAML: {0}")]
+    Syntax(String),
+    /// A document that is no object.
+    #[error("not a Kubernetes object: {0}")]
+    NotAnObject(&'static str),
+    /// A kind that nothing here acts upon.
+    #[error("{0} is not a kind that is acted upon")]
+    UnknownKind(String),
+    /// The field's value can't be.
+    #[error("{0}")]
+    Invalid(String),
+    /// The value is right, but nothing here can do it.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+    /// The field is not acted upon.
+    #[error("not acted upon")]
+    NotActedUpon,
+    /// The same object once more.
+    #[error("already defined at {0}")]
+    Duplicate(Place),
+    /// Another object of the same scope is older and wins.
+    #[error("{0} is older and wins")]
+    Conflict(ObjectRef),
+    /// A reference to what is not there.
+    #[error("{0} is not there")]
+    Missing(ObjectRef),
+}
+
+/// What follows from a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// The object works; the field has no meaning here.
+    Note,
+    /// The object works in part, and what is left is the stricter part.
+    Narrowed,
+    /// The object has no effect.
+    Refused,
+    /// The object is a policy that can't be enforced as written: what it selects is closed until it is mended.
+    Closed,
+}
+
+impl fmt::Display for Effect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Note => "note",
+            Self::Narrowed => "narrowed",
+            Self::Refused => "refused",
+            Self::Closed => "closed",
+        })
+    }
+}
+
+/// One thing to tell the author of an object: its condition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Where the object stands.
+    pub place: Place,
+    /// Which object.
+    pub object: ObjectRef,
+    /// The field's path, such as `spec.containers[0].command`; empty where it is the object as a whole.
+    pub field: String,
+    /// Why.
+    pub problem: Problem,
+    /// What follows.
+    pub effect: Effect,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}: {}: ", self.effect, self.place, self.object)?;
+        if !self.field.is_empty() {
+            write!(f, "{}: ", self.field)?;
+        }
+        self.problem.fmt(f)
+    }
+}

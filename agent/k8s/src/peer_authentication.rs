@@ -1,0 +1,216 @@
+//! PeerAuthentication: whether a peer without an identity may talk to a workload, as istiod compiles it for ztunnel.
+//!
+//! Scopes, the narrower first: workload (with a selector), namespace, mesh (in the root namespace). UNSET asks the next
+//! wider one; nothing said anywhere is PERMISSIVE. Inside a scope the oldest wins. DISABLE is PERMISSIVE: there is
+//! nothing to disable on the accepting side. <https://istio.io/latest/docs/reference/config/security/peer_authentication/>
+
+use std::collections::BTreeMap;
+
+use model::{Action, Match, NamespacedName, Policy, Rule, Scope, StringMatch};
+use serde::{Deserialize, Serialize};
+
+use crate::{Effect, Finding, Metadata, ObjectRef, Place, Problem, Selector, meta::null_is_empty};
+
+/// A PeerAuthentication.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerAuthentication {
+    /// Name and namespace.
+    pub metadata: Metadata,
+    /// What it says.
+    #[serde(default, deserialize_with = "null_is_empty")]
+    pub spec: PeerAuthenticationSpec,
+}
+
+/// What a PeerAuthentication says.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PeerAuthenticationSpec {
+    /// The workloads; all of the namespace (or of the mesh) where nothing is said.
+    #[serde(default)]
+    pub selector: Option<Selector>,
+    /// For every port.
+    #[serde(default, deserialize_with = "null_is_empty")]
+    pub mtls: MutualTls,
+    /// For single ports of the workload, over `mtls`.
+    #[serde(default, deserialize_with = "null_is_empty")]
+    pub port_level_mtls: BTreeMap<u16, MutualTls>,
+}
+
+/// Mutual TLS settings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MutualTls {
+    /// The mode.
+    #[serde(default)]
+    pub mode: TlsMode,
+}
+
+/// Whether a peer needs an identity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum TlsMode {
+    /// As the wider scope says.
+    #[default]
+    Unset,
+    /// As PERMISSIVE.
+    Disable,
+    /// It does not.
+    Permissive,
+    /// It does.
+    Strict,
+}
+
+/// The PeerAuthentications in force, sorted into their scopes.
+pub(crate) struct PeerAuthentications<'a> {
+    mesh: Option<&'a PeerAuthentication>,
+    namespaces: BTreeMap<&'a str, &'a PeerAuthentication>,
+    workloads: Vec<&'a PeerAuthentication>,
+}
+
+impl<'a> PeerAuthentications<'a> {
+    /// Sorts them; what can't have effect becomes a finding.
+    pub(crate) fn new(all: &'a [(Place, PeerAuthentication)], root: &str, findings: &mut Vec<Finding>) -> Self {
+        let mut oldest_first: Vec<_> = all.iter().collect();
+        oldest_first.sort_by_key(|(_, policy)| age(&policy.metadata));
+        let mut scopes = Self {
+            mesh: None,
+            namespaces: BTreeMap::new(),
+            workloads: Vec::new(),
+        };
+        for (place, policy) in oldest_first {
+            let mut find = |field: &str, problem: Problem, effect: Effect| {
+                findings.push(Finding {
+                    place: place.clone(),
+                    object: policy.object(),
+                    field: field.to_owned(),
+                    problem,
+                    effect,
+                });
+            };
+            let namespace = policy.metadata.namespace.as_str();
+            let selects = policy
+                .spec
+                .selector
+                .as_ref()
+                .is_some_and(|selector| !selector.match_labels.is_empty());
+            if !selects && !policy.spec.port_level_mtls.is_empty() {
+                let why = "needs a selector".to_owned();
+                find("spec.portLevelMtls", Problem::Invalid(why), Effect::Refused);
+            }
+            if selects && namespace == root {
+                let why = format!("a selector in the root namespace {root}");
+                find("spec.selector", Problem::Unsupported(why), Effect::Refused);
+            } else if selects {
+                scopes.workloads.push(policy);
+            } else {
+                let slot = if namespace == root {
+                    scopes.mesh
+                } else {
+                    scopes.namespaces.get(namespace).copied()
+                };
+                match slot {
+                    Some(older) => find("", Problem::Conflict(older.object()), Effect::Refused),
+                    None if namespace == root => scopes.mesh = Some(policy),
+                    None => _ = scopes.namespaces.insert(namespace, policy),
+                }
+            }
+        }
+        scopes
+    }
+
+    /// The policy that a pod needs, if any: what is listed with its workload.
+    pub(crate) fn policy_for(&self, namespace: &str, labels: &BTreeMap<String, String>) -> Option<Policy> {
+        let selected = |policy: &&&PeerAuthentication| {
+            policy.metadata.namespace == namespace
+                && policy
+                    .spec
+                    .selector
+                    .as_ref()
+                    .is_some_and(|selector| selector.matches(labels))
+        };
+        let workload = self.workloads.iter().find(selected).copied();
+        let wider = [self.namespaces.get(namespace).copied(), self.mesh];
+        let (mode, said_by) = [workload, wider[0], wider[1]]
+            .into_iter()
+            .flatten()
+            .find(|policy| policy.spec.mtls.mode != TlsMode::Unset)
+            .map_or((TlsMode::Permissive, None), |policy| {
+                (policy.spec.mtls.mode, Some(policy))
+            });
+        match workload.filter(|policy| !policy.spec.port_level_mtls.is_empty()) {
+            Some(policy) => policy.deny(mode, &policy.spec.port_level_mtls),
+            None => said_by?.deny(mode, &BTreeMap::new()),
+        }
+    }
+}
+
+impl PeerAuthentication {
+    fn object(&self) -> ObjectRef {
+        ObjectRef {
+            kind: "PeerAuthentication".to_owned(),
+            namespace: self.metadata.namespace.clone(),
+            name: self.metadata.name.clone(),
+        }
+    }
+
+    /// DENY what has no identity: on every port but the exceptions, or on the strict ports alone.
+    fn deny(&self, mode: TlsMode, ports: &BTreeMap<u16, MutualTls>) -> Option<Policy> {
+        let with_mode = |strict: bool| {
+            let modes = ports.iter().filter(|(_, tls)| tls.mode != TlsMode::Unset);
+            modes
+                .filter(move |(_, tls)| (tls.mode == TlsMode::Strict) == strict)
+                .map(|(port, _)| *port)
+                .collect::<Vec<_>>()
+        };
+        let no_identity = Match {
+            not_principals: vec![StringMatch::Presence],
+            ..Match::default()
+        };
+        let rule: Rule = if mode == TlsMode::Strict {
+            let open = with_mode(false);
+            let elsewhere = Match {
+                not_destination_ports: open.clone(),
+                ..Match::default()
+            };
+            let mut clauses = vec![vec![no_identity]];
+            if !open.is_empty() {
+                clauses.push(vec![elsewhere]);
+            }
+            clauses
+        } else {
+            let strict = with_mode(true);
+            if strict.is_empty() {
+                return None;
+            }
+            let there = Match {
+                destination_ports: strict,
+                ..Match::default()
+            };
+            vec![vec![no_identity], vec![there]]
+        };
+        let key = policy_key(&self.object());
+        Some(Policy {
+            name: key.name,
+            namespace: key.namespace,
+            scope: Scope::WorkloadSelector,
+            action: Action::Deny,
+            rules: vec![rule],
+            dry_run: false,
+            origin: Some(self.object().to_string().into()),
+        })
+    }
+}
+
+/// The name of the policy that is made from a PeerAuthentication (istiod's, for the port-level form).
+pub(crate) fn policy_key(object: &ObjectRef) -> NamespacedName {
+    NamespacedName::new(
+        object.namespace.as_str(),
+        format!("converted_peer_authentication_{}", object.name.replace('/', "_")),
+    )
+}
+
+/// Older first; then by name. An object without a time was never stored, and is the youngest.
+fn age(metadata: &Metadata) -> (bool, Option<&str>, &str, &str) {
+    let time = metadata.creation_timestamp.as_deref();
+    (time.is_none(), time, &metadata.namespace, &metadata.name)
+}
