@@ -1,2 +1,72 @@
-//! xtask.
-fn main() {}
+//! The build's own commands. `cargo xtask demo` and `cargo xtask test` are the two that a newcomer needs: each brings
+//! what it needs first, and says what it does.
+
+mod build;
+mod demo;
+mod preflight;
+mod setup;
+mod step;
+mod test;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use setup::Purpose;
+use workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Set up, build, show, test and measure Undercurrent")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing on this machine; do nothing when all is there.
+    Setup,
+    /// Compile the eBPF programs.
+    BuildEbpf,
+    /// Build the release binary, with the eBPF programs inside.
+    Build,
+    /// From nothing to a mesh that is seen working.
+    Demo {
+        /// Passed on to `undercurrent playground demo`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Every check and every test.
+    Test {
+        /// Passed on to `cargo test`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        filter: Vec<String>,
+    },
+    /// The checks that no compiler makes: lengths, words, headers, who depends on whom.
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            step::failed(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    let workspace = Workspace::here();
+    match command {
+        Command::Setup => setup::run(&workspace, Purpose::ALL),
+        Command::BuildEbpf => build::ebpf(&workspace),
+        Command::Build => build::all(&workspace, &[Purpose::Build]),
+        Command::Demo { arguments } => demo::run(&workspace, &arguments),
+        Command::Test { filter } => test::run(&workspace, &filter),
+        Command::Tidy => tidy::run(&workspace),
+    }
+}
