@@ -1,0 +1,223 @@
+//! The tunnel's TCP socket, below TLS: few large reads, few large writes.
+//!
+//! ```text
+//!  h2 ── TLS ── Wire ── socket        reads:  up to 256 KiB at once, into a buffer lent by the thread while bytes wait
+//!                                     writes: gathered, sent by `Flush` after each turn of the tunnel's task
+//! ```
+//! h2 flushes after every DATA frame; here a flush does nothing once the handshake is over. Whoever drives the tunnel
+//! calls [`Flush::poll_flush`] when h2 has nothing more to do.
+
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    net::Shutdown,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, BytesMut};
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+use crate::relay::read_some;
+
+/// What one read of the socket takes at most, and what is gathered before a write does not wait for the flush.
+const LARGEST: usize = 256 << 10;
+/// The out-buffer is given back after a turn in which it grew beyond this.
+const KEPT: usize = 8 << 10;
+/// Enough to tell HTTP from TLS.
+const FIRST_BYTES: usize = 8;
+
+/// Drives out what was gathered, and counts what came in.
+pub(crate) trait Flush {
+    /// Ready once everything is with the kernel.
+    fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+    /// Bytes that the peer has sent so far.
+    fn received(&self) -> u64;
+}
+
+/// The socket as TLS sees it.
+pub(crate) struct Wire(Rc<WireState>);
+
+/// The same socket as the tunnel's driver sees it.
+#[derive(Clone)]
+pub(crate) struct WireHandle(Rc<WireState>);
+
+struct WireState {
+    socket: TcpStream,
+    incoming: RefCell<BytesMut>,
+    outgoing: RefCell<BytesMut>,
+    /// Whether writes wait for the driver's flush.
+    gathers: Cell<bool>,
+    received: Cell<u64>,
+    first_bytes: Cell<[u8; FIRST_BYTES]>,
+}
+
+thread_local! {
+    /// The read buffer, while no tunnel of this thread has bytes waiting in it.
+    static LENT: RefCell<BytesMut> = RefCell::new(BytesMut::new());
+}
+
+impl Wire {
+    pub(crate) fn new(socket: TcpStream) -> (Self, WireHandle) {
+        // An error here shows at the first read, too.
+        let _ = socket.set_nodelay(true);
+        let state = Rc::new(WireState {
+            socket,
+            incoming: RefCell::default(),
+            outgoing: RefCell::default(),
+            gathers: Cell::new(false),
+            received: Cell::new(0),
+            first_bytes: Cell::default(),
+        });
+        (Self(state.clone()), WireHandle(state))
+    }
+}
+
+impl WireHandle {
+    /// From now on writes wait for [`Flush::poll_flush`].
+    pub(crate) fn gather(&self) {
+        self.0.gathers.set(true);
+    }
+
+    /// The first bytes that the peer sent.
+    pub(crate) fn first_bytes(&self) -> [u8; FIRST_BYTES] {
+        self.0.first_bytes.get()
+    }
+
+    /// Lets the peer read what was sent last, such as an alert, before the socket is closed with bytes unread: closing
+    /// at once would be a reset, which discards it.
+    pub(crate) async fn linger(&self) {
+        const PATIENCE: std::time::Duration = std::time::Duration::from_millis(500);
+        const MOST_BYTES: usize = 64 << 10;
+        let socket = &self.0.socket;
+        let discard = async {
+            std::future::poll_fn(|cx| self.poll_flush(cx)).await?;
+            SockRef::from(socket).shutdown(Shutdown::Write)?;
+            let mut scrap = BytesMut::with_capacity(4 << 10);
+            let mut discarded = 0;
+            while discarded < MOST_BYTES {
+                socket.readable().await?;
+                scrap.clear();
+                match socket.try_read_buf(&mut scrap) {
+                    Ok(0) => break,
+                    Ok(count) => discarded += count,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(())
+        };
+        let _: Result<io::Result<()>, _> = tokio::time::timeout(PATIENCE, discard).await;
+    }
+}
+
+impl WireState {
+    /// Fills `incoming`; ready with 0 at the end.
+    fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.socket.poll_read_ready(cx))?;
+            let mut incoming = self.incoming.borrow_mut();
+            if incoming.capacity() < LARGEST {
+                *incoming = LENT.take();
+                incoming.reserve(LARGEST);
+            }
+            match read_some(&self.socket, &mut incoming, LARGEST) {
+                Ok(count) => {
+                    self.count(&incoming, count);
+                    return Poll::Ready(Ok(count));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => give_back(&mut incoming),
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    fn count(&self, incoming: &[u8], count: usize) {
+        let before = self.received.get();
+        if before == 0 {
+            let mut first = [0; FIRST_BYTES];
+            let length = incoming.len().min(FIRST_BYTES);
+            first[..length].copy_from_slice(&incoming[..length]);
+            self.first_bytes.set(first);
+        }
+        self.received.set(before + count as u64);
+    }
+
+    fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut outgoing = self.outgoing.borrow_mut();
+        while outgoing.has_remaining() {
+            match self.socket.try_write(&outgoing) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Ok(count) => outgoing.advance(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(self.socket.poll_write_ready(cx))?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        if outgoing.capacity() > KEPT {
+            *outgoing = BytesMut::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+fn give_back(buffer: &mut BytesMut) {
+    let mut buffer = std::mem::take(buffer);
+    buffer.clear();
+    LENT.set(buffer);
+}
+
+impl Flush for WireHandle {
+    fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.poll_send(cx)
+    }
+
+    fn received(&self) -> u64 {
+        self.0.received.get()
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let state = &self.0;
+        if state.incoming.borrow().is_empty() && ready!(state.poll_fill(cx))? == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let mut incoming = state.incoming.borrow_mut();
+        let count = incoming.len().min(buffer.remaining());
+        buffer.put_slice(&incoming[..count]);
+        incoming.advance(count);
+        if incoming.is_empty() {
+            give_back(&mut incoming);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let state = &self.0;
+        if state.outgoing.borrow().len() >= LARGEST {
+            ready!(state.poll_send(cx))?;
+        }
+        state.outgoing.borrow_mut().extend_from_slice(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.0.gathers.get() {
+            return Poll::Ready(Ok(()));
+        }
+        self.0.poll_send(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.0.poll_send(cx))?;
+        Poll::Ready(SockRef::from(&self.0.socket).shutdown(Shutdown::Write))
+    }
+}
