@@ -1,6 +1,7 @@
 //! The build's own commands. `cargo xtask demo` and `cargo xtask test` are the two that a newcomer needs: each brings
 //! what it needs first, and says what it does.
 
+mod bench;
 mod build;
 mod demo;
 mod preflight;
@@ -45,8 +46,19 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         filter: Vec<String>,
     },
+    /// Measure speed and cost, side by side with others.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
     /// The checks that no compiler makes: lengths, words, headers, who depends on whom.
     Tidy,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// The L4 path: no mesh, undercurrent, Envoy, and other node proxies.
+    L4(bench::L4),
 }
 
 fn main() -> ExitCode {
@@ -67,6 +79,9 @@ fn run(command: Command) -> Result<()> {
         Command::Build => build::all(&workspace, &[Purpose::Build]),
         Command::Demo { arguments } => demo::run(&workspace, &arguments),
         Command::Test { filter } => test::run(&workspace, &filter),
+        Command::Bench {
+            what: Bench::L4(options),
+        } => bench::l4(&workspace, &options),
         Command::Tidy => tidy::run(&workspace),
     }
 }

@@ -1,0 +1,268 @@
+//! The lab: the playground's two nodes, with a pair of pods for each contender.
+//!
+//! Every contender's client is on the first node and its server on the second, joined by the same links, routes and
+//! bridge, and every server is the same program: what differs is only what stands between. All load stays inside the
+//! namespaces that the playground made.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::step::Steps;
+use crate::workspace::Workspace;
+
+/// Where each server listens.
+pub const PORT: u16 = 8080;
+
+/// One pod of the lab.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pod {
+    namespace: String,
+    name: &'static str,
+}
+
+impl Pod {
+    /// Its network namespace, as `ip netns` knows it.
+    pub fn netns(&self) -> String {
+        format!("uc-{}-{}", self.namespace, self.name)
+    }
+}
+
+/// A pair of pods, in a Kubernetes namespace of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pair {
+    namespace: String,
+    opted_in: bool,
+}
+
+impl Pair {
+    /// The pods of a contender; `opted_in` puts them into the mesh.
+    pub fn new(contender: &str, opted_in: bool) -> Self {
+        Pair {
+            namespace: format!("bench-{contender}"),
+            opted_in,
+        }
+    }
+
+    /// Where load comes from.
+    pub fn client(&self) -> Pod {
+        Pod {
+            namespace: self.namespace.clone(),
+            name: "client",
+        }
+    }
+
+    /// Where it goes.
+    pub fn server(&self) -> Pod {
+        Pod {
+            namespace: self.namespace.clone(),
+            name: "server",
+        }
+    }
+}
+
+/// The running lab; taken down when dropped.
+pub struct Lab {
+    undercurrent: PathBuf,
+    load: PathBuf,
+    directory: PathBuf,
+}
+
+impl Lab {
+    /// Brings up the playground with all pairs, and waits until it is ready.
+    pub fn up(workspace: &Workspace, undercurrent: PathBuf, pairs: &[Pair]) -> Result<Self> {
+        let directory = workspace.target("bench/lab");
+        let manifests = directory.join("manifests");
+        std::fs::create_dir_all(&manifests)?;
+        let load = workspace.target("release/load");
+        std::fs::write(manifests.join("bench.yaml"), manifest(pairs, &load.to_string_lossy()))?;
+        let lab = Lab {
+            undercurrent,
+            load,
+            directory,
+        };
+        let mut up = lab.playground(&["up", "--nodes", "2", "--manifests"]);
+        up.arg(&manifests);
+        Steps::new(workspace).run("bench-up", "bring up the lab: two nodes", &mut up)?;
+        Ok(lab)
+    }
+
+    /// A file or directory of the lab's.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// The binary under test.
+    pub fn undercurrent(&self) -> &PathBuf {
+        &self.undercurrent
+    }
+
+    /// The load generator inside a pod.
+    pub fn load(&self, pod: &Pod) -> Command {
+        let mut command = self.playground(&["exec"]);
+        command
+            .arg(format!("{}/{}", pod.namespace, pod.name))
+            .arg("--")
+            .arg(&self.load);
+        command
+    }
+
+    /// The pod's first IPv4 address that others can reach.
+    pub fn address(&self, pod: &Pod) -> Result<IpAddr> {
+        let mut ip = Command::new("ip");
+        ip.args(["-n", &pod.netns(), "-j", "-4", "addr", "show", "scope", "global"]);
+        let output = ip.output().context("start ip")?;
+        let links: Vec<Link> = serde_json::from_slice(&output.stdout).with_context(|| {
+            format!(
+                "addresses of {}: {}",
+                pod.netns(),
+                String::from_utf8_lossy(&output.stderr)
+            )
+        })?;
+        let address = links
+            .into_iter()
+            .flat_map(|link| link.addr_info)
+            .find_map(|info| info.local);
+        address.with_context(|| format!("{} has no address", pod.netns()))
+    }
+
+    fn playground(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.undercurrent);
+        command.arg("playground").args(arguments);
+        command
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let down = self
+            .playground(&["down"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        if !down.is_ok_and(|status| status.success()) {
+            crate::step::note("the lab may not be gone: `undercurrent playground down` removes it");
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Link {
+    #[serde(default)]
+    addr_info: Vec<AddressInfo>,
+}
+
+#[derive(Deserialize)]
+struct AddressInfo {
+    local: Option<IpAddr>,
+}
+
+/// A program in a network namespace, outside of any pod: where a sidecar's process would be.
+pub fn in_netns(netns: &str, program: &str) -> Command {
+    let mut command = Command::new("ip");
+    // Thousands of idle connections need as many descriptors.
+    command.args(["netns", "exec", netns, "prlimit", "--nofile=100000:100000", program]);
+    command
+}
+
+/// Runs a short command; its failure is an error with what it said.
+pub fn check(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("start {}", command.get_program().display()))?;
+    if !output.status.success() {
+        bail!(
+            "{}: {}",
+            crate::step::words(command),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
+/// A network namespace with nothing in it but loopback, for measuring starts.
+pub struct Scratch(&'static str);
+
+impl Scratch {
+    /// Its name.
+    pub const NAME: &str = "uc-bench-scratch";
+
+    /// A fresh one.
+    pub fn new() -> Result<Self> {
+        let scratch = Scratch(Self::NAME);
+        let _ = Command::new("ip")
+            .args(["netns", "del", Self::NAME])
+            .stderr(Stdio::null())
+            .status();
+        check(Command::new("ip").args(["netns", "add", Self::NAME]))?;
+        check(Command::new("ip").args(["-n", Self::NAME, "link", "set", "lo", "up"]))?;
+        Ok(scratch)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "del", self.0])
+            .stderr(Stdio::null())
+            .status();
+    }
+}
+
+/// The Kubernetes objects of the lab.
+fn manifest(pairs: &[Pair], load: &str) -> String {
+    let mut yaml = String::new();
+    for Pair { namespace, opted_in } in pairs {
+        let labels = if *opted_in {
+            "\n  labels: {istio.io/dataplane-mode: ambient}"
+        } else {
+            ""
+        };
+        let _ = write!(
+            yaml,
+            "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {namespace}{labels}\n---\n"
+        );
+        let serve = format!(r#"["{load}", "serve", "--listen", "0.0.0.0:{PORT}"]"#);
+        for (name, node, command) in [("client", 1, r#"["sleep", "infinity"]"#), ("server", 2, serve.as_str())] {
+            let _ = write!(
+                yaml,
+                "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: {namespace}}}\n---\n\
+                 apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n  \
+                 nodeName: node-{node}\n  serviceAccountName: {name}\n  containers:\n  - name: {name}\n    \
+                 image: none\n    command: {command}\n---\n"
+            );
+        }
+    }
+    yaml
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_pair_that_is_opted_in_carries_the_label() {
+        let yaml = manifest(&[Pair::new("none", false), Pair::new("undercurrent", true)], "/x/load");
+        let documents: Vec<&str> = yaml.split("---\n").collect();
+        let labelled: Vec<&&str> = documents
+            .iter()
+            .filter(|text| text.contains("dataplane-mode"))
+            .collect();
+        assert_eq!(labelled.len(), 1);
+        assert!(labelled[0].contains("name: bench-undercurrent"), "{yaml}");
+        assert_eq!(yaml.matches("kind: Pod").count(), 4);
+        assert!(
+            yaml.contains("nodeName: node-2\n  serviceAccountName: server"),
+            "{yaml}"
+        );
+    }
+
+    #[test]
+    fn namespaces_are_named_as_the_playground_names_them() {
+        assert_eq!(Pair::new("envoy", false).server().netns(), "uc-bench-envoy-server");
+    }
+}

@@ -1,0 +1,320 @@
+//! The measurements, each on one contender: load from the client's pod, and what the proxies spent on it.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::contender::{Contender, Sides};
+use super::lab::Lab;
+use super::process::{cpu_seconds, machine_cpu_seconds, memory_mib};
+
+/// Something to do to every contender, in turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Measure {
+    /// Bytes on so many streams.
+    Bulk(u32),
+    /// Requests on so many kept-alive connections.
+    Requests(u32),
+    /// New connections.
+    Connections,
+    /// One more proxy's start.
+    Start,
+}
+
+/// All of them, in the order of the report.
+pub const MEASURES: [Measure; 7] = [
+    Measure::Bulk(1),
+    Measure::Bulk(8),
+    Measure::Requests(1),
+    Measure::Requests(16),
+    Measure::Requests(64),
+    Measure::Connections,
+    Measure::Start,
+];
+
+/// How many idle connections memory is looked at with.
+pub const IDLE: [u32; 3] = [0, 1000, 4000];
+
+/// Which of two values is the better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Better {
+    /// As in speed.
+    Higher,
+    /// As in cost.
+    Lower,
+}
+
+/// One value of one contender.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// The row it belongs to.
+    pub row: String,
+    /// Of the value.
+    pub unit: &'static str,
+    /// How to compare it.
+    pub better: Better,
+    /// The value.
+    pub value: f64,
+}
+
+fn sample(row: impl Into<String>, unit: &'static str, better: Better, value: f64) -> Sample {
+    Sample {
+        row: row.into(),
+        unit,
+        better,
+        value,
+    }
+}
+
+#[derive(Deserialize)]
+struct Bulk {
+    bytes: u64,
+    seconds: f64,
+}
+
+#[derive(Deserialize)]
+struct Requests {
+    count: u64,
+    failed: u64,
+    seconds: f64,
+    p50_us: f64,
+    p99_us: f64,
+}
+
+/// Connections at a time while new ones are counted.
+const AT_A_TIME: &str = "16";
+
+impl Measure {
+    /// Measures one contender, for about so many seconds.
+    pub fn run(self, lab: &Lab, contender: &dyn Contender, seconds: f64) -> Result<Vec<Sample>> {
+        use Better::{Higher, Lower};
+        match self {
+            Measure::Bulk(streams) => {
+                let words = ["bulk", "--streams", &streams.to_string()];
+                let (bulk, cost): (Bulk, Cost) = load(lab, contender, &words, seconds)?;
+                let row = format!("bulk, {streams} {}", if streams == 1 { "stream" } else { "streams" });
+                let speed = bulk.bytes as f64 * 8.0 / bulk.seconds / 1e9;
+                let mut samples = vec![sample(&row, "Gb/s", Higher, speed)];
+                samples.extend(cost.samples(&row, "CPU s/GB", bulk.bytes as f64 / 1e9));
+                Ok(samples)
+            }
+            Measure::Requests(connections) => {
+                let words = ["requests", "--connections", &connections.to_string()];
+                let (got, cost): (Requests, Cost) = load(lab, contender, &words, seconds)?;
+                let row = format!("requests, {connections} conn");
+                let mut samples = vec![
+                    sample(&row, "req/s", Higher, got.rate()?),
+                    sample(format!("{row}, p50"), "µs", Lower, got.p50_us),
+                    sample(format!("{row}, p99"), "µs", Lower, got.p99_us),
+                ];
+                samples.extend(cost.samples(&row, "CPU s/100k", got.count as f64 / 1e5));
+                Ok(samples)
+            }
+            Measure::Connections => {
+                let words = ["connections", "--concurrency", AT_A_TIME];
+                let (got, cost): (Requests, Cost) = load(lab, contender, &words, seconds)?;
+                let row = "new connections";
+                let mut samples = vec![
+                    sample(row, "conn/s", Higher, got.rate()?),
+                    sample(format!("{row}, p50"), "µs", Lower, got.p50_us),
+                    sample(format!("{row}, p99"), "µs", Lower, got.p99_us),
+                ];
+                samples.extend(cost.samples(row, "CPU s/100k", got.count as f64 / 1e5));
+                Ok(samples)
+            }
+            Measure::Start => {
+                let took = contender.time_to_ready(lab)?;
+                Ok(took
+                    .map(|took| sample("start to ready", "ms", Lower, took.as_secs_f64() * 1e3))
+                    .into_iter()
+                    .collect())
+            }
+        }
+    }
+
+    /// In words, for the progress line.
+    pub fn title(self) -> String {
+        match self {
+            Measure::Bulk(streams) => format!("bulk, {streams} streams"),
+            Measure::Requests(connections) => format!("requests, {connections} connections"),
+            Measure::Connections => "new connections".to_owned(),
+            Measure::Start => "start to ready".to_owned(),
+        }
+    }
+}
+
+impl Requests {
+    fn rate(&self) -> Result<f64> {
+        if self.failed > self.count / 100 {
+            bail!("{} of {} connections failed", self.failed, self.count + self.failed);
+        }
+        Ok(self.count as f64 / self.seconds)
+    }
+}
+
+/// CPU seconds spent while something ran.
+struct Cost {
+    /// By the proxies, where there are any.
+    proxies: Option<(f64, f64)>,
+    machine: f64,
+}
+
+impl Cost {
+    fn now(sides: &Sides) -> Result<Self> {
+        let sum = |ids: &[u32]| ids.iter().map(|id| cpu_seconds(*id)).sum::<Result<f64>>();
+        let there = !sides.client.is_empty();
+        let proxies = if there {
+            Some((sum(&sides.client)?, sum(&sides.server)?))
+        } else {
+            None
+        };
+        Ok(Cost {
+            proxies,
+            machine: machine_cpu_seconds()?,
+        })
+    }
+
+    fn since(self, before: &Cost) -> Cost {
+        let proxies = self.proxies.zip(before.proxies);
+        Cost {
+            proxies: proxies.map(|(now, then)| (now.0 - then.0, now.1 - then.1)),
+            machine: self.machine - before.machine,
+        }
+    }
+
+    fn samples(&self, row: &str, unit: &'static str, work: f64) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        if let Some((client, server)) = self.proxies {
+            samples.push(sample(
+                format!("{row}, both proxies"),
+                unit,
+                Better::Lower,
+                (client + server) / work,
+            ));
+            samples.push(sample(
+                format!("{row}, client's proxy"),
+                unit,
+                Better::Lower,
+                client / work,
+            ));
+            samples.push(sample(
+                format!("{row}, server's proxy"),
+                unit,
+                Better::Lower,
+                server / work,
+            ));
+        }
+        samples.push(sample(
+            format!("{row}, whole machine"),
+            unit,
+            Better::Lower,
+            self.machine / work,
+        ));
+        samples
+    }
+}
+
+fn load<T: DeserializeOwned>(lab: &Lab, contender: &dyn Contender, words: &[&str], seconds: f64) -> Result<(T, Cost)> {
+    let sides = contender.sides()?;
+    let mut command = lab.load(&contender.pair().client());
+    command.args(words).args([
+        "--target",
+        &contender.target(lab)?.to_string(),
+        "--seconds",
+        &seconds.to_string(),
+    ]);
+    let before = Cost::now(&sides)?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .context("start the load generator")?;
+    let cost = Cost::now(&sides)?.since(&before);
+    if !output.status.success() {
+        bail!(
+            "{}: {}",
+            words.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    let answer = serde_json::from_slice(&output.stdout);
+    let answer = answer.with_context(|| format!("{}: {}", words.join(" "), String::from_utf8_lossy(&output.stdout)))?;
+    Ok((answer, cost))
+}
+
+/// Memory of a contender's fresh proxies without, and with more and more, idle connections through them.
+pub fn memory(lab: &Lab, contender: &dyn Contender) -> Result<Vec<Sample>> {
+    let sides = contender.sides()?;
+    if sides.client.is_empty() {
+        return Ok(Vec::new());
+    }
+    let of = |ids: &[u32]| ids.iter().map(|id| memory_mib(*id)).sum::<Result<f64>>();
+    let mut samples = Vec::new();
+    let mut first = None;
+    for count in IDLE {
+        let held = if count == 0 {
+            None
+        } else {
+            Some(hold(lab, contender, count)?)
+        };
+        let (client, server) = (of(&sides.client)?, of(&sides.server)?);
+        drop(held);
+        for (side, value) in [("client's proxy", client), ("server's proxy", server)] {
+            samples.push(sample(
+                format!("memory, {count} idle conn, {side}"),
+                "MiB",
+                Better::Lower,
+                value,
+            ));
+        }
+        let (client0, server0) = *first.get_or_insert((client, server));
+        if count == IDLE[IDLE.len() - 1] {
+            let each = |more: f64| more.max(0.0) * 1024.0 / f64::from(count);
+            samples.push(sample(
+                "memory per idle conn, client's proxy",
+                "KiB",
+                Better::Lower,
+                each(client - client0),
+            ));
+            samples.push(sample(
+                "memory per idle conn, server's proxy",
+                "KiB",
+                Better::Lower,
+                each(server - server0),
+            ));
+        }
+    }
+    Ok(samples)
+}
+
+/// Idle connections; closed when dropped.
+struct Held(std::process::Child);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take()); // the load generator ends with its standard input
+        let _ = self.0.wait();
+    }
+}
+
+fn hold(lab: &Lab, contender: &dyn Contender, count: u32) -> Result<Held> {
+    let mut command = lab.load(&contender.pair().client());
+    command.args(["idle", "--seconds", "60", "--count", &count.to_string()]);
+    command.args(["--target", &contender.target(lab)?.to_string()]);
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start the load generator")?;
+    let mut line = String::new();
+    let output = child.stdout.take().context("its output is a pipe")?;
+    BufReader::new(output).read_line(&mut line)?;
+    let held = Held(child);
+    if !line.contains("held") {
+        bail!("{count} idle connections could not be opened");
+    }
+    Ok(held)
+}
