@@ -15,7 +15,7 @@ mod server;
 mod status;
 
 pub use client::{ClientError, get, post};
-pub use server::{Agent, Health, ServeError, serve_health, serve_socket};
+pub use server::{Agent, Answer, Health, ServeError, serve_health, serve_socket};
 pub use status::{
     CapabilityStatus, CaptureStatus, CertificateStatus, KnowledgeStatus, PodAdded, PodIp, PodRemoved, PodStatus, Status,
 };

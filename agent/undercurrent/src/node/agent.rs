@@ -1,0 +1,110 @@
+//! What the local socket asks of this process.
+
+use std::{
+    sync::{Arc, PoisonError},
+    time::{Instant, SystemTime},
+};
+
+use admin::{
+    CapabilityStatus, CaptureStatus, CertificateStatus, Health, KnowledgeStatus, PodAdded, PodRemoved, PodStatus, Status,
+};
+use telemetry::AccessLog;
+
+use super::{
+    pods::{PodView, Pods, View},
+    static_source::Problems,
+};
+
+/// Everything that the status is made of.
+pub struct NodeAgent {
+    pub started: Instant,
+    pub node_name: String,
+    pub capabilities: capture::Capabilities,
+    pub knowledge: mesh::Knowledge,
+    pub problems: Problems,
+    pub identities: identity::Identities,
+    pub capture: Arc<capture::Node>,
+    pub proxy: Arc<l4::Proxy>,
+    pub access_log: AccessLog,
+    pub pods: Pods,
+    pub view: View,
+}
+
+impl NodeAgent {
+    fn problems(&self) -> Vec<String> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn pod_status(&self, pod: PodView, certificates: &[identity::CertificateInfo]) -> PodStatus {
+        let certificate = pod.identity.as_ref().and_then(|identity| {
+            let info = certificates.iter().find(|info| info.identity == *identity)?;
+            let not_after = info.not_after.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+            Some(CertificateStatus { serial: info.serial.clone(), not_after })
+        });
+        PodStatus {
+            namespace: pod.pod.namespace.to_string(),
+            name: pod.pod.name.to_string(),
+            addresses: pod.addresses,
+            captured: pod.captured,
+            problem: pod.problem,
+            identity: pod.identity.map(|identity| identity.to_string()),
+            certificate,
+            dropped: self.capture.pod_counters(&pod.uid).into_iter().collect(),
+        }
+    }
+}
+
+impl Health for NodeAgent {
+    fn pending(&self) -> Vec<String> {
+        let mut pending = Vec::new();
+        if !self.knowledge.snapshot().ready() {
+            pending.push(format!("knowledge of the mesh ({})", self.problems().join("; ")));
+        }
+        if !self.view.settled() {
+            pending.push("the pods that were known before the restart".to_owned());
+        }
+        pending
+    }
+}
+
+impl admin::Agent for NodeAgent {
+    fn status(&self) -> Status {
+        let snapshot = self.knowledge.snapshot();
+        let certificates = self.identities.list();
+        let capabilities = self
+            .capabilities
+            .iter()
+            .map(|one| CapabilityStatus {
+                name: one.name().to_owned(),
+                available: one.is_available(),
+                detail: one.detail(),
+            })
+            .collect();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.node_name.clone(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            pending: self.pending(),
+            capture: CaptureStatus { mode: "ebpf".to_owned(), capabilities },
+            knowledge: KnowledgeStatus {
+                generation: snapshot.generation(),
+                workloads: snapshot.workloads().count(),
+                rejected: self.problems(),
+            },
+            pods: self.view.pods().into_iter().map(|pod| self.pod_status(pod, &certificates)).collect(),
+            connections: self.proxy.counters().into_iter().collect(),
+            access_log_dropped: self.access_log.dropped(),
+        }
+    }
+
+    fn pod_added(&self, event: PodAdded) -> admin::Answer {
+        let pods = self.pods.clone();
+        Box::pin(async move { pods.added(event).await })
+    }
+
+    fn pod_removed(&self, event: PodRemoved) -> admin::Answer {
+        let pods = self.pods.clone();
+        Box::pin(async move { pods.removed(event).await })
+    }
+}

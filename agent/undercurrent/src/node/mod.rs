@@ -1,0 +1,147 @@
+//! The node role: capture, knowledge, identities and the L4 proxy of one node, wired together.
+//!
+//! ```text
+//! static file ─► mesh ─┬─► pods: what is captured ◄─ cmdadd, cmddel (agent.sock), a timer
+//!                      │        │ capture                │ listeners, sockets
+//!                      └─► l4 proxy (shards) ◄───────────┘        identities ◄─ the authority of --ca-cert
+//! ```
+//! Under failure: without capture the role ends and says why; without a usable file it runs, is not ready, and refuses;
+//! SIGTERM drains and leaves capture in place, so that pods wait for the next agent instead of going out in plaintext.
+//! `--uninstall` is what takes capture down.
+
+mod agent;
+mod config;
+mod logging;
+mod pods;
+mod records;
+mod static_source;
+
+use std::{fs, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use telemetry::AccessLog;
+use tokio::signal::unix::{SignalKind, signal};
+
+pub use config::NodeArgs;
+use config::{AccessLogMode, CaptureMode};
+
+/// The eBPF programs, aligned as their loader wants them.
+static EBPF_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("UNDERCURRENT_EBPF")));
+
+#[repr(C, align(8))]
+struct Aligned<T: ?Sized>(T);
+
+/// Runs the role until it is told to end.
+pub fn run(args: NodeArgs) -> anyhow::Result<()> {
+    logging::start()?;
+    raise_file_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("agent")
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(serve(args))
+}
+
+async fn serve(args: NodeArgs) -> anyhow::Result<()> {
+    let capabilities = capture::probe();
+    for missing in capabilities.missing() {
+        tracing::warn!("{missing}");
+    }
+    if !capabilities.ebpf_complete() {
+        bail!("this kernel lacks what capture needs; nothing is captured, so the agent ends: {capabilities}");
+    }
+    let node = start_capture(&args).await?;
+    let (writer, knowledge) = mesh::new();
+    let problems = static_source::follow(args.static_file.clone(), writer).context("cannot follow the static file")?;
+    let identities = start_identities(&args, &knowledge)?;
+    let access_log = start_access_log(args.access_log).context("cannot start the access log")?;
+    let mut config = l4::Config::default();
+    if let Some(shards) = args.shards {
+        config.shards = shards.max(1);
+    }
+    let proxy = l4::Proxy::start(config, knowledge.clone(), identities.clone(), access_log.clone())
+        .context("cannot start the proxy")?;
+    let proxy = Arc::new(proxy);
+    let parts = pods::Parts {
+        node_name: args.node.as_str().into(),
+        capture: node.clone(),
+        knowledge: knowledge.clone(),
+        identities: identities.clone(),
+        proxy: proxy.clone(),
+    };
+    let (pods, view, reconciler) = pods::start(parts, &args.state_dir.join("pods"))?;
+    let agent = Arc::new(agent::NodeAgent {
+        started: std::time::Instant::now(),
+        node_name: args.node.clone(),
+        capabilities,
+        knowledge,
+        problems,
+        identities: identities.clone(),
+        capture: node.clone(),
+        proxy: proxy.clone(),
+        access_log: access_log.clone(),
+        pods,
+        view,
+    });
+    let socket = args.state_dir.join("agent.sock");
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tracing::info!(node = args.node, version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), "agent started");
+    tokio::select! {
+        never = admin::serve_socket(&socket, agent.clone()) => never.map(drop).context("the local socket")?,
+        never = admin::serve_health(args.health, agent) => never.map(drop).context("the readiness endpoint")?,
+        failure = proxy.failed() => bail!("the proxy failed: {failure}"),
+        ended = reconciler => bail!("the pods' reconciler ended: {ended:?}"),
+        () = identities.rotate() => bail!("the rotation of certificates ended"),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!(seconds = args.drain.as_secs(), "told to end: draining; pods stay captured until an agent is back");
+    proxy.drain(args.drain).await;
+    access_log.flush(Duration::from_secs(1));
+    Ok(())
+}
+
+async fn start_capture(args: &NodeArgs) -> anyhow::Result<Arc<capture::Node>> {
+    match args.capture {
+        CaptureMode::Auto | CaptureMode::Ebpf => {}
+    }
+    let config = capture::NodeConfig {
+        node: args.node.clone(),
+        pin_dir: args.pin_dir.clone(),
+        pods_cgroup: args.pods_cgroup.clone(),
+        agent_cgroup: None,
+        object: &EBPF_OBJECT.0,
+        log: args.ebpf_log,
+    };
+    let node = capture::Node::start(config).await.context("cannot capture")?;
+    Ok(Arc::new(node))
+}
+
+fn start_identities(args: &NodeArgs, knowledge: &mesh::Knowledge) -> anyhow::Result<identity::Identities> {
+    let read = |path: &std::path::Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+    let authority = identity::LocalAuthority::from_pem(&read(&args.ca_cert)?, &read(&args.ca_key)?)
+        .with_context(|| format!("{} and {}", args.ca_cert.display(), args.ca_key.display()))?;
+    let trust_domain = knowledge.snapshot().settings().trust_domain.clone();
+    Ok(identity::Identities::new(Arc::new(authority), trust_domain, identity::Clock::system()))
+}
+
+fn start_access_log(mode: AccessLogMode) -> std::io::Result<AccessLog> {
+    match mode {
+        AccessLogMode::Off => Ok(AccessLog::off()),
+        AccessLogMode::Text => AccessLog::start(std::io::stdout(), telemetry::Format::Text),
+        AccessLogMode::Json => AccessLog::start(std::io::stdout(), telemetry::Format::Json),
+    }
+}
+
+/// Every connection takes two descriptors: the soft limit is raised to the hard one.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
