@@ -165,8 +165,9 @@ struct AddressInfo {
 /// A program in a network namespace, outside of any pod: where a sidecar's process would be.
 pub fn in_netns(netns: &str, program: &str) -> Command {
     let mut command = Command::new("ip");
-    // Thousands of idle connections need as many descriptors.
-    command.args(["netns", "exec", netns, "prlimit", "--nofile=100000:100000", program]);
+    // Thousands of idle connections need as many descriptors as the process may have.
+    let raise = "ulimit -n \"$(ulimit -H -n)\"; exec \"$0\" \"$@\"";
+    command.args(["netns", "exec", netns, "sh", "-c", raise, program]);
     command
 }
 

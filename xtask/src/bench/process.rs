@@ -84,14 +84,14 @@ fn busy_seconds_in(stat: &str) -> Option<f64> {
     Some(busy as f64 / TICKS_PER_SECOND)
 }
 
-/// A process's proportional share of memory, MiB.
+/// A process's resident memory, MiB: what a proxy takes that is alone on its node.
 pub fn memory_mib(id: u32) -> Result<f64> {
     let path = format!("/proc/{id}/smaps_rollup");
     let rollup = std::fs::read_to_string(&path).with_context(|| path.clone())?;
     let line = rollup
         .lines()
-        .find_map(|line| line.strip_prefix("Pss:"))
-        .with_context(|| format!("{path} has no Pss"))?;
+        .find_map(|line| line.strip_prefix("Rss:"))
+        .with_context(|| format!("{path} has no Rss"))?;
     let kib: f64 = line
         .split_whitespace()
         .next()

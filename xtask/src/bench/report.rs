@@ -208,7 +208,7 @@ const METHOD: &str = "
   closed by the server.
 - CPU of a proxy is the user and system time of its process. What the kernel does in softirq on its behalf is counted
   where it happens to run; \"whole machine\" has it all, with the load's.
-- Memory is the proportional share (PSS) of fresh proxies, before any other load; once.
+- Memory is what is resident (RSS) of fresh proxies, before any other load; once.
 ";
 
 /// Three significant digits, thousands in `k`.
