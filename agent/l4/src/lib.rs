@@ -1,1 +1,53 @@
 //! Connections: outbound, inbound, passthrough, on shards.
+//!
+//! ```text
+//!            ┌────────────── Proxy ───────────────┐      one thread each: its own runtime, tunnels, streams
+//!            │ shard 0 │ shard 1 │ …              │
+//!  pod A ──► │ outbound: dialled → route → tunnel ─┼──► HBONE ──► inbound: verdict → application ──► pod B
+//!  15001     │ inbound:  15008 (HBONE), 15006 ◄────┼── …
+//!            └────────────────────────────────────┘
+//! ```
+//! Every shard polls a copy of every listener of every pod: whichever is idle takes a connection, and it stays there.
+//! Only accepted tunnels are passed on, once, to the shard with the fewest.
+//!
+//! What holds:
+//! - Nothing is dialled before the verdict; without knowledge, certificate or route a connection is refused
+//!   (`without_knowledge_everything_is_refused`).
+//! - A refusal looks like one: a reset at the client (`a_refused_upstream_is_a_reset_at_the_client`).
+//! - Live connections are judged again when knowledge changes (`a_live_connection_is_closed_when_policy_changes`).
+//! - Unfinished handshakes are bounded for each pod (`a_thousand_half_open_handshakes_do_not_harm_a_good_one`).
+//! - Each connection leaves exactly one access-log record, however it ends.
+//!
+//! Deliberately unknown here: how traffic is captured ([`PodSockets`] is asked), how a tunnel is framed and encrypted
+//! (`hbone`), what is allowed (`policy`), and HTTP inside connections.
+//!
+//! Tasks: a shard owns its pods' accept loops, connections and tunnels. [`Proxy::remove_pod`] and [`Proxy::drain`] end
+//! them: gracefully, then by force. A panic in a connection ends that connection; a shard that dies is reported by
+//! [`Proxy::failed`].
+
+mod accept;
+mod config;
+mod connection;
+mod counters;
+mod failure;
+mod half_open;
+mod headers;
+mod inbound;
+mod outbound;
+mod pod;
+mod proxy;
+mod recheck;
+mod relay;
+mod say;
+mod shard;
+mod socket;
+#[cfg(test)]
+mod testing;
+
+pub use config::Config;
+pub use connection::ConnectionInfo;
+pub use counters::Counters;
+pub use failure::{Failure, FailureKind};
+pub use pod::{OWN_PORTS, Pod, PodListeners, PodSockets};
+pub use proxy::{Proxy, ShardFailure};
+pub use socket::ConnectError;

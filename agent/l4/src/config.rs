@@ -1,0 +1,41 @@
+//! What can be set, with what is right where nothing is said.
+
+use std::{num::NonZeroUsize, time::Duration};
+
+/// The proxy's settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Shards: threads, each with tunnels and streams of its own. The default is one per core and two at most. The
+    /// second gives 30 % more bulk and nothing in requests (PERFORMANCE.md), and a proxy that every pod of a node
+    /// shares should not take the node's other cores unasked.
+    pub shards: usize,
+    /// How tunnels are framed, pooled and kept alive.
+    pub hbone: hbone::Config,
+    /// How long the application may take to accept a connection; ztunnel's 10 s.
+    pub connect_timeout: Duration,
+    /// How long a connection may wait for its pod's certificate before it is refused.
+    pub credentials_timeout: Duration,
+    /// How many endpoints of a service are tried before the client notices.
+    pub attempts: usize,
+    /// Half-open HBONE handshakes per pod and shard; when there are more, the oldest of the source with the most is
+    /// dropped.
+    pub half_open: usize,
+    /// The congestion control of connections that never leave the node (application to proxy and back). `None` leaves
+    /// the system's. Reno is the cheapest: nothing is lost between two sockets of one machine, and pacing only costs.
+    pub local_congestion_control: Option<&'static str>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Self {
+            shards: cores.min(2),
+            hbone: hbone::Config::default(),
+            connect_timeout: Duration::from_secs(10),
+            credentials_timeout: Duration::from_secs(5),
+            attempts: 3,
+            half_open: 256,
+            local_congestion_control: Some("reno"),
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! One connection from accept to its record, and the shard's table of those that live.
+//!
+//! ```text
+//! begin ─► (known more and more of) ─► established ─► finish(bytes, outcome) ─► one access-log record
+//!    └────────────── dropped without finish: forced end or panic ─────────────► the same, with that as the error
+//! ```
+//! Whoever handles a connection owns its [`Connection`]; the table holds the shared part, so that a connection can be
+//! listed, judged again and told to stop.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    net::SocketAddr,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::Poll,
+    time::Instant,
+};
+
+use mesh::Snapshot;
+use model::{Identity, Service, Workload, WorkloadUid, canonical_socket};
+use policy::{Facts, Reason};
+use telemetry::{ConnectionRecord, Direction, Party};
+
+use crate::{
+    counters::increment,
+    failure::Failure,
+    shard::{PodState, Shard},
+};
+
+/// The part of a connection that its shard's table shares.
+pub(crate) struct Live {
+    pub shard: Rc<Shard>,
+    pub pod: Rc<PodState>,
+    pub direction: Direction,
+    pub client: SocketAddr,
+    pub started: Instant,
+    /// Its counters, and the means to end it.
+    pub relay: hbone::Live,
+    /// Why it was told to stop.
+    pub stopped: RefCell<Option<Failure>>,
+    pub known: RefCell<Known>,
+    key: Cell<usize>,
+}
+
+/// What is known of a connection; more as it comes to be.
+#[derive(Default)]
+pub(crate) struct Known {
+    /// Outbound: where the client wanted to go, then where that led. Inbound: the address the connection (or its tunnel)
+    /// came to.
+    pub destination: Option<SocketAddr>,
+    /// The CONNECT's target.
+    pub hbone_target: Option<SocketAddr>,
+    pub source_workload: Option<Arc<Workload>>,
+    pub destination_workload: Option<Arc<Workload>>,
+    /// The service that was dialled; inbound, as the peer told (`forwarded`), and so only for telemetry.
+    pub service: Option<Arc<Service>>,
+    pub service_host: Option<Arc<str>>,
+    /// Who the peer is: inbound as it proved, outbound as it was demanded.
+    pub peer: Option<Identity>,
+    /// Inbound: what it was judged by, to judge it again.
+    pub facts: Option<Facts>,
+    /// What allowed it.
+    pub rule: Option<Reason>,
+    pub established: bool,
+}
+
+/// A connection, as its owner holds it.
+pub(crate) struct Connection {
+    live: Rc<Live>,
+    finished: bool,
+}
+
+impl std::ops::Deref for Connection {
+    type Target = Live;
+
+    fn deref(&self) -> &Live {
+        &self.live
+    }
+}
+
+impl Connection {
+    /// Enters a connection into the shard's table.
+    pub(crate) fn begin(shard: &Rc<Shard>, pod: &Rc<PodState>, direction: Direction, client: SocketAddr) -> Self {
+        let live = Rc::new(Live {
+            shard: shard.clone(),
+            pod: pod.clone(),
+            direction,
+            client: canonical_socket(client),
+            started: Instant::now(),
+            relay: hbone::Live::default(),
+            stopped: RefCell::default(),
+            known: RefCell::default(),
+            key: Cell::default(),
+        });
+        let key = shard.connections.borrow_mut().insert(live.clone());
+        live.key.set(key);
+        pod.connections.set(pod.connections.get() + 1);
+        Self { live, finished: false }
+    }
+
+    /// What the connection's task was doing, unless the connection is told to stop meanwhile.
+    pub(crate) async fn unless_stopped<F: Future + Unpin>(&self, mut doing: F) -> Option<F::Output> {
+        poll_fn(|cx| match self.relay.poll_cut(cx) {
+            Poll::Ready(()) => Poll::Ready(None),
+            Poll::Pending => Pin::new(&mut doing).poll(cx).map(Some),
+        })
+        .await
+    }
+
+    /// Where it goes.
+    pub(crate) fn learn_destination(
+        &self,
+        workload: Arc<Workload>,
+        service: Option<Arc<Service>>,
+        hbone_target: Option<SocketAddr>,
+    ) {
+        let mut known = self.known.borrow_mut();
+        known.destination_workload = Some(workload);
+        known.service = service;
+        known.hbone_target = hbone_target;
+    }
+
+    /// Inbound: the tunnel it came in.
+    pub(crate) fn learn_tunnel(&self, at: SocketAddr, peer: &Identity, service_host: Option<Arc<str>>) {
+        let mut known = self.known.borrow_mut();
+        known.destination = Some(at);
+        known.peer = Some(peer.clone());
+        known.service_host = service_host;
+    }
+
+    /// Outbound: who must answer, and where.
+    pub(crate) fn learn_peer(&self, address: SocketAddr, peer: Identity) {
+        let mut known = self.known.borrow_mut();
+        known.destination = Some(address);
+        known.peer = Some(peer);
+    }
+
+    /// Who opened it, by its address: for telemetry only.
+    pub(crate) fn learn_source(&self, snapshot: &Snapshot) {
+        self.known.borrow_mut().source_workload = snapshot.workload_by_ip(self.client.ip()).cloned();
+    }
+
+    /// The two ends are joined.
+    pub(crate) fn establish(&self) {
+        self.known.borrow_mut().established = true;
+        increment(&self.shard.counters.established);
+    }
+
+    /// The connection ended. When it was told to stop, that is what it ended by.
+    pub(crate) fn finish(mut self, failure: Option<Failure>) {
+        self.finished = true;
+        self.record(failure);
+    }
+
+    /// Bytes that this agent's pod sent and received. A plaintext client is not the pod, but counts as the relay's first
+    /// end; a tunnel's first end is always the pod.
+    fn bytes(&self) -> (u64, u64) {
+        let (to_peer, from_peer) = (self.relay.to_peer(), self.relay.from_peer());
+        match (self.direction, self.known.borrow().hbone_target) {
+            (Direction::Inbound, None) => (from_peer, to_peer),
+            _ => (to_peer, from_peer),
+        }
+    }
+
+    fn record(&self, failure: Option<Failure>) {
+        let failure = self.stopped.take().or(failure);
+        match &failure {
+            Some(failure) => self.shard.counters.fail(failure.kind()),
+            None => increment(&self.shard.counters.completed),
+        }
+        if self.shard.log.is_on() {
+            self.log(failure.as_ref());
+        } else if let Some(failure) = failure.as_ref().filter(|failure| failure.is_refusal()) {
+            let direction = self.direction.as_str();
+            self.shard.refusals.say(|| {
+                tracing::info!(pod = %self.pod.uid, client = %self.client, direction, "refused: {failure}");
+            });
+        }
+    }
+
+    fn log(&self, failure: Option<&Failure>) {
+        let (sent, received) = self.bytes();
+        let known = self.known.borrow();
+        let own_identity = |workload: &Option<Arc<Workload>>| workload.as_ref().map(|workload| workload.identity());
+        let (source_identity, destination_identity) = match self.direction {
+            Direction::Outbound => (own_identity(&known.source_workload), known.peer.clone()),
+            Direction::Inbound => (known.peer.clone(), own_identity(&known.destination_workload)),
+        };
+        self.shard.log.record(&ConnectionRecord {
+            direction: self.direction,
+            source: Party {
+                address: Some(self.client),
+                workload: known.source_workload.as_deref(),
+                identity: source_identity.as_ref(),
+            },
+            destination: Party {
+                address: known.destination,
+                workload: known.destination_workload.as_deref(),
+                identity: destination_identity.as_ref(),
+            },
+            hbone_target: known.hbone_target,
+            service: known
+                .service
+                .as_ref()
+                .map(|service| &*service.hostname)
+                .or(known.service_host.as_deref()),
+            bytes_sent: sent,
+            bytes_received: received,
+            duration: self.started.elapsed(),
+            rule: failure
+                .and_then(Failure::rule)
+                .or(known.rule.as_ref())
+                .map(|rule| rule as _),
+            error: failure.map(|failure| failure as _),
+        });
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if !self.finished {
+            let failure = if std::thread::panicking() {
+                Failure::Panicked
+            } else if self.known.borrow().established || self.direction == Direction::Outbound {
+                Failure::Drained
+            } else {
+                Failure::GivenUp
+            };
+            self.record(Some(failure));
+        }
+        self.shard.connections.borrow_mut().try_remove(self.key.get());
+        let left = self.pod.connections.get() - 1;
+        self.pod.connections.set(left);
+        if left == 0 {
+            self.pod.idle.notify_one();
+        }
+    }
+}
+
+impl Live {
+    /// Tells the connection to stop; the first reason stays.
+    pub(crate) fn stop(&self, why: Failure) {
+        self.stopped.borrow_mut().get_or_insert(why);
+        self.relay.cut();
+    }
+
+    /// What a person sees of it.
+    pub(crate) fn info(&self) -> ConnectionInfo {
+        let known = self.known.borrow();
+        let (sent, received) = (self.relay.to_peer(), self.relay.from_peer());
+        ConnectionInfo {
+            pod: self.pod.uid.clone(),
+            shard: self.shard.index,
+            direction: self.direction,
+            source: self.client,
+            destination: known.destination,
+            hbone_target: known.hbone_target,
+            service: known.service.as_ref().map(|service| service.hostname.clone()),
+            peer: known.peer.clone(),
+            established: known.established,
+            bytes: sent + received,
+            age: self.started.elapsed(),
+            rule: known.rule.as_ref().map(ToString::to_string),
+        }
+    }
+}
+
+/// A live connection, for people.
+#[derive(Clone, Debug)]
+pub struct ConnectionInfo {
+    /// The pod of this node that it is of.
+    pub pod: WorkloadUid,
+    /// The shard that carries it.
+    pub shard: usize,
+    /// Which way it goes.
+    pub direction: Direction,
+    /// Who opened it.
+    pub source: SocketAddr,
+    /// Outbound: where the client wanted to go, then where that led. Inbound: the address the connection (or its tunnel)
+    /// came to.
+    pub destination: Option<SocketAddr>,
+    /// The CONNECT's target, where there is a tunnel.
+    pub hbone_target: Option<SocketAddr>,
+    /// The service that was dialled.
+    pub service: Option<Arc<str>>,
+    /// The other side's identity; none in plaintext.
+    pub peer: Option<Identity>,
+    /// Whether the two ends are joined.
+    pub established: bool,
+    /// Moved so far, both ways.
+    pub bytes: u64,
+    /// Since accept.
+    pub age: std::time::Duration,
+    /// What allowed it.
+    pub rule: Option<String>,
+}

@@ -1,0 +1,88 @@
+//! Counts, per shard without contention, summed when somebody asks.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::failure::FailureKind;
+
+/// What one shard has counted. Only its own thread writes.
+#[derive(Default)]
+pub(crate) struct ShardCounters {
+    pub outbound: AtomicU64,
+    pub inbound_plaintext: AtomicU64,
+    pub inbound_tunnels: AtomicU64,
+    pub inbound_streams: AtomicU64,
+    pub established: AtomicU64,
+    pub completed: AtomicU64,
+    pub half_open_dropped: AtomicU64,
+    pub accept_errors: AtomicU64,
+    pub failed_over: AtomicU64,
+    pub failed: [AtomicU64; FailureKind::ALL.len()],
+}
+
+impl ShardCounters {
+    pub(crate) fn fail(&self, kind: FailureKind) {
+        increment(&self.failed[kind as usize]);
+    }
+}
+
+/// Adds one. Only the shard's own thread writes, so no locked instruction is needed.
+pub(crate) fn increment(counter: &AtomicU64) {
+    counter.store(counter.load(Relaxed) + 1, Relaxed);
+}
+
+/// What was counted since the start, over all shards.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Counters {
+    /// Connections that pods opened.
+    pub outbound: u64,
+    /// Plaintext connections that were opened to pods.
+    pub inbound_plaintext: u64,
+    /// TCP connections to HBONE listeners, handshake or not.
+    pub inbound_tunnels: u64,
+    /// CONNECT requests in them.
+    pub inbound_streams: u64,
+    /// Connections whose two ends were joined.
+    pub established: u64,
+    /// Of those, ended by both ends closing.
+    pub completed: u64,
+    /// Unfinished handshakes dropped because there were too many.
+    pub half_open_dropped: u64,
+    /// Times that `accept` failed (out of file descriptors).
+    pub accept_errors: u64,
+    /// Times that another endpoint was tried since one failed.
+    pub failed_over: u64,
+    /// Failures by kind, those that never happened too.
+    pub failed: Vec<(&'static str, u64)>,
+}
+
+impl Counters {
+    pub(crate) fn sum<'a>(shards: impl Iterator<Item = &'a ShardCounters>) -> Self {
+        let mut sum = Self {
+            failed: FailureKind::ALL.iter().map(|kind| (kind.as_str(), 0)).collect(),
+            ..Self::default()
+        };
+        for shard in shards {
+            sum.outbound += shard.outbound.load(Relaxed);
+            sum.inbound_plaintext += shard.inbound_plaintext.load(Relaxed);
+            sum.inbound_tunnels += shard.inbound_tunnels.load(Relaxed);
+            sum.inbound_streams += shard.inbound_streams.load(Relaxed);
+            sum.established += shard.established.load(Relaxed);
+            sum.completed += shard.completed.load(Relaxed);
+            sum.half_open_dropped += shard.half_open_dropped.load(Relaxed);
+            sum.accept_errors += shard.accept_errors.load(Relaxed);
+            sum.failed_over += shard.failed_over.load(Relaxed);
+            for ((_, total), counted) in sum.failed.iter_mut().zip(&shard.failed) {
+                *total += counted.load(Relaxed);
+            }
+        }
+        sum
+    }
+
+    /// How many failed in this way.
+    pub fn failed(&self, kind: FailureKind) -> u64 {
+        self.failed
+            .iter()
+            .find(|(name, _)| *name == kind.as_str())
+            .map_or(0, |(_, count)| *count)
+    }
+}

@@ -1,0 +1,210 @@
+//! Why a connection did not come to be, or was ended by other than its two ends. The texts name culprit and cause, since
+//! they stand in the access log.
+
+use std::net::SocketAddr;
+
+use mesh::RefuseReason;
+use model::{Authority, WorkloadUid};
+use policy::Reason;
+
+use crate::{
+    relay::{End, RelayError},
+    socket::ConnectError,
+};
+
+/// Why a connection did not come to be, or was ended by other than its two ends.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Nobody captured it: the capture port itself was dialled.
+    #[error("the client dialled the capture port itself: refused, since it has no original destination")]
+    NotCaptured,
+    /// It would come back to this proxy.
+    #[error("the client dialled {0}, a port of the mesh's own proxy: refused, since it would go round in circles")]
+    Loop(SocketAddr),
+    /// The pod is not (or no longer) known.
+    #[error("nothing is known of workload {0} (yet): refused, since it might have to be encrypted or denied")]
+    UnknownWorkload(WorkloadUid),
+    /// There is no way to the destination.
+    #[error("no way to the destination: {0}")]
+    NoRoute(RefuseReason),
+    /// The pod has no certificate.
+    #[error("no certificate for the pod: {0}")]
+    NoCredentials(String),
+    /// A policy denied it.
+    #[error("connection closed due to policy rejection: {0}")]
+    Denied(Reason),
+    /// It was allowed once.
+    #[error("closed: no longer allowed: {0}")]
+    NoLongerAllowed(Reason),
+    /// The destination could not be connected to.
+    #[error("{0}")]
+    Connect(#[from] ConnectError),
+    /// The tunnel to the peer did not come to be.
+    #[error("{0}")]
+    Open(#[from] hbone::OpenError),
+    /// A peer's tunnel failed.
+    #[error("{0}")]
+    Tunnel(#[from] hbone::TunnelError),
+    /// The CONNECT can't be read.
+    #[error("the peer's CONNECT is malformed: {0}")]
+    BadRequest(String),
+    /// The CONNECT is for somebody else.
+    #[error("the peer asked for {asked}, which is not this pod ({own})")]
+    NotThisPod {
+        /// What it asked for.
+        asked: Authority,
+        /// The address it asked at.
+        own: SocketAddr,
+    },
+    /// The CONNECT is for a port that this pod does not have.
+    #[error("the peer asked for {0}, which this pod does not serve")]
+    NotServed(Authority),
+    /// One end of the relay failed.
+    #[error("{0}")]
+    Relay(String),
+    /// One end reset it.
+    #[error("reset by the {0}")]
+    Reset(&'static str),
+    /// The relay between application and tunnel failed.
+    #[error("{0}")]
+    Stream(hbone::RelayError),
+    /// The peer no longer wants an answer.
+    #[error("the peer gave the request up before it was answered")]
+    GivenUp,
+    /// The pod is gone.
+    #[error("closed: the pod was removed from the proxy")]
+    PodRemoved,
+    /// The proxy ends.
+    #[error("closed: the proxy is shutting down and its time to drain is over")]
+    Drained,
+    /// Our bug.
+    #[error("closed: the proxy failed (a bug; its log has the backtrace)")]
+    Panicked,
+}
+
+/// What kind of failure it was, for counters: few, fixed names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FailureKind {
+    /// By policy.
+    Denied,
+    /// By policy, while it was live.
+    NoLongerAllowed,
+    /// Not captured, or a loop.
+    Misdirected,
+    /// Nothing known, or no way.
+    NoRoute,
+    /// No certificate.
+    Identity,
+    /// The destination could not be connected to.
+    Connect,
+    /// The tunnel did not come to be or failed.
+    Tunnel,
+    /// The peer's request is not one for this pod.
+    BadRequest,
+    /// Reset by one end.
+    Reset,
+    /// Ended by this proxy: pod removed, drained.
+    Ended,
+    /// Our bug.
+    Panicked,
+}
+
+impl FailureKind {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Denied,
+        Self::NoLongerAllowed,
+        Self::Misdirected,
+        Self::NoRoute,
+        Self::Identity,
+        Self::Connect,
+        Self::Tunnel,
+        Self::BadRequest,
+        Self::Reset,
+        Self::Ended,
+        Self::Panicked,
+    ];
+
+    /// Its name in metrics and status.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Denied => "denied",
+            Self::NoLongerAllowed => "no_longer_allowed",
+            Self::Misdirected => "misdirected",
+            Self::NoRoute => "no_route",
+            Self::Identity => "identity",
+            Self::Connect => "connect",
+            Self::Tunnel => "tunnel",
+            Self::BadRequest => "bad_request",
+            Self::Reset => "reset",
+            Self::Ended => "ended",
+            Self::Panicked => "panicked",
+        }
+    }
+}
+
+impl Failure {
+    /// Its kind.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            Self::NotCaptured | Self::Loop(_) => FailureKind::Misdirected,
+            Self::UnknownWorkload(_) | Self::NoRoute(_) => FailureKind::NoRoute,
+            Self::NoCredentials(_) => FailureKind::Identity,
+            Self::Denied(_) => FailureKind::Denied,
+            Self::NoLongerAllowed(_) => FailureKind::NoLongerAllowed,
+            Self::Connect(_) => FailureKind::Connect,
+            Self::Open(_) | Self::Tunnel(_) | Self::Relay(_) => FailureKind::Tunnel,
+            Self::BadRequest(_) | Self::NotThisPod { .. } | Self::NotServed(_) => FailureKind::BadRequest,
+            Self::Reset(_) | Self::GivenUp => FailureKind::Reset,
+            Self::Stream(hbone::RelayError::ApplicationReset | hbone::RelayError::PeerReset { .. }) => {
+                FailureKind::Reset
+            }
+            Self::Stream(_) => FailureKind::Tunnel,
+            Self::PodRemoved | Self::Drained => FailureKind::Ended,
+            Self::Panicked => FailureKind::Panicked,
+        }
+    }
+
+    /// What decided, where it was a policy.
+    pub(crate) fn rule(&self) -> Option<&Reason> {
+        match self {
+            Self::Denied(reason) | Self::NoLongerAllowed(reason) => Some(reason),
+            _ => None,
+        }
+    }
+
+    /// Whether the connection never came to be.
+    pub(crate) fn is_refusal(&self) -> bool {
+        !matches!(
+            self,
+            Self::NoLongerAllowed(_)
+                | Self::Relay(_)
+                | Self::Reset(_)
+                | Self::Stream(_)
+                | Self::GivenUp
+                | Self::PodRemoved
+                | Self::Drained
+        )
+    }
+
+    /// A stream's failure; `None` if it was told to stop.
+    pub(crate) fn of_stream(error: hbone::RelayError) -> Option<Self> {
+        match error {
+            hbone::RelayError::Cut => None,
+            error => Some(Self::Stream(error)),
+        }
+    }
+
+    /// A plain relay's failure; `None` if it was told to stop, and then whoever told it has the reason.
+    pub(crate) fn of_relay(error: RelayError) -> Option<Self> {
+        let name = |end| match end {
+            End::Client => "client",
+            End::Server => "server",
+        };
+        match error {
+            RelayError::Reset(end) => Some(Self::Reset(name(end))),
+            RelayError::Io(end, error) => Some(Self::Relay(format!("the {}'s socket failed: {error}", name(end)))),
+            RelayError::Cut => None,
+        }
+    }
+}

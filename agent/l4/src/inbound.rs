@@ -1,0 +1,342 @@
+//! Somebody opens a connection to a pod.
+//!
+//! ```text
+//! 15008 ─► handshake (bounded) ─► hbone serves ─► each CONNECT: facts ─► verdict ─► application ─► 200 ─► relay
+//! 15006 ─► facts without an identity ─► verdict ─► application ─► relay
+//! ```
+//! The verdict comes before the application is dialled, always. A pod that nothing is known of takes nothing
+//! (`without_knowledge_everything_is_refused`).
+//!
+//! Order and status codes of a CONNECT are ztunnel's: 400 for an authority that is malformed or somebody else's, 503 for
+//! a pod, service or port that is not known, 401 when policy denies, 503 when the application does not accept, and 200
+//! only once it has. Deviation: a host name must be that of a service that the pod is an endpoint of.
+
+use std::{
+    cell::Cell,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
+
+use hbone::{Decision, IncomingRequest, RelayEnd};
+use identity::Credentials;
+use mesh::Snapshot;
+use model::{Authority, AuthorityError, OriginalDst, PeerAddr, Workload, canonical_ip, canonical_socket};
+use policy::Facts;
+use telemetry::Direction;
+use tokio::net::TcpStream;
+
+use crate::{
+    connection::Connection,
+    counters::increment,
+    failure::Failure,
+    headers,
+    outbound::credentials,
+    pod::is_own_port,
+    relay::relay,
+    shard::{HandedOver, PodState, Shard},
+    socket,
+};
+
+/// Takes a plaintext connection over from the accept loop.
+pub(crate) fn start_plaintext(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
+    increment(&shard.counters.inbound_plaintext);
+    let connection = Connection::begin(shard, pod, Direction::Inbound, peer);
+    tokio::task::spawn_local(carry_plaintext(connection, client));
+}
+
+async fn carry_plaintext(connection: Connection, client: TcpStream) {
+    let opened = connection
+        .unless_stopped(Box::pin(open_plaintext(&connection, &client)))
+        .await;
+    match opened {
+        Some(Ok(application)) => {
+            connection.establish();
+            let end = relay(client, application, &connection.relay).await;
+            connection.finish(end.err().and_then(Failure::of_relay));
+        }
+        Some(Err(failure)) => {
+            // In this order: who sees the reset finds the record.
+            connection.finish(Some(failure));
+            socket::reset(client);
+        }
+        None => {
+            connection.finish(None);
+            socket::reset(client);
+        }
+    }
+}
+
+async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<TcpStream, Failure> {
+    let local = client
+        .local_addr()
+        .map_err(|error| Failure::Relay(format!("the client's socket failed: {error}")))?;
+    let OriginalDst(target) = connection
+        .pod
+        .sockets
+        .inbound_destination(PeerAddr(connection.client), canonical_socket(local));
+    let target = canonical_socket(target);
+    connection.known.borrow_mut().destination = Some(target);
+    if is_own_port(target.port()) {
+        return Err(Failure::Loop(target));
+    }
+    let snapshot = connection.shard.knowledge.snapshot();
+    let workload = own_workload(connection, &snapshot)?.clone();
+    connection.learn_source(&snapshot);
+    connection.learn_destination(workload.clone(), None, None);
+    let facts = Facts {
+        identity: None,
+        source: connection.client.ip(),
+        destination: target,
+    };
+    admit(connection, &snapshot, &workload, facts)?;
+    dial_application(connection, target).await
+}
+
+/// Judges the connection, and lets it be judged again when knowledge changes.
+fn admit(connection: &Connection, snapshot: &Snapshot, workload: &Workload, facts: Facts) -> Result<(), Failure> {
+    let verdict = snapshot.verdict(&facts, workload);
+    if !verdict.allowed {
+        return Err(Failure::Denied(verdict.reason));
+    }
+    let mut known = connection.known.borrow_mut();
+    known.rule = Some(verdict.reason);
+    known.facts = Some(facts);
+    Ok(())
+}
+
+fn own_workload<'a>(connection: &Connection, snapshot: &'a Snapshot) -> Result<&'a Arc<Workload>, Failure> {
+    let workload = snapshot.workload(&connection.pod.uid);
+    workload.ok_or_else(|| Failure::UnknownWorkload(connection.pod.uid.clone()))
+}
+
+async fn dial_application(connection: &Connection, target: SocketAddr) -> Result<TcpStream, Failure> {
+    let socket = connection.pod.sockets.inbound_socket(target, connection.client.ip());
+    if let (Ok(socket), Some(name)) = (&socket, connection.shard.config.local_congestion_control) {
+        socket::set_congestion_control(socket, name);
+    }
+    Ok(socket::connect(socket, target, connection.shard.config.connect_timeout).await?)
+}
+
+/// Takes a connection to the HBONE port over from the accept loop, or hands it to a shard that carries fewer: a tunnel
+/// lives long and its streams stay with it, so chance would leave shards idle.
+pub(crate) fn start_tunnel(shard: &Rc<Shard>, pod: &Rc<PodState>, socket: TcpStream, peer: SocketAddr) {
+    increment(&shard.counters.inbound_tunnels);
+    let Some(other) = shard.less_loaded_peer() else {
+        return carry_tunnel(shard, pod, socket, peer);
+    };
+    let Ok(permit) = other.hand_over.try_reserve() else {
+        return carry_tunnel(shard, pod, socket, peer);
+    };
+    // Fails only if the socket can't be taken off this shard's poll, and then it is of no use.
+    if let Ok(socket) = socket.into_std() {
+        permit.send(HandedOver {
+            pod: pod.uid.clone(),
+            socket,
+            peer,
+        });
+    }
+}
+
+/// Carries a tunnel on this shard.
+pub(crate) fn carry_tunnel(shard: &Rc<Shard>, pod: &Rc<PodState>, socket: TcpStream, peer: SocketAddr) {
+    shard.peers[shard.index].tunnels.fetch_add(1, Relaxed);
+    let tunnel = Tunnel {
+        shard: shard.clone(),
+        pod: pod.clone(),
+        peer: canonical_socket(peer),
+    };
+    let task = tokio::task::spawn_local(tunnel.carry(socket));
+    if let Some(dropped) = pod.half_open.enter(canonical_ip(peer.ip()), task.abort_handle()) {
+        increment(&shard.counters.half_open_dropped);
+        shard.refusals.say(|| {
+            tracing::warn!(pod = %pod.uid, peer = %dropped, "too many unfinished handshakes: the oldest was dropped");
+        });
+    }
+}
+
+/// A tunnel that a peer opened.
+struct Tunnel {
+    shard: Rc<Shard>,
+    pod: Rc<PodState>,
+    peer: SocketAddr,
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.shard.peers[self.shard.index].tunnels.fetch_sub(1, Relaxed);
+        if let Some(task) = tokio::task::try_id() {
+            self.pod.half_open.leave(task);
+        }
+    }
+}
+
+impl Tunnel {
+    async fn carry(self, socket: TcpStream) {
+        let local = socket.local_addr().ok().map(canonical_socket);
+        let failure = self.serve(socket).await.err();
+        if let Some(failure) = failure {
+            // A tunnel that was never one has no connections that could tell: it gets a record of its own.
+            let connection = Connection::begin(&self.shard, &self.pod, Direction::Inbound, self.peer);
+            connection.known.borrow_mut().destination = local;
+            connection.finish(Some(failure));
+        }
+    }
+
+    async fn serve(&self, socket: TcpStream) -> Result<(), Failure> {
+        let credentials = match self.first_bytes(&socket).await {
+            Ok(credentials) => credentials,
+            Err(failure) => {
+                socket::reset(socket);
+                return Err(failure);
+            }
+        };
+        let handler = Handler {
+            shard: self.shard.clone(),
+            pod: self.pod.clone(),
+            half_open: Rc::new(Cell::new(tokio::task::try_id())),
+        };
+        let (tls, config) = (credentials.server_config(), self.shard.hbone.clone());
+        // Boxed: what the handshake needs is more than a tunnel should hold.
+        let serving = Box::pin(hbone::serve(socket, tls, config, handler, self.pod.drain.clone()));
+        match serving.await {
+            Ok(()) | Err(hbone::TunnelError::Drained) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until the peer says something: who says nothing shall cost no more than its socket. Then there must be a
+    /// certificate to answer with.
+    async fn first_bytes(&self, socket: &TcpStream) -> Result<Arc<Credentials>, Failure> {
+        let snapshot = self.shard.knowledge.snapshot();
+        let workload = snapshot.workload(&self.pod.uid);
+        let identity = workload
+            .ok_or_else(|| Failure::UnknownWorkload(self.pod.uid.clone()))?
+            .identity();
+        drop(snapshot);
+        let within = self.shard.hbone.handshake_timeout;
+        if tokio::time::timeout(within, socket.readable()).await.is_err() {
+            return Err(hbone::TunnelError::Handshake(hbone::HandshakeError::Timeout(within)).into());
+        }
+        credentials(&self.shard, &identity).await
+    }
+}
+
+/// Answers the CONNECTs of a tunnel.
+#[derive(Clone)]
+struct Handler {
+    shard: Rc<Shard>,
+    pod: Rc<PodState>,
+    /// The tunnel's task, until the first CONNECT: a peer that has shaken hands and asks for nothing is half-open, too.
+    half_open: Rc<Cell<Option<tokio::task::Id>>>,
+}
+
+impl hbone::Handler for Handler {
+    type Context = Connection;
+
+    async fn connect(&self, tunnel: &hbone::Accepted, request: IncomingRequest) -> Decision<Connection> {
+        if let Some(task) = self.half_open.take() {
+            self.pod.half_open.leave(task);
+        }
+        increment(&self.shard.counters.inbound_streams);
+        let connection = Connection::begin(&self.shard, &self.pod, Direction::Inbound, tunnel.peer_address);
+        connection.learn_tunnel(tunnel.local_address, &tunnel.peer, forwarded_host(&request));
+        let opening = Box::pin(Self::open(&connection, tunnel, request.authority));
+        let opened = connection.unless_stopped(opening).await;
+        match opened {
+            Some(Ok(application)) => {
+                connection.establish();
+                let known = connection.known.borrow().destination_workload.clone();
+                let baggage = known.map(|workload| ("baggage", self.pod.baggage(&workload)));
+                let live = connection.relay.clone();
+                Decision::Accept {
+                    application,
+                    headers: Vec::from_iter(baggage),
+                    context: connection,
+                    live,
+                }
+            }
+            Some(Err(failure)) => {
+                let status = status_of(&failure);
+                connection.finish(Some(failure));
+                Decision::Refuse { status }
+            }
+            None => {
+                connection.finish(None);
+                Decision::Refuse { status: 503 }
+            }
+        }
+    }
+
+    fn relayed(&self, connection: Connection, end: RelayEnd) {
+        connection.finish(end.outcome.err().and_then(Failure::of_stream));
+    }
+}
+
+fn forwarded_host(request: &IncomingRequest) -> Option<Arc<str>> {
+    headers::forwarded_host(request.headers.get("forwarded")?.to_str().ok()?).map(Arc::from)
+}
+
+impl Handler {
+    /// Everything before the 200: what it is joined to, or why not.
+    async fn open(
+        connection: &Connection,
+        tunnel: &hbone::Accepted,
+        authority: Result<Authority, AuthorityError>,
+    ) -> Result<TcpStream, Failure> {
+        let authority = authority.map_err(|error| Failure::BadRequest(error.to_string()))?;
+        let snapshot = connection.shard.knowledge.snapshot();
+        let workload = own_workload(connection, &snapshot)?.clone();
+        connection.learn_source(&snapshot);
+        let target = target_of(&authority, canonical_socket(tunnel.local_address), &snapshot, &workload)?;
+        connection.learn_destination(workload.clone(), None, Some(target));
+        if is_own_port(target.port()) {
+            return Err(Failure::NotServed(authority));
+        }
+        let facts = Facts {
+            identity: Some(tunnel.peer.clone()),
+            source: connection.client.ip(),
+            destination: target,
+        };
+        admit(connection, &snapshot, &workload, facts)?;
+        drop(snapshot);
+        dial_application(connection, target).await
+    }
+}
+
+/// The pod's address and port that an authority means: the address must be the one that the tunnel came to, a host name
+/// that of a service with this pod as an endpoint.
+fn target_of(
+    authority: &Authority,
+    own: SocketAddr,
+    snapshot: &Snapshot,
+    workload: &Workload,
+) -> Result<SocketAddr, Failure> {
+    match authority {
+        Authority::Address(asked) if asked.ip() == own.ip() => Ok(*asked),
+        Authority::Address(_) => Err(Failure::NotThisPod {
+            asked: authority.clone(),
+            own,
+        }),
+        Authority::Host(host, port) => {
+            let not_served = || Failure::NotServed(authority.clone());
+            let (service, ports) = workload
+                .services
+                .iter()
+                .find(|(service, _)| service.name == *host)
+                .ok_or_else(not_served)?;
+            let of_service = || snapshot.service(service)?.ports.get(port).copied();
+            let port = ports.get(port).copied().or_else(of_service).ok_or_else(not_served)?;
+            Ok(SocketAddr::new(own.ip(), port))
+        }
+    }
+}
+
+/// ztunnel's status for a CONNECT that failed.
+fn status_of(failure: &Failure) -> u16 {
+    match failure {
+        Failure::BadRequest(_) | Failure::NotThisPod { .. } => 400,
+        Failure::Denied(_) | Failure::NoLongerAllowed(_) => 401,
+        _ => 503,
+    }
+}

@@ -1,0 +1,242 @@
+//! A pod opens a connection: where to, and how.
+//!
+//! ```text
+//! accept ─► original destination ─► route (one snapshot) ─► tunnel with the pod's own certificate ─┐
+//!             │ none: not captured        │                 plain connection, where it is no mesh  ─┤
+//!             ▼                           ▼ refused                  │ failed                       ▼
+//!           reset                       reset      another endpoint, or reset                     relay
+//! ```
+//! Whatever fails before the two ends are joined, the client sees as a reset, never as an orderly close: it must not take
+//! a refusal for an empty answer (`a_refused_upstream_is_a_reset_at_the_client`). Nothing of the client's bytes is read
+//! before, so another endpoint may be tried (`a_service_with_a_dead_endpoint_fails_over`).
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc};
+
+use identity::Credentials;
+use mesh::{Route, Snapshot};
+use model::{Authority, OriginalDst, PeerAddr, Service, Workload, WorkloadUid, canonical_socket};
+use telemetry::Direction;
+use tokio::net::TcpStream;
+
+use crate::{
+    connection::Connection,
+    counters::increment,
+    failure::Failure,
+    headers,
+    pod::is_own_port,
+    relay::relay,
+    shard::{PodState, Shard},
+    socket,
+};
+
+/// What the client is joined to.
+enum Upstream {
+    Tunnel(hbone::ClientStream),
+    Plain(TcpStream),
+}
+
+/// Takes a connection over from the accept loop.
+pub(crate) fn start(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
+    increment(&shard.counters.outbound);
+    let connection = Connection::begin(shard, pod, Direction::Outbound, peer);
+    tokio::task::spawn_local(carry(connection, client));
+}
+
+async fn carry(connection: Connection, client: TcpStream) {
+    // Boxed, so that what opening needs is given back before the relay, which may last for days.
+    let opened = connection.unless_stopped(Box::pin(open(&connection, &client))).await;
+    match opened {
+        Some(Ok(Upstream::Tunnel(stream))) => {
+            connection.establish();
+            let end = stream.relay_watched(client, connection.relay.clone()).await;
+            connection.finish(end.outcome.err().and_then(Failure::of_stream));
+        }
+        Some(Ok(Upstream::Plain(server))) => {
+            connection.establish();
+            let end = relay(client, server, &connection.relay).await;
+            connection.finish(end.err().and_then(Failure::of_relay));
+        }
+        Some(Err(failure)) => {
+            // In this order: who sees the reset finds the record.
+            connection.finish(Some(failure));
+            socket::reset(client);
+        }
+        None => {
+            connection.finish(None);
+            socket::reset(client);
+        }
+    }
+}
+
+async fn open(connection: &Connection, client: &TcpStream) -> Result<Upstream, Failure> {
+    let dialled = original_destination(connection, client)?;
+    connection.known.borrow_mut().destination = Some(dialled.0);
+    let snapshot = connection.shard.knowledge.snapshot();
+    let source = snapshot
+        .workload(&connection.pod.uid)
+        .ok_or_else(|| Failure::UnknownWorkload(connection.pod.uid.clone()))?;
+    connection.known.borrow_mut().source_workload = Some(source.clone());
+    if is_own_port(dialled.0.port()) && is_of(source, dialled.0) {
+        return Err(Failure::Loop(dialled.0));
+    }
+    try_endpoints(connection, &snapshot, source, dialled).await
+}
+
+fn original_destination(connection: &Connection, client: &TcpStream) -> Result<OriginalDst, Failure> {
+    let local = client
+        .local_addr()
+        .map_err(|error| Failure::Relay(format!("the client's socket failed: {error}")))?;
+    let OriginalDst(dialled) = connection
+        .pod
+        .sockets
+        .original_destination(PeerAddr(connection.client), canonical_socket(local))
+        .ok_or(Failure::NotCaptured)?;
+    Ok(OriginalDst(canonical_socket(dialled)))
+}
+
+/// Whether an address is this workload's own: then the proxy's ports there are the proxy's.
+fn is_of(workload: &Workload, address: SocketAddr) -> bool {
+    let ip = address.ip();
+    ip.is_loopback() && workload.workload_ips.iter().all(|own| !own.is_loopback())
+        || workload.workload_ips.contains(&ip)
+}
+
+/// Tries endpoint after endpoint; where there is only one place to go, that one. The first failure is the one told.
+async fn try_endpoints(
+    connection: &Connection,
+    snapshot: &Snapshot,
+    source: &Arc<Workload>,
+    dialled: OriginalDst,
+) -> Result<Upstream, Failure> {
+    let shard = &connection.shard;
+    let mut tried: Vec<WorkloadUid> = Vec::new();
+    let mut first: Option<Failure> = None;
+    loop {
+        let route = snapshot.resolve(dialled, shard.random(), &tried);
+        let endpoint = match &route {
+            Route::Tunnel {
+                workload,
+                service: Some(_),
+                ..
+            }
+            | Route::Plaintext {
+                workload,
+                service: Some(_),
+                ..
+            } => Some(workload.uid.clone()),
+            _ => None,
+        };
+        let failure = match follow(connection, source, route).await {
+            Ok(upstream) => return Ok(upstream),
+            Err(failure) => failure,
+        };
+        let may_retry = is_endpoints_fault(&failure) && tried.len() + 1 < shard.config.attempts;
+        let failure = match first {
+            // The others are used up: the first failure tells more than that there is no other.
+            Some(first) if matches!(failure, Failure::NoRoute(_)) => return Err(first),
+            Some(first) => first,
+            None => failure,
+        };
+        match endpoint {
+            Some(endpoint) if may_retry => {
+                increment(&shard.counters.failed_over);
+                tried.push(endpoint);
+                first = Some(failure);
+            }
+            _ => return Err(failure),
+        }
+    }
+}
+
+/// Whether another endpoint may do better.
+fn is_endpoints_fault(failure: &Failure) -> bool {
+    match failure {
+        Failure::Connect(socket::ConnectError::Socket(_)) => false,
+        Failure::Connect(_) => true,
+        Failure::Open(error) => error.retryable(),
+        _ => false,
+    }
+}
+
+async fn follow(connection: &Connection, source: &Arc<Workload>, route: Route) -> Result<Upstream, Failure> {
+    match route {
+        Route::Refused { reason } => Err(Failure::NoRoute(reason)),
+        Route::Passthrough { target } => plain(connection, source, target).await,
+        Route::Plaintext {
+            workload,
+            service,
+            target,
+        } => {
+            connection.learn_destination(workload, service, None);
+            plain(connection, source, target).await
+        }
+        Route::Tunnel {
+            workload,
+            service,
+            target,
+            hbone,
+        } => {
+            connection.learn_destination(workload.clone(), service.clone(), Some(target));
+            tunnel(connection, source, &workload, service.as_deref(), target, hbone)
+                .await
+                .map(Upstream::Tunnel)
+        }
+    }
+}
+
+async fn plain(connection: &Connection, source: &Workload, target: SocketAddr) -> Result<Upstream, Failure> {
+    connection.known.borrow_mut().destination = Some(target);
+    if is_own_port(target.port()) && is_of(source, target) {
+        return Err(Failure::Loop(target));
+    }
+    let socket = connection.pod.sockets.outbound_socket(target);
+    let server = socket::connect(socket, target, connection.shard.config.connect_timeout).await?;
+    // Without it a peer that vanished is never noticed; a socket that refuses it still works.
+    let _ = socket::keep_alive(&server);
+    Ok(Upstream::Plain(server))
+}
+
+async fn tunnel(
+    connection: &Connection,
+    source: &Arc<Workload>,
+    destination: &Workload,
+    service: Option<&Service>,
+    target: SocketAddr,
+    hbone: SocketAddr,
+) -> Result<hbone::ClientStream, Failure> {
+    let (shard, pod) = (&connection.shard, &connection.pod);
+    let own = source.identity();
+    let credentials = credentials(shard, &own).await?;
+    let peer = destination.identity();
+    connection.learn_peer(hbone, peer.clone());
+    let forwarded = headers::forwarded(connection.client, service.map(|service| &*service.hostname));
+    let request = hbone::ConnectRequest {
+        authority: Authority::Address(target),
+        headers: vec![
+            ("baggage", pod.baggage(source)),
+            ("forwarded", forwarded),
+            ("traceparent", headers::traceparent(|| shard.random())),
+        ],
+    };
+    let key = hbone::TunnelKey {
+        source: own,
+        destination: vec![peer],
+        address: hbone,
+    };
+    let dial = || pod.sockets.outbound_socket(hbone);
+    Ok(pod.pool.open(&key, &credentials, dial, request).await?)
+}
+
+/// The certificate of an identity; waits for one, for a while.
+pub(crate) async fn credentials(shard: &Shard, identity: &model::Identity) -> Result<Arc<Credentials>, Failure> {
+    if let Some(credentials) = shard.identities.cached(identity) {
+        return Ok(credentials);
+    }
+    let within = shard.config.credentials_timeout;
+    match tokio::time::timeout(within, shard.identities.credentials(identity)).await {
+        Ok(issued) => issued.map_err(|error| Failure::NoCredentials(error.to_string())),
+        Err(_) => Err(Failure::NoCredentials(format!(
+            "none was issued for {identity} within {within:?}"
+        ))),
+    }
+}

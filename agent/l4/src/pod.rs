@@ -1,0 +1,52 @@
+//! What the proxy is given of a pod: its name in the mesh, its listeners and a way to make sockets in its network.
+
+use std::{io, net::IpAddr, net::SocketAddr, sync::Arc};
+
+use model::{OriginalDst, PeerAddr, WorkloadUid};
+
+/// Sockets in a pod's network namespace. Implemented where capture is; by plain loopback sockets in tests.
+pub trait PodSockets: Send + Sync + 'static {
+    /// Where a captured connection was going, taken by the accepted socket's two ends: `peer` is the application's
+    /// address as `accept` told it. `None` if nobody captured it: somebody dialled the capture port itself.
+    fn original_destination(&self, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst>;
+
+    /// Where a plaintext connection that was steered to the inbound listener was going. With `sk_lookup` that is the
+    /// accepted socket's own address.
+    fn inbound_destination(&self, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+        OriginalDst(local)
+    }
+
+    /// A new, unconnected, non-blocking TCP socket of the target's family in the pod's network namespace.
+    fn outbound_socket(&self, target: SocketAddr) -> io::Result<socket2::Socket>;
+
+    /// The same toward the pod's application, bound to the client's address so that the application sees it.
+    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<socket2::Socket>;
+}
+
+/// A pod's listeners, non-blocking; usually one dual-stack socket each.
+#[derive(Debug, Default)]
+pub struct PodListeners {
+    /// What the pod's applications dialled (15001).
+    pub outbound: Vec<std::net::TcpListener>,
+    /// Plaintext that others sent to the pod (15006).
+    pub inbound: Vec<std::net::TcpListener>,
+    /// HBONE (15008).
+    pub hbone: Vec<std::net::TcpListener>,
+}
+
+/// A pod to serve. What it is (identity, addresses, services) is asked of the mesh by its uid at each connection.
+pub struct Pod {
+    /// Its name in the mesh.
+    pub uid: WorkloadUid,
+    /// Sockets in its network namespace.
+    pub sockets: Arc<dyn PodSockets>,
+    /// Its listeners.
+    pub listeners: PodListeners,
+}
+
+/// The ports that are the proxy's own in every pod: a connection to one of them on the pod itself is a loop.
+pub const OWN_PORTS: [u16; 3] = [15001, 15006, 15008];
+
+pub(crate) fn is_own_port(port: u16) -> bool {
+    OWN_PORTS.contains(&port)
+}

@@ -1,0 +1,281 @@
+//! The proxy: its shards' threads, and what they are told.
+
+use std::{
+    cell::{Cell, RefCell},
+    hash::{BuildHasher, RandomState},
+    io,
+    panic::AssertUnwindSafe,
+    rc::Rc,
+    sync::{Arc, atomic::AtomicUsize},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use identity::Identities;
+use mesh::Knowledge;
+use model::WorkloadUid;
+use slab::Slab;
+use telemetry::AccessLog;
+use tokio::{
+    runtime::{Builder, LocalOptions},
+    sync::{mpsc, oneshot, watch},
+};
+
+use crate::{
+    config::Config,
+    connection::ConnectionInfo,
+    counters::{Counters, ShardCounters},
+    pod::{Pod, PodListeners},
+    say::Say,
+    shard::{self, Command, HandedOver, Peer, Shard},
+    socket::prepare_listener,
+};
+
+/// Tunnels that may wait to be taken over by another shard; more stay where they were accepted.
+const HAND_OVER_QUEUE: usize = 1024;
+
+/// A shard's thread ended although nobody told it to: a bug. The pods' listeners are still polled by the other shards,
+/// but what lived on this one is lost; whoever runs the proxy should end the process, so that it is started anew.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("shard {shard} of the proxy died: {cause}")]
+pub struct ShardFailure {
+    /// Which.
+    pub shard: usize,
+    /// The panic's message.
+    pub cause: String,
+}
+
+/// The L4 proxy of a node. Dropped without [`Proxy::drain`], it ends at once and resets what lives.
+pub struct Proxy {
+    shards: Vec<ShardHandle>,
+    failure: watch::Receiver<Option<ShardFailure>>,
+    congestion_control: Option<&'static str>,
+}
+
+struct ShardHandle {
+    commands: mpsc::UnboundedSender<Command>,
+    counters: Arc<ShardCounters>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Proxy {
+    /// Starts the shards' threads.
+    pub fn start(config: Config, knowledge: Knowledge, identities: Identities, log: AccessLog) -> io::Result<Self> {
+        let count = config.shards.max(1);
+        let (peers, hand_overs): (Vec<Peer>, Vec<_>) = (0..count)
+            .map(|_| {
+                let (hand_over, handed_over) = mpsc::channel(HAND_OVER_QUEUE);
+                (
+                    Peer {
+                        tunnels: AtomicUsize::default(),
+                        hand_over,
+                    },
+                    handed_over,
+                )
+            })
+            .unzip();
+        let peers: Arc<[Peer]> = peers.into();
+        let (failed, failure) = watch::channel(None);
+        let mut shards = Vec::with_capacity(count);
+        for (index, handed_over) in hand_overs.into_iter().enumerate() {
+            let start = Start {
+                index,
+                config: config.clone(),
+                knowledge: knowledge.clone(),
+                identities: identities.clone(),
+                log: log.clone(),
+                peers: peers.clone(),
+                handed_over,
+                failed: failed.clone(),
+            };
+            shards.push(start.spawn()?);
+        }
+        Ok(Self {
+            shards,
+            failure,
+            congestion_control: config.local_congestion_control,
+        })
+    }
+
+    /// Serves a pod. Told again with the same uid, the earlier one is ended at once.
+    ///
+    /// # Errors
+    /// Its listeners can't be shared among the shards: out of file descriptors, or not listeners. Nothing is served then.
+    pub fn add_pod(&self, pod: Pod) -> io::Result<()> {
+        let Pod {
+            uid,
+            sockets,
+            listeners,
+        } = pod;
+        for listener in listeners.outbound.iter().chain(&listeners.inbound) {
+            prepare_listener(listener, self.congestion_control)?;
+        }
+        for listener in &listeners.hbone {
+            // A tunnel leaves the node: its congestion control is the system's.
+            prepare_listener(listener, None)?;
+        }
+        let mut copies = (1..self.shards.len())
+            .map(|_| duplicate(&listeners))
+            .collect::<io::Result<Vec<_>>>()?;
+        copies.push(listeners);
+        for (shard, listeners) in self.shards.iter().zip(copies) {
+            shard.tell(Command::AddPod {
+                uid: uid.clone(),
+                sockets: sockets.clone(),
+                listeners,
+            });
+        }
+        Ok(())
+    }
+
+    /// Takes nothing new for a pod. What lives may go on for `grace` (zero: not at all) and is reset then.
+    pub fn remove_pod(&self, uid: &WorkloadUid, grace: Duration) {
+        for shard in &self.shards {
+            shard.tell(Command::RemovePod {
+                uid: uid.clone(),
+                grace,
+            });
+        }
+    }
+
+    /// What lives now.
+    pub async fn connections(&self) -> Vec<ConnectionInfo> {
+        let mut connections = Vec::new();
+        for shard in &self.shards {
+            let (answer, answered) = oneshot::channel();
+            shard.tell(Command::Connections(answer));
+            // A shard that died has none.
+            connections.extend(answered.await.unwrap_or_default());
+        }
+        connections
+    }
+
+    /// What was counted since the start.
+    pub fn counters(&self) -> Counters {
+        Counters::sum(self.shards.iter().map(|shard| &*shard.counters))
+    }
+
+    /// Resolves when a shard has died, which it never should. Pends for ever otherwise.
+    pub async fn failed(&self) -> ShardFailure {
+        let mut failure = self.failure.clone();
+        match failure.wait_for(Option::is_some).await.map(|failure| failure.clone()) {
+            Ok(Some(failure)) => failure,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Takes nothing new, tells the peers (GOAWAY), and waits until what lives has ended; after `grace` it is reset.
+    pub async fn drain(mut self, grace: Duration) {
+        for shard in &self.shards {
+            shard.tell(Command::Drain { grace });
+        }
+        let threads: Vec<_> = self.shards.iter_mut().filter_map(|shard| shard.thread.take()).collect();
+        let (ended, all_ended) = oneshot::channel();
+        // Joining blocks, and this may be a current-thread runtime.
+        std::thread::spawn(move || {
+            for thread in threads {
+                // A shard's panic was caught and reported by itself.
+                let _ = thread.join();
+            }
+            let _ = ended.send(());
+        });
+        let _ = all_ended.await;
+    }
+}
+
+impl ShardHandle {
+    fn tell(&self, command: Command) {
+        // Fails only when the shard has died, which `Proxy::failed` tells.
+        let _ = self.commands.send(command);
+    }
+}
+
+fn duplicate(listeners: &PodListeners) -> io::Result<PodListeners> {
+    let all = |listeners: &[std::net::TcpListener]| listeners.iter().map(std::net::TcpListener::try_clone).collect();
+    Ok(PodListeners {
+        outbound: all(&listeners.outbound)?,
+        inbound: all(&listeners.inbound)?,
+        hbone: io::Result::<_>::from(all(&listeners.hbone))?,
+    })
+}
+
+/// What a shard's thread takes along.
+struct Start {
+    index: usize,
+    config: Config,
+    knowledge: Knowledge,
+    identities: Identities,
+    log: AccessLog,
+    peers: Arc<[Peer]>,
+    handed_over: mpsc::Receiver<HandedOver>,
+    failed: watch::Sender<Option<ShardFailure>>,
+}
+
+impl Start {
+    fn spawn(self) -> io::Result<ShardHandle> {
+        let counters = Arc::new(ShardCounters::default());
+        let (commands, commanded) = mpsc::unbounded_channel();
+        let counted = counters.clone();
+        let runtime = Builder::new_current_thread();
+        let thread = std::thread::Builder::new()
+            .name(format!("shard-{}", self.index))
+            .spawn(move || self.run(runtime, counted, commanded))?;
+        Ok(ShardHandle {
+            commands,
+            counters,
+            thread: Some(thread),
+        })
+    }
+
+    fn run(self, mut runtime: Builder, counters: Arc<ShardCounters>, commands: mpsc::UnboundedReceiver<Command>) {
+        let (index, failed) = (self.index, self.failed.clone());
+        let ran = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            let runtime = runtime
+                .enable_all()
+                .build_local(LocalOptions::default())
+                .map_err(|error| error.to_string())?;
+            runtime.block_on(async move {
+                let Self {
+                    index,
+                    config,
+                    knowledge,
+                    identities,
+                    log,
+                    peers,
+                    handed_over,
+                    failed: _,
+                } = self;
+                let shard = Rc::new(Shard {
+                    index,
+                    hbone: Rc::new(config.hbone.clone()),
+                    config,
+                    knowledge,
+                    identities,
+                    log,
+                    counters,
+                    peers,
+                    connections: RefCell::new(Slab::new()),
+                    pods: RefCell::default(),
+                    refusals: Say::at_most(10),
+                    accept_errors: Say::at_most(1),
+                    random_state: Cell::new(RandomState::new().hash_one(index)),
+                });
+                shard::run(shard, commands, handed_over).await;
+            });
+            Ok::<(), String>(())
+        }));
+        let cause = match ran {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => format!("its runtime could not be made: {error}"),
+            Err(panic) => panic_message(&*panic),
+        };
+        tracing::error!(shard = index, "a shard of the proxy died: {cause}");
+        failed.send_replace(Some(ShardFailure { shard: index, cause }));
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic".to_owned())
+}

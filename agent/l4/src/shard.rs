@@ -1,0 +1,299 @@
+//! One thread with its runtime, and everything that lives on it.
+//!
+//! ```text
+//! commands (pods come and go, list, drain) ─┐
+//! tunnels handed over by other shards ──────┼─► run ─► accept loops, connections, tunnels: all on this thread
+//! the mesh's knowledge changed ─────────────┘
+//! ```
+//! Nothing here is shared with other shards but the counters (read by others), the number of tunnels, and the channels.
+//! A connection's panic ends that connection only: the runtime catches it, and its [`Connection`] records it.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use identity::Identities;
+use mesh::Knowledge;
+use model::{Workload, WorkloadUid};
+use slab::Slab;
+use tasks::{DrainMode, DrainSignal, DrainTrigger, drain_channel};
+use telemetry::AccessLog;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Notify, mpsc, oneshot},
+    task::AbortHandle,
+};
+
+use crate::{
+    accept::accept_all,
+    config::Config,
+    connection::{ConnectionInfo, Live},
+    counters::ShardCounters,
+    failure::Failure,
+    half_open::HalfOpen,
+    inbound, outbound,
+    pod::{PodListeners, PodSockets},
+    recheck,
+    say::Say,
+};
+
+/// What a shard is told.
+pub(crate) enum Command {
+    AddPod {
+        uid: WorkloadUid,
+        sockets: Arc<dyn PodSockets>,
+        listeners: PodListeners,
+    },
+    RemovePod {
+        uid: WorkloadUid,
+        grace: Duration,
+    },
+    Connections(oneshot::Sender<Vec<ConnectionInfo>>),
+    Drain {
+        grace: Duration,
+    },
+}
+
+/// An accepted HBONE connection on its way to the shard that shall carry it.
+pub(crate) struct HandedOver {
+    pub pod: WorkloadUid,
+    pub socket: std::net::TcpStream,
+    pub peer: SocketAddr,
+}
+
+/// What the shards know of each other.
+pub(crate) struct Peer {
+    /// Tunnels that the shard carries.
+    pub tunnels: AtomicUsize,
+    pub hand_over: mpsc::Sender<HandedOver>,
+}
+
+/// Everything of one shard that its tasks need.
+pub(crate) struct Shard {
+    pub index: usize,
+    pub config: Config,
+    pub hbone: Rc<hbone::Config>,
+    pub knowledge: Knowledge,
+    pub identities: Identities,
+    pub log: AccessLog,
+    pub counters: Arc<ShardCounters>,
+    pub peers: Arc<[Peer]>,
+    pub connections: RefCell<Slab<Rc<Live>>>,
+    pub pods: RefCell<HashMap<WorkloadUid, Rc<PodState>>>,
+    pub refusals: Say,
+    pub accept_errors: Say,
+    pub random_state: Cell<u64>,
+}
+
+/// A pod, as one shard serves it.
+pub(crate) struct PodState {
+    pub uid: WorkloadUid,
+    pub sockets: Arc<dyn PodSockets>,
+    pub pool: hbone::Pool,
+    pub half_open: HalfOpen,
+    pub drain: DrainSignal,
+    /// Live connections, and the wake-up when there are none.
+    pub connections: Cell<usize>,
+    pub idle: Notify,
+    trigger: DrainTrigger,
+    accepting: RefCell<Vec<AbortHandle>>,
+    baggage: RefCell<Option<(Arc<Workload>, String)>>,
+}
+
+impl Shard {
+    /// A random number; not for secrets. (splitmix64)
+    pub(crate) fn random(&self) -> u64 {
+        let state = self.random_state.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.random_state.set(state);
+        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// The other shard that carries fewer tunnels than this one, if there is one.
+    pub(crate) fn less_loaded_peer(&self) -> Option<&Peer> {
+        let own = self.peers[self.index].tunnels.load(Relaxed);
+        let least = self.peers.iter().min_by_key(|peer| peer.tunnels.load(Relaxed))?;
+        (least.tunnels.load(Relaxed) < own).then_some(least)
+    }
+
+    fn pod(&self, uid: &WorkloadUid) -> Option<Rc<PodState>> {
+        self.pods.borrow().get(uid).cloned()
+    }
+
+    fn add_pod(self: &Rc<Self>, uid: WorkloadUid, sockets: Arc<dyn PodSockets>, listeners: PodListeners) {
+        if let Some(before) = self.pods.borrow_mut().remove(&uid) {
+            before.stop_accepting();
+            let shard = self.clone();
+            tokio::task::spawn_local(async move { shard.end_pod(&before, || Failure::PodRemoved).await });
+        }
+        let (trigger, drain) = drain_channel();
+        let pod = Rc::new(PodState {
+            uid: uid.clone(),
+            sockets,
+            pool: hbone::Pool::new(self.hbone.clone()),
+            half_open: HalfOpen::new(self.config.half_open),
+            drain,
+            connections: Cell::default(),
+            idle: Notify::new(),
+            trigger,
+            accepting: RefCell::default(),
+            baggage: RefCell::default(),
+        });
+        self.listen(&pod, listeners.outbound, outbound::start);
+        self.listen(&pod, listeners.inbound, inbound::start_plaintext);
+        self.listen(&pod, listeners.hbone, inbound::start_tunnel);
+        self.pods.borrow_mut().insert(uid, pod);
+    }
+
+    fn listen(
+        self: &Rc<Self>,
+        pod: &Rc<PodState>,
+        listeners: Vec<std::net::TcpListener>,
+        start: fn(&Rc<Shard>, &Rc<PodState>, TcpStream, SocketAddr),
+    ) {
+        for listener in listeners {
+            let listener = match TcpListener::from_std(listener) {
+                Ok(listener) => listener,
+                Err(error) => {
+                    // The other shards may have been luckier; the kernel's queue is shared, so nothing is lost then.
+                    tracing::error!(pod = %pod.uid, shard = self.index, "a listener can't be polled: {error}");
+                    continue;
+                }
+            };
+            let (shard, served) = (self.clone(), pod.clone());
+            let accepting = accept_all(self.clone(), listener, move |socket, peer| {
+                start(&shard, &served, socket, peer)
+            });
+            pod.accepting
+                .borrow_mut()
+                .push(tokio::task::spawn_local(accepting).abort_handle());
+        }
+    }
+
+    /// Takes nothing new for this pod; ends what lives when it has ended by itself or `grace` is over.
+    fn remove_pod(self: &Rc<Self>, uid: &WorkloadUid, grace: Duration) {
+        let Some(pod) = self.pods.borrow_mut().remove(uid) else {
+            return;
+        };
+        pod.drain_gracefully();
+        let shard = self.clone();
+        tokio::task::spawn_local(async move {
+            pod.wait_idle(grace).await;
+            shard.end_pod(&pod, || Failure::PodRemoved).await;
+        });
+    }
+
+    /// Ends everything of a pod now.
+    async fn end_pod(&self, pod: &Rc<PodState>, why: fn() -> Failure) {
+        pod.half_open.abort_all();
+        let live: Vec<Rc<Live>> = self
+            .connections
+            .borrow()
+            .iter()
+            .map(|(_, live)| live)
+            .filter(|live| Rc::ptr_eq(&live.pod, pod))
+            .cloned()
+            .collect();
+        for live in live {
+            live.stop(why());
+        }
+        // What was told to stop gets its turn to reset its streams, and their tunnels theirs to send that.
+        for _ in 0..3 {
+            tokio::task::yield_now().await;
+        }
+        pod.trigger.drain(DrainMode::Immediate);
+        pod.pool.close();
+        tokio::task::yield_now().await;
+    }
+
+    async fn drain(self: &Rc<Self>, grace: Duration) {
+        let pods: Vec<Rc<PodState>> = self.pods.borrow_mut().drain().map(|(_, pod)| pod).collect();
+        for pod in &pods {
+            pod.drain_gracefully();
+        }
+        let all_idle = futures_util::future::join_all(pods.iter().map(|pod| pod.wait_idle(grace)));
+        all_idle.await;
+        for pod in &pods {
+            self.end_pod(pod, || Failure::Drained).await;
+        }
+    }
+}
+
+impl PodState {
+    fn stop_accepting(&self) {
+        for accepting in self.accepting.borrow_mut().drain(..) {
+            accepting.abort();
+        }
+    }
+
+    fn drain_gracefully(&self) {
+        self.stop_accepting();
+        self.trigger.drain(DrainMode::Graceful);
+        self.pool.drain();
+    }
+
+    async fn wait_idle(&self, at_most: Duration) {
+        let idle = async {
+            while self.connections.get() > 0 {
+                self.idle.notified().await;
+            }
+        };
+        // Over time or not: the caller ends what is left.
+        let _ = tokio::time::timeout(at_most, idle).await;
+    }
+
+    /// The `baggage` header of the pod, made once for each version of its workload.
+    pub(crate) fn baggage(&self, workload: &Arc<Workload>) -> String {
+        let mut cached = self.baggage.borrow_mut();
+        match &*cached {
+            Some((of, baggage)) if Arc::ptr_eq(of, workload) => baggage.clone(),
+            _ => cached
+                .insert((workload.clone(), crate::headers::baggage(workload)))
+                .1
+                .clone(),
+        }
+    }
+}
+
+/// Runs a shard until it is told to drain or its proxy is gone.
+pub(crate) async fn run(
+    shard: Rc<Shard>,
+    mut commands: mpsc::UnboundedReceiver<Command>,
+    mut handed_over: mpsc::Receiver<HandedOver>,
+) {
+    let rechecking = tokio::task::spawn_local(recheck::run(shard.clone()));
+    loop {
+        tokio::select! {
+            command = commands.recv() => match command {
+                Some(Command::AddPod { uid, sockets, listeners }) => shard.add_pod(uid, sockets, listeners),
+                Some(Command::RemovePod { uid, grace }) => shard.remove_pod(&uid, grace),
+                Some(Command::Connections(answer)) => {
+                    let connections = shard.connections.borrow().iter().map(|(_, live)| live.info()).collect();
+                    // Whoever asked may have gone away.
+                    let _ = answer.send(connections);
+                }
+                Some(Command::Drain { grace }) => {
+                    shard.drain(grace).await;
+                    break;
+                }
+                None => break,
+            },
+            Some(HandedOver { pod, socket, peer }) = handed_over.recv() => {
+                // A pod that was removed meanwhile takes nothing: the socket closes.
+                if let (Some(pod), Ok(socket)) = (shard.pod(&pod), TcpStream::from_std(socket)) {
+                    inbound::carry_tunnel(&shard, &pod, socket, peer);
+                }
+            }
+        }
+    }
+    rechecking.abort();
+}

@@ -1,0 +1,83 @@
+//! What is done to a single socket: options, connecting, resetting.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpSocket, TcpStream};
+
+/// Why an address could not be connected to.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// No socket could be made in the pod's network: our side, not the destination's.
+    #[error("no socket could be made in the pod's network: {0}")]
+    Socket(#[source] io::Error),
+    /// The destination said no, or the network did.
+    #[error("{target} could not be connected to: {source}")]
+    Refused {
+        /// Where to.
+        target: SocketAddr,
+        /// What was answered.
+        #[source]
+        source: io::Error,
+    },
+    /// Nothing was answered.
+    #[error("{target} did not answer within {within:?}")]
+    Timeout {
+        /// Where to.
+        target: SocketAddr,
+        /// How long was waited.
+        within: Duration,
+    },
+}
+
+/// Connects a socket that was made for it.
+pub(crate) async fn connect(
+    socket: io::Result<socket2::Socket>,
+    target: SocketAddr,
+    within: Duration,
+) -> Result<TcpStream, ConnectError> {
+    let socket = socket.map_err(ConnectError::Socket)?;
+    // Not essential: without it small writes are late, not lost.
+    let _ = socket.set_tcp_nodelay(true);
+    let connecting = TcpSocket::from_std_stream(socket.into()).connect(target);
+    match tokio::time::timeout(within, connecting).await {
+        Ok(connected) => connected.map_err(|source| ConnectError::Refused { target, source }),
+        Err(_) => Err(ConnectError::Timeout { target, within }),
+    }
+}
+
+/// Closes with a RST, so that the other end sees that this was no orderly end.
+pub(crate) fn reset(socket: TcpStream) {
+    // Fails only when the socket is no longer connected, and then there is nobody to tell.
+    let _ = socket.set_zero_linger();
+}
+
+/// Sets on a listener what every socket that it accepts shall have: Linux hands these options down, which saves each
+/// connection the system calls. Keep-alive as ztunnel has it, so that a peer that vanished is noticed.
+pub(crate) fn prepare_listener(listener: &std::net::TcpListener, congestion_control: Option<&str>) -> io::Result<()> {
+    let listener = SockRef::from(listener);
+    listener.set_nonblocking(true)?;
+    listener.set_tcp_nodelay(true)?;
+    listener.set_tcp_keepalive(&keepalive())?;
+    if let Some(name) = congestion_control {
+        set_congestion_control(&listener, name);
+    }
+    Ok(())
+}
+
+/// Sets the congestion control; a kernel that does not have it keeps its own, which is correct too, only slower.
+pub(crate) fn set_congestion_control(socket: &socket2::Socket, name: &str) {
+    let _ = socket.set_tcp_congestion(name.as_bytes());
+}
+
+/// Keep-alive on a socket that leaves the pod.
+pub(crate) fn keep_alive(socket: &TcpStream) -> io::Result<()> {
+    SockRef::from(socket).set_tcp_keepalive(&keepalive())
+}
+
+fn keepalive() -> TcpKeepalive {
+    TcpKeepalive::new()
+        .with_time(Duration::from_secs(180))
+        .with_interval(Duration::from_secs(180))
+        .with_retries(9)
+}
