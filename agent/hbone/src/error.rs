@@ -181,10 +181,12 @@ pub enum TunnelError {
 }
 
 impl TunnelError {
-    pub(crate) fn from_h2(error: &h2::Error) -> Self {
-        match error.get_io() {
-            Some(error) => Self::Io(error.to_string().into()),
-            None => Self::Http2(error.to_string().into()),
+    /// From how h2 says that the connection ended, and what TLS had to say, of which h2 keeps only the text.
+    pub(crate) fn new(error: &h2::Error, tls: Option<rustls::Error>) -> Self {
+        match (tls, error.get_io()) {
+            (Some(tls @ rustls::Error::AlertReceived(_)), _) => Self::Handshake(HandshakeError::from_tls(&tls, &[])),
+            (_, Some(error)) => Self::Io(error.to_string().into()),
+            (_, None) => Self::Http2(error.to_string().into()),
         }
     }
 

@@ -28,7 +28,7 @@ use model::{Authority, Identity};
 use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
 use crate::{
-    Config, OpenError,
+    Config, OpenError, TunnelError,
     relay::{Live, RelayEnd, relay},
     tunnel::{self, Slot, Tunnel},
 };
@@ -91,10 +91,13 @@ struct Dial {
     serial: String,
     /// No more than the tunnel will have places.
     waiting: Cell<usize>,
-    /// Set when it is over; the tunnel, if there is one, is among the peer's before.
-    outcome: RefCell<Option<Result<(), OpenError>>>,
+    /// Set when it is over: the tunnel's places for those who wait, so that nobody who comes later takes them.
+    outcome: RefCell<Option<Result<Vec<Slot>, OpenError>>>,
     over: Notify,
 }
+
+/// One who waits for a dial; counted until dropped.
+struct Waiting(Rc<Dial>);
 
 impl Pool {
     /// Without any tunnel.
@@ -174,15 +177,13 @@ impl Pool {
         credentials: &Arc<Credentials>,
         dial: &mut Option<impl FnOnce() -> io::Result<socket2::Socket>>,
     ) -> Result<(Slot, bool), OpenError> {
-        let mut waited = false;
         loop {
             if self.0.draining.get() {
                 return Err(OpenError::Draining);
             }
             if let Some(slot) = self.0.free_slot(key, credentials) {
-                return Ok((slot, waited));
+                return Ok((slot, false));
             }
-            waited = true;
             let under_way = match self.0.dial_to_share(key, credentials) {
                 Some(shared) => shared,
                 None => {
@@ -194,7 +195,9 @@ impl Pool {
                     self.0.start_dial(key, credentials, socket)
                 }
             };
-            under_way.wait().await?;
+            if let Some(slot) = Waiting::new(under_way).place().await? {
+                return Ok((slot, true));
+            }
         }
     }
 
@@ -209,7 +212,15 @@ impl Pool {
             Some(reason) if error.is_reset() => OpenError::Reset {
                 reason: reason.description().into(),
             },
-            _ => closed(slot.tunnel().end().unwrap_or_else(|| error.to_string().into())),
+            _ => match slot.tunnel().end() {
+                // With TLS 1.3 the peer looks at our certificate when we have already begun.
+                Some(TunnelError::Handshake(source)) => OpenError::Handshake {
+                    address: key.address,
+                    source,
+                },
+                Some(end) => closed(end.to_string().into()),
+                None => closed(error.to_string().into()),
+            },
         };
         let (response, send) = requests.send_request(request, false).map_err(|error| failed(&error))?;
         drop(requests);
@@ -217,15 +228,7 @@ impl Pool {
         let response = tokio::time::timeout(timeout, response)
             .await
             .map_err(|_| OpenError::ResponseTimeout(timeout))?;
-        let response = match response {
-            Ok(response) => response,
-            Err(error) => {
-                // Its driver knows more, and is about to say it.
-                tokio::task::yield_now().await;
-                return Err(failed(&error));
-            }
-        };
-        let (head, recv) = response.into_parts();
+        let (head, recv) = response.map_err(|error| failed(&error))?.into_parts();
         if head.status != StatusCode::OK {
             let status = head.status.as_u16();
             return Err(OpenError::Refused { status });
@@ -320,15 +323,32 @@ impl Drop for State {
     }
 }
 
-impl Dial {
-    async fn wait(self: Rc<Self>) -> Result<(), OpenError> {
-        self.waiting.set(self.waiting.get() + 1);
+impl Waiting {
+    fn new(dial: Rc<Dial>) -> Self {
+        dial.waiting.set(dial.waiting.get() + 1);
+        Self(dial)
+    }
+
+    /// A place in the tunnel; `None` if the peer allows too few.
+    async fn place(&self) -> Result<Option<Slot>, OpenError> {
         loop {
-            let over = self.over.notified();
-            if let Some(outcome) = &*self.outcome.borrow() {
-                return outcome.clone();
+            let over = self.0.over.notified();
+            match &mut *self.0.outcome.borrow_mut() {
+                Some(Ok(places)) => return Ok(places.pop()),
+                Some(Err(error)) => return Err(error.clone()),
+                None => {}
             }
             over.await;
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.set(self.0.waiting.get() - 1);
+        // Who gave up leaves a place that nobody would take.
+        if let Some(Ok(places)) = &mut *self.0.outcome.borrow_mut() {
+            places.truncate(self.0.waiting.get());
         }
     }
 }
@@ -347,9 +367,10 @@ impl DialGuard {
                 if pool.draining.get() {
                     tunnel.retire();
                 }
+                let places = (0..self.dial.waiting.get()).map_while(|_| tunnel.slot()).collect();
                 let mut peers = pool.peers.borrow_mut();
                 peers.entry(self.key.clone()).or_default().tunnels.push(tunnel);
-                Ok(())
+                Ok(places)
             }
             (Ok(tunnel), None) => {
                 tunnel.retire();

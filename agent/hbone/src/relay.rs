@@ -92,7 +92,14 @@ impl Live {
         self.0.cut.get()
     }
 
-    pub(crate) fn poll_cut(&self, cx: &Context<'_>) -> Poll<()> {
+    /// Counts what another relay than this crate's moved, so that all connections are watched in one way.
+    pub fn count(&self, to_peer: u64, from_peer: u64) {
+        self.0.to_peer.set(self.to_peer() + to_peer);
+        self.0.from_peer.set(self.from_peer() + from_peer);
+    }
+
+    /// Ready once it was cut; wakes the last who asked.
+    pub fn poll_cut(&self, cx: &Context<'_>) -> Poll<()> {
         if self.0.cut.get() {
             return Poll::Ready(());
         }

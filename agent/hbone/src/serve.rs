@@ -140,6 +140,9 @@ pub async fn serve_plain<H: Handler>(
         fn received(&self) -> u64 {
             0
         }
+        fn take_tls_error(&self) -> Option<rustls::Error> {
+            None
+        }
     }
     let timeout = config.handshake_timeout;
     drive(io, Direct, accepted, config, timeout, handler, &mut drain).await
@@ -223,7 +226,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin, F: Flush, H: Handler> Server<T, F, H> {
         while !self.over {
             match self.connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, respond)))) => self.start(request, respond),
-                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(TunnelError::from_h2(&error))),
+                Poll::Ready(Some(Err(error))) => {
+                    return Poll::Ready(Err(TunnelError::new(&error, self.flush.take_tls_error())));
+                }
                 Poll::Ready(None) => self.over = true,
                 Poll::Pending => break,
             }

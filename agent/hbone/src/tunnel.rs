@@ -44,7 +44,7 @@ pub(crate) struct Tunnel {
     /// Since when it has no stream.
     idle_since: Cell<Instant>,
     /// Why it ended.
-    end: OnceCell<Arc<str>>,
+    end: OnceCell<TunnelError>,
     /// The driver's, woken when the tunnel becomes idle or retired.
     driver: RefCell<Option<Waker>>,
     task: OnceCell<AbortHandle>,
@@ -112,7 +112,7 @@ impl Tunnel {
     }
 
     /// Why it ended, if it has.
-    pub(crate) fn end(&self) -> Option<Arc<str>> {
+    pub(crate) fn end(&self) -> Option<TunnelError> {
         self.end.get().cloned()
     }
 
@@ -210,7 +210,7 @@ fn spawn_driver(
     ended: impl FnOnce(&Weak<Tunnel>) + 'static,
 ) {
     /// However the driver ends, by a panic or an abort too, the tunnel is known to be over.
-    struct Over<E: FnOnce(&Weak<Tunnel>)>(Weak<Tunnel>, Option<E>, Arc<str>);
+    struct Over<E: FnOnce(&Weak<Tunnel>)>(Weak<Tunnel>, Option<E>, TunnelError);
     impl<E: FnOnce(&Weak<Tunnel>)> Drop for Over<E> {
         fn drop(&mut self) {
             if let Some(tunnel) = self.0.upgrade() {
@@ -224,12 +224,12 @@ fn spawn_driver(
     }
     let weak = Rc::downgrade(tunnel);
     let task = tokio::task::spawn_local(async move {
-        let mut over = Over(weak.clone(), Some(ended), "cut".into());
+        let mut over = Over(weak.clone(), Some(ended), TunnelError::Drained);
         over.2 = match drive(weak, connection, wire, &config).await {
-            Ok(()) => "closed".into(),
+            Ok(()) => TunnelError::Io("closed by the peer".into()),
             Err(error) => {
                 tracing::debug!(%error, "tunnel broke");
-                error.to_string().into()
+                error
             }
         };
     });
@@ -251,7 +251,7 @@ async fn drive(
             tunnel.poll_idle(idle.as_mut(), config, cx);
         }
         if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-            return Poll::Ready(ended.map_err(|error| TunnelError::from_h2(&error)));
+            return Poll::Ready(ended.map_err(|error| TunnelError::new(&error, wire.take_tls_error())));
         }
         if let Poll::Ready(Err(error)) = wire.poll_flush(cx) {
             return Poll::Ready(Err(TunnelError::Io(error.to_string().into())));

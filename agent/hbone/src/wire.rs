@@ -38,6 +38,8 @@ pub(crate) trait Flush {
     fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
     /// Bytes that the peer has sent so far.
     fn received(&self) -> u64;
+    /// What TLS failed with.
+    fn take_tls_error(&self) -> Option<rustls::Error>;
 }
 
 /// The socket as TLS sees it.
@@ -55,6 +57,7 @@ struct WireState {
     gathers: Cell<bool>,
     received: Cell<u64>,
     first_bytes: Cell<[u8; FIRST_BYTES]>,
+    tls_error: RefCell<Option<rustls::Error>>,
 }
 
 thread_local! {
@@ -73,6 +76,7 @@ impl Wire {
             gathers: Cell::new(false),
             received: Cell::new(0),
             first_bytes: Cell::default(),
+            tls_error: RefCell::default(),
         });
         (Self(state.clone()), WireHandle(state))
     }
@@ -82,6 +86,14 @@ impl WireHandle {
     /// From now on writes wait for [`Flush::poll_flush`].
     pub(crate) fn gather(&self) {
         self.0.gathers.set(true);
+    }
+
+    /// Keeps what a read of TLS failed with.
+    pub(crate) fn note(&self, error: &io::Error) {
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        if let Some(tls) = tls {
+            self.0.tls_error.replace(Some(tls.clone()));
+        }
     }
 
     /// The first bytes that the peer sent.
@@ -179,6 +191,10 @@ impl Flush for WireHandle {
 
     fn received(&self) -> u64 {
         self.0.received.get()
+    }
+
+    fn take_tls_error(&self) -> Option<rustls::Error> {
+        self.0.tls_error.take()
     }
 }
 
