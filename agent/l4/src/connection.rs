@@ -234,7 +234,7 @@ impl Drop for Connection {
         let left = self.pod.connections.get() - 1;
         self.pod.connections.set(left);
         if left == 0 {
-            self.pod.idle.notify_one();
+            self.pod.idle.notify_waiters();
         }
     }
 }

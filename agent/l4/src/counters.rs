@@ -86,3 +86,29 @@ impl Counters {
             .map_or(0, |(_, count)| *count)
     }
 }
+
+impl IntoIterator for Counters {
+    type Item = (String, u64);
+    type IntoIter = std::vec::IntoIter<Self::Item>;
+
+    /// Each count by its name; failures as `failed_<kind>`.
+    fn into_iter(self) -> Self::IntoIter {
+        let counts = [
+            ("outbound", self.outbound),
+            ("inbound_plaintext", self.inbound_plaintext),
+            ("inbound_tunnels", self.inbound_tunnels),
+            ("inbound_streams", self.inbound_streams),
+            ("established", self.established),
+            ("completed", self.completed),
+            ("half_open_dropped", self.half_open_dropped),
+            ("accept_errors", self.accept_errors),
+            ("failed_over", self.failed_over),
+        ];
+        let counts = counts.map(|(name, count)| (name.to_owned(), count));
+        let failed = self
+            .failed
+            .into_iter()
+            .map(|(kind, count)| (format!("failed_{kind}"), count));
+        counts.into_iter().chain(failed).collect::<Vec<_>>().into_iter()
+    }
+}

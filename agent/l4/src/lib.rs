@@ -21,8 +21,8 @@
 //! Deliberately unknown here: how traffic is captured ([`PodSockets`] is asked), how a tunnel is framed and encrypted
 //! (`hbone`), what is allowed (`policy`), and HTTP inside connections.
 //!
-//! Tasks: a shard owns its pods' accept loops, connections and tunnels. [`Proxy::remove_pod`] and [`Proxy::drain`] end
-//! them: gracefully, then by force. A panic in a connection ends that connection; a shard that dies is reported by
+//! Tasks: a shard owns its pods' accept loops, connections and tunnels. [`Proxy::retire_pod`],
+//! [`Proxy::remove_pod`] and [`Proxy::drain`] end them: gracefully, by force, one and then the other. A panic in a connection ends that connection; a shard that dies is reported by
 //! [`Proxy::failed`].
 
 mod accept;

@@ -6,7 +6,7 @@ use std::{
     io,
     panic::AssertUnwindSafe,
     rc::Rc,
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
     thread::JoinHandle,
     time::Duration,
 };
@@ -55,7 +55,7 @@ pub struct Proxy {
 struct ShardHandle {
     commands: mpsc::UnboundedSender<Command>,
     counters: Arc<ShardCounters>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Proxy {
@@ -128,13 +128,17 @@ impl Proxy {
         Ok(())
     }
 
-    /// Takes nothing new for a pod. What lives may go on for `grace` (zero: not at all) and is reset then.
-    pub fn remove_pod(&self, uid: &WorkloadUid, grace: Duration) {
+    /// Takes nothing new for a pod; what lives goes on until it ends by itself. For a pod that left the mesh and lives.
+    pub fn retire_pod(&self, uid: &WorkloadUid) {
         for shard in &self.shards {
-            shard.tell(Command::RemovePod {
-                uid: uid.clone(),
-                grace,
-            });
+            shard.tell(Command::RetirePod { uid: uid.clone() });
+        }
+    }
+
+    /// Ends everything of a pod now, a retired one's too. For a pod that is gone.
+    pub fn remove_pod(&self, uid: &WorkloadUid) {
+        for shard in &self.shards {
+            shard.tell(Command::RemovePod { uid: uid.clone() });
         }
     }
 
@@ -165,11 +169,12 @@ impl Proxy {
     }
 
     /// Takes nothing new, tells the peers (GOAWAY), and waits until what lives has ended; after `grace` it is reset.
-    pub async fn drain(mut self, grace: Duration) {
+    /// Afterwards the proxy serves nothing and takes no more pods.
+    pub async fn drain(&self, grace: Duration) {
         for shard in &self.shards {
             shard.tell(Command::Drain { grace });
         }
-        let threads: Vec<_> = self.shards.iter_mut().filter_map(|shard| shard.thread.take()).collect();
+        let threads: Vec<_> = self.shards.iter().filter_map(ShardHandle::take_thread).collect();
         let (ended, all_ended) = oneshot::channel();
         // Joining blocks, and this may be a current-thread runtime.
         std::thread::spawn(move || {
@@ -184,6 +189,10 @@ impl Proxy {
 }
 
 impl ShardHandle {
+    fn take_thread(&self) -> Option<JoinHandle<()>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     fn tell(&self, command: Command) {
         // Fails only when the shard has died, which `Proxy::failed` tells.
         let _ = self.commands.send(command);
@@ -223,7 +232,7 @@ impl Start {
         Ok(ShardHandle {
             commands,
             counters,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
         })
     }
 
@@ -256,6 +265,7 @@ impl Start {
                     peers,
                     connections: RefCell::new(Slab::new()),
                     pods: RefCell::default(),
+                    retired: RefCell::default(),
                     refusals: Say::at_most(10),
                     accept_errors: Say::at_most(1),
                     random_state: Cell::new(RandomState::new().hash_one(index)),

@@ -52,9 +52,11 @@ pub(crate) enum Command {
         sockets: Arc<dyn PodSockets>,
         listeners: PodListeners,
     },
+    RetirePod {
+        uid: WorkloadUid,
+    },
     RemovePod {
         uid: WorkloadUid,
-        grace: Duration,
     },
     Connections(oneshot::Sender<Vec<ConnectionInfo>>),
     Drain {
@@ -88,6 +90,8 @@ pub(crate) struct Shard {
     pub peers: Arc<[Peer]>,
     pub connections: RefCell<Slab<Rc<Live>>>,
     pub pods: RefCell<HashMap<WorkloadUid, Rc<PodState>>>,
+    /// Pods that take nothing new and still have connections.
+    pub retired: RefCell<Vec<Rc<PodState>>>,
     pub refusals: Say,
     pub accept_errors: Say,
     pub random_state: Cell<u64>,
@@ -130,11 +134,7 @@ impl Shard {
     }
 
     fn add_pod(self: &Rc<Self>, uid: WorkloadUid, sockets: Arc<dyn PodSockets>, listeners: PodListeners) {
-        if let Some(before) = self.pods.borrow_mut().remove(&uid) {
-            before.stop_accepting();
-            let shard = self.clone();
-            tokio::task::spawn_local(async move { shard.end_pod(&before, || Failure::PodRemoved).await });
-        }
+        self.remove_pod(&uid);
         let (trigger, drain) = drain_channel();
         let pod = Rc::new(PodState {
             uid: uid.clone(),
@@ -179,17 +179,33 @@ impl Shard {
         }
     }
 
-    /// Takes nothing new for this pod; ends what lives when it has ended by itself or `grace` is over.
-    fn remove_pod(self: &Rc<Self>, uid: &WorkloadUid, grace: Duration) {
+    /// Takes nothing new for this pod; what lives goes on.
+    fn retire_pod(self: &Rc<Self>, uid: &WorkloadUid) {
         let Some(pod) = self.pods.borrow_mut().remove(uid) else {
             return;
         };
         pod.drain_gracefully();
+        self.retired.borrow_mut().push(pod.clone());
         let shard = self.clone();
         tokio::task::spawn_local(async move {
-            pod.wait_idle(grace).await;
-            shard.end_pod(&pod, || Failure::PodRemoved).await;
+            pod.wait_idle().await;
+            shard.retired.borrow_mut().retain(|retired| !Rc::ptr_eq(retired, &pod));
         });
+    }
+
+    fn remove_pod(self: &Rc<Self>, uid: &WorkloadUid) {
+        let retired = self
+            .retired
+            .borrow()
+            .iter()
+            .filter(|pod| pod.uid == *uid)
+            .cloned()
+            .collect::<Vec<_>>();
+        for pod in self.pods.borrow_mut().remove(uid).into_iter().chain(retired) {
+            pod.stop_accepting();
+            let shard = self.clone();
+            tokio::task::spawn_local(async move { shard.end_pod(&pod, || Failure::PodRemoved).await });
+        }
     }
 
     /// Ends everything of a pod now.
@@ -215,13 +231,15 @@ impl Shard {
         tokio::task::yield_now().await;
     }
 
-    async fn drain(self: &Rc<Self>, grace: Duration) {
-        let pods: Vec<Rc<PodState>> = self.pods.borrow_mut().drain().map(|(_, pod)| pod).collect();
+    async fn drain(&self, grace: Duration) {
+        let mut pods: Vec<Rc<PodState>> = self.pods.borrow_mut().drain().map(|(_, pod)| pod).collect();
         for pod in &pods {
             pod.drain_gracefully();
         }
-        let all_idle = futures_util::future::join_all(pods.iter().map(|pod| pod.wait_idle(grace)));
-        all_idle.await;
+        pods.extend(self.retired.borrow().iter().cloned());
+        let all_idle = futures_util::future::join_all(pods.iter().map(|pod| pod.wait_idle()));
+        // Over time or not: what is left is ended.
+        let _ = tokio::time::timeout(grace, all_idle).await;
         for pod in &pods {
             self.end_pod(pod, || Failure::Drained).await;
         }
@@ -241,14 +259,11 @@ impl PodState {
         self.pool.drain();
     }
 
-    async fn wait_idle(&self, at_most: Duration) {
-        let idle = async {
-            while self.connections.get() > 0 {
-                self.idle.notified().await;
-            }
-        };
-        // Over time or not: the caller ends what is left.
-        let _ = tokio::time::timeout(at_most, idle).await;
+    async fn wait_idle(&self) {
+        while self.connections.get() > 0 {
+            // Nothing comes between the look and the wait: all of it is on one thread.
+            self.idle.notified().await;
+        }
     }
 
     /// The `baggage` header of the pod, made once for each version of its workload.
@@ -275,7 +290,8 @@ pub(crate) async fn run(
         tokio::select! {
             command = commands.recv() => match command {
                 Some(Command::AddPod { uid, sockets, listeners }) => shard.add_pod(uid, sockets, listeners),
-                Some(Command::RemovePod { uid, grace }) => shard.remove_pod(&uid, grace),
+                Some(Command::RetirePod { uid }) => shard.retire_pod(&uid),
+                Some(Command::RemovePod { uid }) => shard.remove_pod(&uid),
                 Some(Command::Connections(answer)) => {
                     let connections = shard.connections.borrow().iter().map(|(_, live)| live.info()).collect();
                     // Whoever asked may have gone away.

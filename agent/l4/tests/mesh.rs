@@ -406,7 +406,8 @@ async fn draining_waits_for_what_lives_and_takes_nothing_new() {
     echo(two.server.listen(8080).await);
     let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
     expect_echo(&mut live, b"hello").await;
-    let far = tokio::spawn(two.far.drain(Duration::from_secs(600)));
+    let far = two.far;
+    let far = tokio::spawn(async move { far.drain(Duration::from_secs(600)).await });
     eventually("the listeners are closed", async || {
         TcpStream::connect(two.server.at(15008)).await.is_err()
     })
@@ -437,16 +438,15 @@ async fn a_removed_pod_is_served_no_longer() {
     echo(two.server.listen(8080).await);
     let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
     expect_echo(&mut live, b"hello").await;
-    two.far.remove_pod(&two.server.uid, Duration::from_secs(600));
+    two.far.retire_pod(&two.server.uid);
     eventually("nothing new", async || {
         TcpStream::connect(two.server.at(15008)).await.is_err()
     })
     .await;
     expect_echo(&mut live, b"still here").await;
-    two.far.remove_pod(&two.server.uid, Duration::ZERO);
-    two.near.remove_pod(&two.client.uid, Duration::ZERO);
+    two.far.remove_pod(&two.server.uid);
     expect_reset(live).await;
-    two.lab.line(&["outbound", "the pod was removed"]);
+    two.lab.line(&["inbound", "the pod was removed"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
