@@ -42,7 +42,7 @@ pub enum HandshakeError {
     #[error("the peer's certificate is not valid for another {}: are the clocks right?", seconds(.0))]
     NotYetValid(Duration),
     /// Signed by nobody we trust.
-    #[error("the peer's certificate is signed by an unknown authority")]
+    #[error("the peer's certificate is not signed by an authority that we trust")]
     UnknownIssuer,
     /// No identity, several, another trust domain's, or another than the one that was dialled.
     #[error(transparent)]
@@ -107,7 +107,10 @@ impl HandshakeError {
             Error::InvalidCertificate(CertificateError::NotValidYetContext { time, not_before }) => {
                 Self::NotYetValid(Duration::from_secs(not_before.as_secs().saturating_sub(time.as_secs())))
             }
-            Error::InvalidCertificate(CertificateError::UnknownIssuer) => Self::UnknownIssuer,
+            // The latter where another authority has the same name.
+            Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+                Self::UnknownIssuer
+            }
             Error::AlertReceived(alert) => Self::Refused(describe(*alert).into()),
             other => Self::Tls(other.clone()),
         }

@@ -1,6 +1,7 @@
 //! The TLS handshake of each side, and what went wrong in it.
 
 use std::{
+    future::poll_fn,
     io::{self, IoSlice},
     net::SocketAddr,
     pin::Pin,
@@ -20,7 +21,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use crate::{
     error::HandshakeError,
-    wire::{Wire, WireHandle},
+    wire::{Flush, Wire, WireHandle},
 };
 
 /// What h2 reads and writes.
@@ -80,7 +81,11 @@ pub(crate) async fn connect(
             Ok((Transport { tls, wire }, handle))
         }
         Ok(_) => Err(HandshakeError::NotHttp2),
-        Err((error, _wire)) => Err(HandshakeError::from_io(error, &handle.first_bytes())),
+        Err((error, _wire)) => {
+            // The alert that tells the peer why.
+            let _ = poll_fn(|cx| handle.poll_flush(cx)).await;
+            Err(HandshakeError::from_io(error, &handle.first_bytes()))
+        }
     }
 }
 

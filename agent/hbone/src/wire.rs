@@ -9,7 +9,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    io,
+    io::{self, IoSlice},
     net::Shutdown,
     pin::Pin,
     rc::Rc,
@@ -217,12 +217,29 @@ impl AsyncRead for Wire {
 
 impl AsyncWrite for Wire {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    /// Takes all of it: an alert at the end of a failed handshake is offered only once.
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let state = &self.0;
         if state.outgoing.borrow().len() >= LARGEST {
             ready!(state.poll_send(cx))?;
         }
-        state.outgoing.borrow_mut().extend_from_slice(bytes);
-        Poll::Ready(Ok(bytes.len()))
+        let mut outgoing = state.outgoing.borrow_mut();
+        let before = outgoing.len();
+        for slice in slices {
+            outgoing.extend_from_slice(slice);
+        }
+        Poll::Ready(Ok(outgoing.len() - before))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

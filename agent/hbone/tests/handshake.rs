@@ -195,7 +195,8 @@ fn old_tls_and_other_protocols_are_refused() {
         })
         .await;
         assert_eq!(error.to_string(), "the peer does not offer HTTP/2 (ALPN h2)");
-        assert!(heard.unwrap_err().to_string().contains("NoApplicationProtocol"));
+        let heard = heard.unwrap_err().to_string();
+        assert!(heard.contains("NoApplicationProtocol"), "{heard}");
     });
 }
 
