@@ -1,1 +1,150 @@
-//! A whole mesh on one Linux machine.
+//! A whole mesh on one machine: nodes and pods as network namespaces, from Kubernetes YAML.
+//!
+//! ```text
+//! up ──writes──> mesh.yaml ──> agents (undercurrent node), one per node
+//!    ──writes──> desired/*.json ──> kubelets (hidden subcommand), one per node ──> pods
+//! status, exec, logs, capture-packets: read what these wrote, enter where they are
+//! down: removes all of it, from any state
+//! ```
+//! For developers and tests: it calls `ip`, `nft` and `tcpdump` and says so where they are missing. A pod is a network,
+//! process, mount, host-name and IPC namespace, with the capabilities that a mesh must expect of a hostile one. What it
+//! does not do: images, volumes, resource limits, controllers. It knows the agents only through their command line,
+//! their socket and their logs.
+//!
+//! Invariants: nothing runs, is mounted or is pinned after `down`; no process is ended that is not ours (by id and start
+//! time, or by its cgroup); a pod's containers do not start before its node's agent agreed.
+
+mod agent;
+mod capabilities;
+mod cgroup;
+mod desired;
+mod down;
+mod exec;
+mod files;
+mod hosts;
+mod kubelet;
+mod launch;
+mod layout;
+mod netns;
+mod network;
+mod pause;
+mod preflight;
+mod process;
+mod progress;
+mod proxy;
+mod state;
+mod up;
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Result, bail};
+use clap::Subcommand;
+use nix::sys::signal::Signal;
+
+pub use exec::{ExecArgs, LogsArgs, PacketsArgs};
+pub use up::UpArgs;
+
+use crate::{layout::Layout, state::State};
+
+/// A whole mesh on this machine.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Where the playground keeps its state.
+    #[arg(
+        long,
+        global = true,
+        env = "UNDERCURRENT_PLAYGROUND",
+        value_name = "DIR",
+        default_value = "/var/lib/undercurrent/playground"
+    )]
+    state: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Clone, Debug)]
+enum Command {
+    /// Make what the manifests say, and return when it is ready. Again after a change: only what changed is touched.
+    #[command(alias = "apply")]
+    Up(UpArgs),
+    /// End and remove everything.
+    Down,
+    /// Run a program in a pod; the exit code is the program's.
+    Exec(ExecArgs),
+    /// What a pod's containers wrote; or, for a node, its agent.
+    Logs(LogsArgs),
+    /// Every packet between the nodes, by tcpdump.
+    CapturePackets(PacketsArgs),
+    /// End a node's agent as a crash would (SIGKILL).
+    KillAgent {
+        /// The node.
+        node: String,
+    },
+    /// Start a node's agent that was ended, and wait until it is ready.
+    StartAgent {
+        /// The node.
+        node: String,
+    },
+    /// End a node's agent (SIGTERM), start it again, and wait until it is ready.
+    RestartAgent {
+        /// The node.
+        node: String,
+    },
+    #[command(hide = true)]
+    Launch(launch::LaunchArgs),
+    #[command(hide = true)]
+    Pause(pause::PauseArgs),
+    #[command(hide = true)]
+    Kubelet(desired::KubeletArgs),
+}
+
+/// Runs a command of the playground. `exec` ends the process with the program's exit code.
+pub fn run(args: Args) -> Result<()> {
+    let layout = Layout::new(args.state);
+    match args.command {
+        Command::Up(up) => up::run(&layout, &up),
+        Command::Down => down::run(&layout),
+        Command::Exec(exec) => std::process::exit(exec::run(&layout, &exec)?),
+        Command::Logs(logs) => exec::logs(&layout, &logs),
+        Command::CapturePackets(packets) => exec::capture_packets(&packets),
+        Command::KillAgent { node } => {
+            known_node(&layout, &node)?;
+            if !agent::stop(&layout, &node, Signal::SIGKILL, AGENT_TIME)? {
+                bail!("the agent of {node} does not run");
+            }
+            Ok(())
+        }
+        Command::StartAgent { node } => start_agent(&layout, &node),
+        Command::RestartAgent { node } => {
+            known_node(&layout, &node)?;
+            agent::stop(&layout, &node, Signal::SIGTERM, AGENT_TIME)?;
+            start_agent(&layout, &node)
+        }
+        Command::Launch(launch) => launch::run(&launch),
+        Command::Pause(pause) => pause::run(&pause),
+        Command::Kubelet(kubelet) => kubelet::run(&kubelet),
+    }
+}
+
+const AGENT_TIME: Duration = Duration::from_secs(30);
+
+fn known_node(layout: &Layout, node: &str) -> Result<State> {
+    preflight::root()?;
+    let state = State::expect(layout)?;
+    if !state.node_names().any(|known| known == node) {
+        bail!(
+            "there is no node {node}; there are {}",
+            state.node_names().collect::<Vec<_>>().join(", ")
+        );
+    }
+    if state.capture == "none" {
+        bail!("there are no agents: the playground is up without capture");
+    }
+    Ok(state)
+}
+
+fn start_agent(layout: &Layout, node: &str) -> Result<()> {
+    let state = known_node(layout, node)?;
+    agent::start(layout, &state, node)?;
+    agent::wait_ready(layout, node, AGENT_TIME)
+}

@@ -1,0 +1,239 @@
+//! `exec`, `logs`, `capture-packets`: looking into what runs.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{Read, Seek, Write},
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::PathBuf,
+    process::{Command, ExitStatus},
+    thread::sleep,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    agent::node_cgroup,
+    desired::{Desired, PodStatus},
+    kubelet::pod_environment,
+    launch::{Launch, spawn_in_pod},
+    layout::{BRIDGE, FABRIC, Layout, PodLayout, node_name, node_netns, pod_id, pod_netns},
+    netns, preflight,
+    state::State,
+};
+
+/// A pod that runs.
+pub(crate) struct Found {
+    pub node: String,
+    pub files: PodLayout,
+    pub status: PodStatus,
+    pub desired: Desired,
+}
+
+/// Finds a pod by `NAMESPACE/POD`.
+pub(crate) fn find(layout: &Layout, name: &str) -> Result<Found> {
+    preflight::root()?;
+    let state = State::expect(layout)?;
+    let Some(slot) = state.pods.get(name) else {
+        let known: Vec<_> = state.pods.keys().map(String::as_str).collect();
+        bail!("there is no pod {name}; there are {}", known.join(", "));
+    };
+    let (namespace, pod) = name
+        .split_once('/')
+        .with_context(|| format!("{name} is not NAMESPACE/POD"))?;
+    let node = node_name(slot.node);
+    let files = layout.node(&node).pod(&pod_id(namespace, pod));
+    let status = PodStatus::read(&files).with_context(|| format!("{name} was not started yet"))?;
+    let desired = status
+        .of
+        .clone()
+        .with_context(|| format!("{name} was not started yet"))?;
+    Ok(Found {
+        node,
+        files,
+        status,
+        desired,
+    })
+}
+
+/// Options of `exec`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ExecArgs {
+    /// The pod, as NAMESPACE/POD.
+    #[arg(value_name = "NAMESPACE/POD")]
+    pub pod: String,
+    /// Numeric user to run as [default: root].
+    #[arg(long, short)]
+    pub user: Option<u32>,
+    /// The program and its arguments.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// The command that runs a program in a pod, and the pod's first process, for [`spawn_in_pod`].
+pub(crate) fn command_in_pod(layout: &Layout, args: &ExecArgs) -> Result<(i32, Command)> {
+    let found = find(layout, &args.pod)?;
+    let pause = found.status.pause.filter(|process| process.is_alive());
+    let pause = pause.with_context(|| format!("{} does not run: {}", args.pod, found.status.why()))?;
+    let metadata = &found.desired.pod.metadata;
+    let cgroup = node_cgroup(&found.node)?.child("pods").child(&found.desired.id());
+    let netns = match found.desired.pod.spec.host_network {
+        true => node_netns(&found.node),
+        false => pod_netns(&metadata.namespace, &metadata.name),
+    };
+    let mut launch = Launch::new(&cgroup.0);
+    launch.netns = Some(&netns);
+    launch.pod = Some(pause.pid);
+    launch.user = args.user;
+    let mut command = launch.command(&layout.binary(), &args.command);
+    command.env_clear();
+    if let Some(terminal) = std::env::var_os("TERM") {
+        command.env("TERM", terminal);
+    }
+    command.envs(pod_environment(
+        &found.desired.pod,
+        &found.node,
+        &found.desired.addresses,
+        &found.desired.path,
+    ));
+    Ok((pause.pid, command))
+}
+
+/// Runs `exec`; the exit code is the program's.
+pub(crate) fn run(layout: &Layout, args: &ExecArgs) -> Result<i32> {
+    let (pause, command) = command_in_pod(layout, args)?;
+    // Ctrl-C is for the program in the pod, which has it from the terminal as we do; we only wait for it.
+    let mut child = ignoring_interrupts(|| spawn_in_pod(pause, command))?;
+    let status = child.wait().context("cannot wait for the program")?;
+    Ok(code(status))
+}
+
+fn ignoring_interrupts<T>(spawn: impl FnOnce() -> Result<T>) -> Result<T> {
+    use nix::sys::signal::{SigSet, Signal};
+    let spawned = spawn()?;
+    let mut interrupts = SigSet::empty();
+    interrupts.add(Signal::SIGINT);
+    interrupts.add(Signal::SIGQUIT);
+    interrupts.thread_block().context("cannot block signals")?;
+    Ok(spawned)
+}
+
+fn code(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+/// Options of `logs`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct LogsArgs {
+    /// The pod, as NAMESPACE/POD; or a node, for its agent's log.
+    #[arg(value_name = "NAMESPACE/POD|NODE")]
+    pub of: String,
+    /// Go on with what is added.
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Which container [default: all, one after the other].
+    #[arg(long, short)]
+    pub container: Option<String>,
+    /// Of a node: the access log, with one line for each connection.
+    #[arg(long)]
+    pub access: bool,
+    /// Of a node: the kubelet's log.
+    #[arg(long, conflicts_with = "access")]
+    pub kubelet: bool,
+}
+
+/// Runs `logs`.
+pub(crate) fn logs(layout: &Layout, args: &LogsArgs) -> Result<()> {
+    preflight::root()?;
+    let state = State::expect(layout)?;
+    let paths: Vec<PathBuf> = if state.node_names().any(|node| node == args.of) {
+        let node = layout.node(&args.of);
+        vec![match (args.access, args.kubelet) {
+            (true, _) => node.access_log(),
+            (_, true) => node.kubelet_log(),
+            _ => node.agent_log(),
+        }]
+    } else {
+        let found = find(layout, &args.of)?;
+        let spec = &found.desired.pod.spec;
+        let names: Vec<_> = spec
+            .init_containers
+            .iter()
+            .chain(&spec.containers)
+            .map(|container| &container.name)
+            .collect();
+        if let Some(asked) = &args.container
+            && !names.contains(&asked)
+        {
+            bail!("{} has no container {asked}", args.of);
+        }
+        let asked = |name: &&&String| args.container.as_ref().is_none_or(|asked| asked == **name);
+        names.iter().filter(asked).map(|name| found.files.log(name)).collect()
+    };
+    let mut files: Vec<_> = paths.iter().map(|path| (path, 0)).collect();
+    loop {
+        for (path, at) in &mut files {
+            print_from(path, at)?;
+        }
+        if !args.follow {
+            return Ok(());
+        }
+        sleep(Duration::from_millis(100));
+    }
+}
+
+fn print_from(path: &PathBuf, at: &mut u64) -> Result<()> {
+    let Ok(mut file) = File::open(path) else { return Ok(()) };
+    file.seek(std::io::SeekFrom::Start(*at))?;
+    let mut bytes = Vec::new();
+    *at += file.read_to_end(&mut bytes)? as u64;
+    let mut out = std::io::stdout();
+    match out.write_all(&bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        result => result.context("cannot write"),
+    }
+}
+
+/// Options of `capture-packets`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct PacketsArgs {
+    /// Write them to a file (pcap) instead of printing them.
+    #[arg(short, long, value_name = "FILE")]
+    pub write: Option<PathBuf>,
+    /// End after so many.
+    #[arg(short, long, value_name = "N")]
+    pub count: Option<u64>,
+    /// What tcpdump takes: options and a filter, such as `-X tcp port 15008`.
+    #[arg(last = true, value_name = "TCPDUMP ARGUMENTS")]
+    pub rest: Vec<OsString>,
+}
+
+/// The tcpdump on the bridge between the nodes, where every packet between them passes.
+pub(crate) fn tcpdump(args: &PacketsArgs) -> Result<Command> {
+    preflight::root()?;
+    if !netns::exists(FABRIC) {
+        bail!("the playground is not up: there is no network namespace {FABRIC}");
+    }
+    if !preflight::has_program("tcpdump") {
+        bail!("this needs the program `tcpdump` (Debian: apt install tcpdump)");
+    }
+    let mut command = Command::new("tcpdump");
+    command.args(["-n", "-i", BRIDGE, "-Z", "root"]);
+    if let Some(file) = &args.write {
+        command.arg("-U").arg("-w").arg(file);
+    } else {
+        command.arg("-l");
+    }
+    if let Some(count) = args.count {
+        command.arg("-c").arg(count.to_string());
+    }
+    command.args(&args.rest);
+    Ok(command)
+}
+
+/// Runs `capture-packets`.
+pub(crate) fn capture_packets(args: &PacketsArgs) -> Result<()> {
+    let mut command = tcpdump(args)?;
+    netns::inside(FABRIC, || Err(command.exec()).context("cannot run tcpdump"))
+}
