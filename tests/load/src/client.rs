@@ -93,7 +93,10 @@ pub fn bulk(run: &Run, streams: usize) -> anyhow::Result<Bulk> {
     if bytes != sent {
         bail!("{sent} bytes sent, {bytes} arrived");
     }
-    Ok(Bulk { bytes, seconds: start.elapsed().as_secs_f64() })
+    Ok(Bulk {
+        bytes,
+        seconds: start.elapsed().as_secs_f64(),
+    })
 }
 
 /// Ends the uploads, and adds up the server's counts.
@@ -172,7 +175,12 @@ struct Requester {
 
 impl Requester {
     fn new(sizes: Sizes, fresh: bool) -> anyhow::Result<Self> {
-        let hello = Kind::Requests { request: sizes.request, response: sizes.response, close: fresh }.encode();
+        let hello = Kind::Requests {
+            request: sizes.request,
+            response: sizes.response,
+            close: fresh,
+        }
+        .encode();
         let mut first = hello.to_vec();
         first.resize(HELLO + sizes.request as usize, 0x5a);
         Ok(Requester {
@@ -191,8 +199,15 @@ impl Requester {
         let since = Instant::now();
         let mut stream = TcpStream::connect(run.target).with_context(|| format!("connect to {}", run.target))?;
         stream.set_nodelay(true)?;
-        self.poll.registry().register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Asker { stream, since, have: 0, asked: false })
+        self.poll
+            .registry()
+            .register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Asker {
+            stream,
+            since,
+            have: 0,
+            asked: false,
+        })
     }
 
     /// Goes on with one connection; true when it is over and another shall take its place.
@@ -232,12 +247,21 @@ impl Requester {
 }
 
 fn waits(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::NotConnected | io::ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::NotConnected | io::ErrorKind::Interrupted
+    )
 }
 
 /// Opens `count` connections, each proved by one request, says so, and holds them until stdin ends or time is over.
 pub fn idle(run: &Run, count: usize) -> anyhow::Result<()> {
-    let mut first = Kind::Requests { request: 128, response: 128, close: false }.encode().to_vec();
+    let mut first = Kind::Requests {
+        request: 128,
+        response: 128,
+        close: false,
+    }
+    .encode()
+    .to_vec();
     first.resize(HELLO + 128, 0x5a);
     let mut held = Vec::with_capacity(count);
     for _ in 0..count {
@@ -245,7 +269,9 @@ pub fn idle(run: &Run, count: usize) -> anyhow::Result<()> {
         stream.set_read_timeout(Some(STALL))?;
         stream.write_all(&first)?;
         let mut answer = [0; 128];
-        stream.read_exact(&mut answer).with_context(|| format!("connection {}", held.len()))?;
+        stream
+            .read_exact(&mut answer)
+            .with_context(|| format!("connection {}", held.len()))?;
         held.push(stream);
     }
     println!("{{\"held\":{}}}", held.len());
@@ -261,8 +287,8 @@ pub fn idle(run: &Run, count: usize) -> anyhow::Result<()> {
 }
 
 fn connect_now(run: &Run) -> anyhow::Result<BlockingStream> {
-    let stream = BlockingStream::connect_timeout(&run.target, STALL)
-        .with_context(|| format!("connect to {}", run.target))?;
+    let stream =
+        BlockingStream::connect_timeout(&run.target, STALL).with_context(|| format!("connect to {}", run.target))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

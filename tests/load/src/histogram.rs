@@ -14,7 +14,10 @@ pub struct Histogram {
 impl Histogram {
     /// An empty one.
     pub fn new() -> Self {
-        Histogram { counts: vec![0; STEPS * POWERS], total: 0 }
+        Histogram {
+            counts: vec![0; STEPS * POWERS],
+            total: 0,
+        }
     }
 
     /// Counts one duration.
@@ -76,7 +79,10 @@ mod tests {
     fn every_bucket_holds_the_value_that_chose_it() {
         for nanos in (0..100_000).chain([1 << 30, (1 << 39) - 1]) {
             let at = index(nanos);
-            assert!(nanos <= upper(at) && (at == 0 || nanos + 1 >= upper(at - 1)), "{nanos} in bucket {at}");
+            assert!(
+                nanos <= upper(at) && (at == 0 || nanos + 1 >= upper(at - 1)),
+                "{nanos} in bucket {at}"
+            );
         }
     }
 

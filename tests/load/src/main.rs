@@ -110,12 +110,16 @@ fn main() -> anyhow::Result<()> {
     let answer = match Arguments::parse().command {
         Command::Serve { listen } => return Ok(server::serve(listen)?),
         Command::Bulk { run, streams } => serde_json::to_string(&client::bulk(&run, streams)?)?,
-        Command::Requests { run, connections, sizes } => {
-            serde_json::to_string(&client::requests(&run, connections, sizes, false)?)?
-        }
-        Command::Connections { run, concurrency, sizes } => {
-            serde_json::to_string(&client::requests(&run, concurrency, sizes, true)?)?
-        }
+        Command::Requests {
+            run,
+            connections,
+            sizes,
+        } => serde_json::to_string(&client::requests(&run, connections, sizes, false)?)?,
+        Command::Connections {
+            run,
+            concurrency,
+            sizes,
+        } => serde_json::to_string(&client::requests(&run, concurrency, sizes, true)?)?,
         Command::Idle { run, count } => return client::idle(&run, count),
     };
     println!("{answer}");

@@ -18,9 +18,19 @@ const LISTENER: Token = Token(usize::MAX);
 const TURN: usize = 16;
 
 enum Phase {
-    Hello { bytes: [u8; HELLO], have: usize },
-    Requests { request: u64, response: u64, close: bool, have: u64 },
-    Upload { bytes: u64 },
+    Hello {
+        bytes: [u8; HELLO],
+        have: usize,
+    },
+    Requests {
+        request: u64,
+        response: u64,
+        close: bool,
+        have: u64,
+    },
+    Upload {
+        bytes: u64,
+    },
     Done,
 }
 
@@ -62,7 +72,9 @@ pub fn serve(listen: SocketAddr) -> io::Result<()> {
         }
         for _ in 0..again.len() {
             let Some(at) = again.pop_front() else { break };
-            let Some(connection) = connections.get_mut(at) else { continue };
+            let Some(connection) = connections.get_mut(at) else {
+                continue;
+            };
             match connection.turn(&mut buffer) {
                 Ok(Turn::Drained) => {}
                 Ok(Turn::Again) => again.push_back(at),
@@ -78,8 +90,16 @@ fn accept(listener: &TcpListener, poll: &Poll, connections: &mut Slab<Connection
             Ok((mut stream, _)) => {
                 let _ = stream.set_nodelay(true);
                 let at = connections.next();
-                poll.registry().register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
-                connections.insert(Connection { stream, phase: Phase::Hello { bytes: [0; HELLO], have: 0 }, owed: 0 });
+                poll.registry()
+                    .register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
+                connections.insert(Connection {
+                    stream,
+                    phase: Phase::Hello {
+                        bytes: [0; HELLO],
+                        have: 0,
+                    },
+                    owed: 0,
+                });
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // The client was gone before it was accepted, or descriptors ran out: the next accept may go well.
@@ -135,15 +155,28 @@ impl Connection {
                         return true;
                     }
                     match Kind::decode(bytes) {
-                        Some(Kind::Requests { request, response, close }) => {
-                            self.phase =
-                                Phase::Requests { request: request.into(), response: response.into(), close, have: 0 };
+                        Some(Kind::Requests {
+                            request,
+                            response,
+                            close,
+                        }) => {
+                            self.phase = Phase::Requests {
+                                request: request.into(),
+                                response: response.into(),
+                                close,
+                                have: 0,
+                            };
                         }
                         Some(Kind::Upload) => self.phase = Phase::Upload { bytes: 0 },
                         None => return false,
                     }
                 }
-                Phase::Requests { request, response, close, have } => {
+                Phase::Requests {
+                    request,
+                    response,
+                    close,
+                    have,
+                } => {
                     *have += input.len() as u64;
                     let whole = *have / *request;
                     *have %= *request;

@@ -9,7 +9,10 @@ pub struct Slab<T> {
 impl<T> Slab<T> {
     /// An empty one.
     pub fn new() -> Self {
-        Slab { places: Vec::new(), free: Vec::new() }
+        Slab {
+            places: Vec::new(),
+            free: Vec::new(),
+        }
     }
 
     /// The number that the next [`Slab::insert`] gives.

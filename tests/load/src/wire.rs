@@ -36,7 +36,11 @@ impl Kind {
         let mut out = [0; HELLO];
         out[..4].copy_from_slice(MAGIC);
         match self {
-            Kind::Requests { request, response, close } => {
+            Kind::Requests {
+                request,
+                response,
+                close,
+            } => {
                 out[4] = 1;
                 out[5] = u8::from(close);
                 out[8..12].copy_from_slice(&request.to_be_bytes());
@@ -57,7 +61,11 @@ impl Kind {
             1 => {
                 let (request, response) = (number(8), number(12));
                 let fits = |length: u32| (1..=MAX_MESSAGE).contains(&length);
-                (fits(request) && fits(response)).then_some(Kind::Requests { request, response, close: bytes[5] != 0 })
+                (fits(request) && fits(response)).then_some(Kind::Requests {
+                    request,
+                    response,
+                    close: bytes[5] != 0,
+                })
             }
             2 => Some(Kind::Upload),
             _ => None,
@@ -72,14 +80,26 @@ mod tests {
 
     #[test]
     fn a_hello_survives_the_wire() {
-        for kind in [Kind::Upload, Kind::Requests { request: 1, response: MAX_MESSAGE, close: true }] {
+        for kind in [
+            Kind::Upload,
+            Kind::Requests {
+                request: 1,
+                response: MAX_MESSAGE,
+                close: true,
+            },
+        ] {
             assert_eq!(Kind::decode(&kind.encode()), Some(kind));
         }
     }
 
     #[test]
     fn a_length_beyond_the_bound_is_refused() {
-        let hello = Kind::Requests { request: MAX_MESSAGE + 1, response: 1, close: false }.encode();
+        let hello = Kind::Requests {
+            request: MAX_MESSAGE + 1,
+            response: 1,
+            close: false,
+        }
+        .encode();
         assert_eq!(Kind::decode(&hello), None);
     }
 
