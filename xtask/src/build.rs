@@ -11,9 +11,6 @@ use crate::setup::{EbpfCompiler, Purpose};
 use crate::step::Steps;
 use crate::workspace::Workspace;
 
-/// Linker arguments: keep BTF, which the kernel wants for maps and line information in the verifier's log.
-const EBPF_FLAGS: &str = "-Clink-arg=--btf -Cdebuginfo=2";
-
 /// Compiles `ebpf/` to the object that the binary embeds.
 pub fn ebpf(workspace: &Workspace) -> Result<()> {
     let mut cargo = match ebpf_compiler(find("rustup").is_some()) {
@@ -36,23 +33,13 @@ pub fn ebpf(workspace: &Workspace) -> Result<()> {
         "RUSTDOC",
         "RUSTFLAGS",
         "CARGO_ENCODED_RUSTFLAGS",
+        "CARGO_TARGET_DIR",
     ] {
         cargo.env_remove(inherited);
     }
-    cargo.args([
-        "build",
-        "--release",
-        "--target",
-        "bpfel-unknown-none",
-        "-Zbuild-std=core",
-        "--target-dir",
-    ]);
-    cargo
-        .arg(workspace.path("ebpf/target"))
-        .current_dir(workspace.path("ebpf"));
-    cargo
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", EBPF_FLAGS);
+    // Target, flags and where the object goes are in ebpf/.cargo/config.toml.
+    cargo.args(["build", "--release", "--locked"]);
+    cargo.current_dir(workspace.path("ebpf")).env("RUSTC_BOOTSTRAP", "1");
     Steps::new(workspace).run("build-ebpf", "compile the eBPF programs", &mut cargo)?;
     let object = workspace.ebpf_object();
     if !object.exists() {

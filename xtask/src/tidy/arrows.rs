@@ -47,8 +47,8 @@ const ARROWS: &[(&str, &[&str])] = &[
         "control",
         &["identity", "k8s", "model", "proto", "store", "tasks", "telemetry"],
     ),
-    // Until the store exists, the playground itself turns manifests into the agents' static files.
-    ("playground", &["admin", "k8s", "model", "store"]),
+    // Until the store exists, the playground itself turns manifests into the agents' static files, and makes their CA.
+    ("playground", &["admin", "identity", "k8s", "model", "store"]),
     ("undercurrent", ALL),
     // Scenarios start the binary; they speak its admin protocol, forge peers and parse what it writes.
     ("system-tests", ALL),
