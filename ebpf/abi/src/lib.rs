@@ -1,2 +1,229 @@
-//! Map and event layouts shared by the eBPF programs and agent/capture.
+//! Map layouts, port numbers and drop reasons shared by the eBPF programs (`ebpf/`) and `agent/capture`.
+//!
+//! Everything here is `repr(C)` without implicit padding, so that a value has one byte image on both sides. Pinned maps
+//! outlive the agent: whoever changes a layout raises [`VERSION`], and the next agent replaces the maps.
 #![no_std]
+
+mod address;
+mod reason;
+
+pub use address::{Address, Endpoint};
+pub use reason::Reason;
+
+/// The version of every layout in this crate; maps are pinned under it.
+pub const VERSION: u32 = 1;
+
+/// Where captured outbound connections go, on the pod's own address. All but the first are ports that no Istio
+/// component uses; an application that serves one of them can't be reached by itself through its own pod address.
+pub const CAPTURE_PORTS: [u16; 16] = [
+    15001, 15121, 15122, 15123, 15124, 15125, 15126, 15127, 15128, 15129, 15130, 15131, 15132, 15133, 15134, 15135,
+];
+
+/// Plaintext inbound connections, as Istio numbers it.
+pub const INBOUND_PORT: u16 = 15006;
+
+/// HBONE, as Istio numbers it.
+pub const HBONE_PORT: u16 = 15008;
+
+/// The firewall mark of the agent's sockets toward applications (Istio's in-pod mark).
+pub const MARK: u32 = 0x539;
+
+/// The bits of the firewall mark that are ours.
+pub const MARK_MASK: u32 = 0xfff;
+
+/// Whether a port of the pod's own address belongs to outbound capture.
+#[inline(always)]
+pub const fn is_capture_port(port: u16) -> bool {
+    port == CAPTURE_PORTS[0] || (port >= CAPTURE_PORTS[1] && port <= CAPTURE_PORTS[15])
+}
+
+/// The capture port for a destination. Connections to different destinations are spread, because all connections of a
+/// pod to one capture port share its ephemeral ports, and one source port can have only one connection to each.
+#[inline(always)]
+pub const fn capture_port(destination: &Endpoint) -> u16 {
+    let words = &destination.address.words;
+    let mut hash = words[0] ^ words[1].rotate_left(8) ^ words[2].rotate_left(16) ^ words[3];
+    hash ^= (destination.port as u32) << 16;
+    hash = (hash ^ (hash >> 16)).wrapping_mul(0x7feb_352d);
+    hash = (hash ^ (hash >> 15)).wrapping_mul(0x846c_a68b);
+    let index = (hash >> 28) & 15;
+    if index == 0 {
+        CAPTURE_PORTS[0]
+    } else {
+        CAPTURE_PORTS[1] + index as u16 - 1
+    }
+}
+
+/// [`Pod::flags`], [`Interface::flags`]: the pod's TCP is captured.
+pub const CAPTURED: u32 = 1;
+
+/// [`Pod::flags`], [`Interface::flags`]: traffic that is not TCP is dropped.
+pub const FORBID_NON_TCP: u32 = 2;
+
+/// The one entry of the map `CONFIG`: what tells the node's processes apart.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// The id of the agent's cgroup.
+    pub agent_cgroup: u64,
+    /// The id of the cgroup of all pods of the node.
+    pub pods_cgroup: u64,
+    /// The cookie of the node's network namespace.
+    pub node_cookie: u64,
+    /// The depth of the agent's cgroup; the root's is 0.
+    pub agent_level: u32,
+    /// The depth of the pods' cgroup.
+    pub pods_level: u32,
+}
+
+/// A pod, in the map `PODS` under the cookie of its network namespace.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Pod {
+    /// Its IPv4 address, v4-mapped; [`Address::NONE`] where it has none.
+    pub ip4: Address,
+    /// Its IPv6 address; [`Address::NONE`] where it has none.
+    pub ip6: Address,
+    /// [`CAPTURED`], [`FORBID_NON_TCP`].
+    pub flags: u32,
+    /// The host side of its veth, under which it is counted.
+    pub ifindex: u32,
+}
+
+/// The host side of a captured pod's veth, in the map `INTERFACES` under its index.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Interface {
+    /// The pod's IPv4 address, v4-mapped; [`Address::NONE`] where it has none.
+    pub ip4: Address,
+    /// The pod's IPv6 address; [`Address::NONE`] where it has none.
+    pub ip6: Address,
+    /// The cookie of the pod's network namespace.
+    pub cookie: u64,
+    /// [`FORBID_NON_TCP`].
+    pub flags: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// A TCP connection seen from a pod: the key of `ADMITTED`, `PROBES` and `FLOWS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Flow {
+    /// The pod's end.
+    pub pod: Endpoint,
+    /// The other end.
+    pub remote: Endpoint,
+}
+
+/// The key of `ORIGINAL`: a captured connection as the agent sees it when it accepts.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct OriginalKey {
+    /// The cookie of the pod's network namespace.
+    pub cookie: u64,
+    /// The application's own end.
+    pub source: Endpoint,
+    /// Which of [`CAPTURE_PORTS`] it was sent to.
+    pub capture_port: u32,
+}
+
+/// Which of the agent's listeners a connection is for.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ListenerKind {
+    /// Captured outbound connections (15001).
+    Outbound = 1,
+    /// Plaintext inbound connections (15006).
+    Inbound = 2,
+    /// HBONE (15008).
+    Hbone = 3,
+}
+
+/// The key of the SockHash `LISTENERS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ListenerKey {
+    /// The pod's address, v4-mapped if IPv4.
+    pub address: Address,
+    /// A [`ListenerKind`].
+    pub kind: u32,
+}
+
+/// The key of the per-CPU map `COUNTERS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct CounterKey {
+    /// The host side of the pod's veth; 0 where the hook can't know the pod.
+    pub ifindex: u32,
+    /// A [`Reason`].
+    pub reason: u32,
+}
+
+/// What is to be put back when a pod is released, in the map `RESTORE` under the cookie of its network namespace. Only
+/// user space uses it: it is here because bpffs is the one place that lives exactly as long as the capture.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Restore {
+    /// Where the network namespace was found; zero-terminated.
+    pub netns: [u8; 240],
+    /// `net.ipv4.tcp_fwmark_accept` as it was.
+    pub tcp_fwmark_accept: u32,
+    /// `net.ipv4.conf.all.rp_filter` as it was; [`Restore::UNTOUCHED`] where it did not need a change.
+    pub rp_filter_all: u32,
+}
+
+impl Restore {
+    /// A setting that was not changed.
+    pub const UNTOUCHED: u32 = u32::MAX;
+}
+
+#[cfg(feature = "user")]
+mod user {
+    #![expect(unsafe_code, reason = "aya's Pod is an unsafe trait")]
+
+    macro_rules! plain {
+        ($($name:ident),*) => { $(
+            // SAFETY: repr(C), made of integers, without padding (see the test), valid for every bit pattern.
+            unsafe impl aya::Pod for crate::$name {}
+        )* };
+    }
+
+    plain!(
+        Address, Endpoint, Config, Pod, Interface, Flow, OriginalKey, ListenerKey, CounterKey, Restore
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_have_no_padding() {
+        assert_eq!(size_of::<Endpoint>(), 16 + 4);
+        assert_eq!(size_of::<Config>(), 8 * 3 + 4 * 2);
+        assert_eq!(size_of::<Pod>(), 16 * 2 + 4 * 2);
+        assert_eq!(size_of::<Interface>(), 16 * 2 + 8 + 4 * 2);
+        assert_eq!(size_of::<Flow>(), 2 * size_of::<Endpoint>());
+        assert_eq!(size_of::<OriginalKey>(), 8 + 20 + 4);
+        assert_eq!(size_of::<ListenerKey>(), 16 + 4);
+        assert_eq!(size_of::<Restore>(), 240 + 4 * 2);
+    }
+
+    #[test]
+    fn capture_ports_are_recognised_and_all_used() {
+        let mut used = [false; CAPTURE_PORTS.len()];
+        for low in 0..=255u8 {
+            for port in [80, 443, 8080] {
+                let destination = Endpoint::new(Address::from_ip([10, 96, 3, low].into()), port);
+                let capture = capture_port(&destination);
+                assert!(is_capture_port(capture));
+                used[CAPTURE_PORTS.iter().position(|known| *known == capture).unwrap()] = true;
+            }
+        }
+        assert_eq!(used, [true; CAPTURE_PORTS.len()]);
+        for port in [15000, 15002, INBOUND_PORT, HBONE_PORT, 15053, 15120, 15136] {
+            assert!(!is_capture_port(port));
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The maps that the kernel's programs and the agent share.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::Arc,
+};
+
+use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, Pod, Reason, Restore};
+use aya::{
+    Ebpf,
+    maps::{HashMap, IterableMap, Map, MapData, MapError, PerCpuHashMap, SockHash},
+};
+
+use crate::error::{CaptureError, Tried, map_error};
+
+/// All maps of the object that are pinned; its constants and its log are not.
+pub(crate) const PINNED: &[&str] = &[
+    "PODS", "INTERFACES", "LISTENERS", "DIALLED", "ORIGINAL", "ADMITTED", "PROBES", "FLOWS", "COUNTERS", "RESTORE",
+];
+
+/// The maps, as the agent uses them.
+pub(crate) struct Maps {
+    pods: HashMap<MapData, u64, Pod>,
+    interfaces: HashMap<MapData, u32, Interface>,
+    listeners: SockHash<MapData, ListenerKey>,
+    flows: HashMap<MapData, Flow, u32>,
+    counters: PerCpuHashMap<MapData, CounterKey, u64>,
+    restore: HashMap<MapData, u64, Restore>,
+    original: Original,
+}
+
+impl Maps {
+    pub(crate) fn take(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
+        fn map<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError> {
+            let map = ebpf.take_map(name).ok_or(CaptureError::Missing(name))?;
+            T::try_from(map).map_err(map_error(name))
+        }
+        let original: HashMap<MapData, OriginalKey, Endpoint> = map(ebpf, "ORIGINAL")?;
+        Ok(Self {
+            pods: map(ebpf, "PODS")?,
+            interfaces: map(ebpf, "INTERFACES")?,
+            listeners: map(ebpf, "LISTENERS")?,
+            flows: map(ebpf, "FLOWS")?,
+            counters: map(ebpf, "COUNTERS")?,
+            restore: map(ebpf, "RESTORE")?,
+            original: Original::of(original)?,
+        })
+    }
+
+    pub(crate) fn original(&self) -> Original {
+        self.original.clone()
+    }
+
+    pub(crate) fn pod(&self, cookie: u64) -> Option<Pod> {
+        self.pods.get(&cookie, 0).ok()
+    }
+
+    pub(crate) fn set_pod(&mut self, cookie: u64, pod: &Pod) -> Result<(), CaptureError> {
+        self.pods.insert(cookie, pod, 0).map_err(map_error("PODS"))
+    }
+
+    pub(crate) fn remove_pod(&mut self, cookie: u64) {
+        let _ = self.pods.remove(&cookie);
+    }
+
+    pub(crate) fn pod_cookies(&self) -> Vec<u64> {
+        self.pods.keys().filter_map(Result::ok).collect()
+    }
+
+    pub(crate) fn set_interface(&mut self, index: u32, interface: &Interface) -> Result<(), CaptureError> {
+        self.interfaces
+            .insert(index, interface, 0)
+            .map_err(map_error("INTERFACES"))
+    }
+
+    /// Removes the interfaces of a pod, but for those that stay.
+    pub(crate) fn remove_interfaces(&mut self, cookie: u64, keep: &[u32]) {
+        let gone: Vec<u32> = self
+            .interfaces
+            .iter()
+            .filter_map(Result::ok)
+            .filter(|(index, interface)| interface.cookie == cookie && !keep.contains(index))
+            .map(|(index, _)| index)
+            .collect();
+        for index in gone {
+            let _ = self.interfaces.remove(&index);
+            self.forget_counters(index);
+        }
+    }
+
+    /// Replaces what another agent may have left there.
+    pub(crate) fn set_listener(
+        &mut self,
+        key: ListenerKey,
+        listener: &std::net::TcpListener,
+    ) -> Result<(), CaptureError> {
+        self.listeners.insert(key, listener.as_raw_fd(), 0).map_err(map_error("LISTENERS"))
+    }
+
+    pub(crate) fn remove_listener(&mut self, key: &ListenerKey) {
+        let _ = self.listeners.remove(key);
+    }
+
+    /// Lets a connection live on that is older than the enrolment.
+    pub(crate) fn keep_flow(&mut self, flow: Flow) -> Result<(), CaptureError> {
+        match self.flows.insert(flow, 0, 1) {
+            Err(error) if !is_there(&error) => Err(map_error("FLOWS")(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the recorded connections of a pod's addresses that are not wanted.
+    pub(crate) fn remove_flows(&mut self, pod: &Pod, keep: impl Fn(&Flow) -> bool) {
+        let gone: Vec<Flow> = self
+            .flows
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|flow| (flow.pod.address == pod.ip4 || flow.pod.address == pod.ip6) && !keep(flow))
+            .collect();
+        for flow in gone {
+            let _ = self.flows.remove(&flow);
+        }
+    }
+
+    pub(crate) fn restore(&self, cookie: u64) -> Option<Restore> {
+        self.restore.get(&cookie, 0).ok()
+    }
+
+    pub(crate) fn set_restore(&mut self, cookie: u64, restore: &Restore) -> Result<(), CaptureError> {
+        self.restore.insert(cookie, restore, 0).map_err(map_error("RESTORE"))
+    }
+
+    pub(crate) fn remove_restore(&mut self, cookie: u64) {
+        let _ = self.restore.remove(&cookie);
+    }
+
+    pub(crate) fn restore_cookies(&self) -> Vec<u64> {
+        self.restore.keys().filter_map(Result::ok).collect()
+    }
+
+    /// The counts by interface (0: not known) and reason.
+    pub(crate) fn counters(&self) -> BTreeMap<(u32, Reason), u64> {
+        self.counters
+            .iter()
+            .filter_map(Result::ok)
+            .filter_map(|(key, values)| Some(((key.ifindex, Reason::from_number(key.reason)?), values.iter().sum())))
+            .collect()
+    }
+
+    fn forget_counters(&mut self, ifindex: u32) {
+        for reason in Reason::ALL {
+            let _ = self.counters.remove(&CounterKey {
+                ifindex,
+                reason: *reason as u32,
+            });
+        }
+    }
+}
+
+fn is_there(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists)
+}
+
+/// `ORIGINAL`, for those who accept: no lock, one system call.
+#[derive(Clone)]
+pub(crate) struct Original(Arc<OwnedFd>);
+
+impl Original {
+    fn of(map: HashMap<MapData, OriginalKey, Endpoint>) -> Result<Self, CaptureError> {
+        // aya keeps the typed map; the descriptor alone is enough here, and needs no lock.
+        let fd = map
+            .map()
+            .fd()
+            .as_fd()
+            .try_clone_to_owned()
+            .tried(|| "duplicating a map's descriptor".into())?;
+        Ok(Self(Arc::new(fd)))
+    }
+
+    pub(crate) fn take(&self, key: &OriginalKey) -> Option<Endpoint> {
+        crate::sys::map_take(self.0.as_fd(), key)
+            .inspect_err(|error| tracing::warn!(%error, "looking up an original destination"))
+            .ok()
+            .flatten()
+    }
+}

@@ -1,0 +1,321 @@
+//! The capture of one node: its programs, its pods, and the state that both are in.
+//!
+//! ```text
+//!            know                capture
+//! (refused) ------> known ---------------------> captured
+//!                     ^    <-------------------     |
+//!                     |           release           | forget
+//!                     +---- forget ---> (refused) <-+
+//! ```
+//! Every operation is idempotent and says what should be, so that a crash at any point is repaired by doing it again.
+//! Operations run one after the other on a blocking thread.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use model::WorkloadUid;
+
+use crate::{
+    capabilities,
+    cgroup::Cgroup,
+    counters::{self, GuardCounters},
+    error::{CaptureError, Tried},
+    kernel_log::KernelLog,
+    maps::Maps,
+    netns::Netns,
+    pins::{self, Pins},
+    plan::Addresses,
+    pod::{self, PodState},
+    programs::{self, Constants, Programs},
+    sockets::PodHandle,
+    sys::{AttachType, Attached, Target},
+};
+
+/// What a node's capture is made from.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// The node's name; only for the log.
+    pub node: String,
+    /// Where links and maps are pinned, on bpffs: one directory for each node agent, such as
+    /// `/sys/fs/bpf/undercurrent/NODE`.
+    pub pin_dir: PathBuf,
+    /// The cgroup (version 2) that holds all pods of the node, host-network pods too.
+    pub pods_cgroup: PathBuf,
+    /// The agent's own cgroup; none: the one that this process is in. Not the root, and not one that holds pods.
+    pub agent_cgroup: Option<PathBuf>,
+    /// The eBPF object, `ebpf/target/bpfel-unknown-none/release/undercurrent`.
+    pub object: &'static [u8],
+    /// Whether the programs write to the log ([`Node::kernel_log`]). Off costs nothing: the verifier removes the code.
+    pub kernel_log: bool,
+}
+
+/// A pod of this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSpec {
+    /// Its name in the mesh.
+    pub uid: WorkloadUid,
+    /// Its network namespace.
+    pub netns: PathBuf,
+    /// One address, or one of each family. The namespace must hold them.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// The capture of this node. Dropping it leaves everything as it is: pods stay captured, and what they send is refused
+/// until the next agent comes.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Mutex<Inner>>,
+    kernel_log: Arc<Mutex<Option<KernelLog>>>,
+}
+
+/// What the operations work on.
+pub(crate) struct Inner {
+    pub(crate) pins: Pins,
+    pub(crate) home: Netns,
+    pub(crate) agent: Cgroup,
+    pub(crate) programs: Programs,
+    pub(crate) maps: Maps,
+    pub(crate) pods: HashMap<WorkloadUid, PodState>,
+}
+
+impl Node {
+    /// Loads the programs, or takes over from an earlier agent: pinned maps are kept, pinned links get the new programs
+    /// one by one and never let anything past in between, and what belongs to pods that are gone is removed.
+    ///
+    /// Must be called in the node's network namespace, and by a process in the agent's cgroup.
+    pub fn start(config: NodeConfig) -> Result<Self, CaptureError> {
+        let capabilities = capabilities::probe();
+        if !capabilities.can_capture() {
+            return Err(CaptureError::Unsupported(capabilities));
+        }
+        let pins = Pins::prepare(&config.pin_dir)?;
+        let pods = Cgroup::open(&config.pods_cgroup)?;
+        let agent = match &config.agent_cgroup {
+            Some(path) => Cgroup::open(path)?,
+            None => Cgroup::own()?,
+        };
+        if agent.contains(&pods) {
+            return Err(CaptureError::Cgroup {
+                path: agent.path,
+                problem: "is the agent's and holds the pods: they would be exempt as it is".into(),
+            });
+        }
+        let home = Netns::own().tried(|| "opening the node's network namespace".into())?;
+        let constants = Constants {
+            agent: &agent,
+            pods: &pods,
+            node_cookie: if capabilities.tc_netns_cookie { home.cookie() } else { 0 },
+            log_level: if config.kernel_log { KernelLog::LEVEL } else { 0 },
+        };
+        let (programs, mut maps, mut ebpf) = programs::load(config.object, &pins, &constants)?;
+        let kernel_log = config.kernel_log.then(|| KernelLog::of(&mut ebpf)).transpose()?;
+        // Host-network pods are in the pods' cgroup and in the node's namespace.
+        let nobody = Addresses { ip4: None, ip6: None };
+        maps.set_pod(home.cookie(), &nobody.entry(0, 0))?;
+        attach_to_cgroups(&pins, &programs, &pods, &agent)?;
+        let mut inner = Inner {
+            pins,
+            home,
+            agent,
+            programs,
+            maps,
+            pods: HashMap::new(),
+        };
+        inner.adopt_pods()?;
+        inner.pins.remove_other_versions();
+        tracing::info!(node = config.node, pins = %config.pin_dir.display(), "capture stands");
+        Ok(Self {
+            inner: Arc::new(Mutex::new(inner)),
+            kernel_log: Arc::new(Mutex::new(kernel_log)),
+        })
+    }
+
+    /// A pod exists and is not captured: its connections pass. Of a captured pod this says nothing new.
+    pub async fn know(&self, spec: PodSpec) -> Result<(), CaptureError> {
+        self.run(move |inner| inner.know(&spec)).await
+    }
+
+    /// Captures a pod. Connections that it already has live on; connection attempts under way are aborted, to be tried
+    /// again through the mesh. `forbid_non_tcp` drops what the mesh does not carry.
+    ///
+    /// Done again it repairs what is not as it should be, and returns the same listeners.
+    pub async fn capture(&self, spec: PodSpec, forbid_non_tcp: bool) -> Result<PodHandle, CaptureError> {
+        self.run(move |inner| inner.capture(&spec, forbid_non_tcp)).await
+    }
+
+    /// Ends a pod's capture and puts back what was changed in it; the pod stays known. The proxy should have drained
+    /// the pod before: connections from clients' addresses need what is removed here.
+    pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        let uid = uid.clone();
+        self.run(move |inner| inner.release(&uid)).await
+    }
+
+    /// A pod is gone.
+    pub async fn forget(&self, uid: &WorkloadUid) {
+        let uid = uid.clone();
+        let forgotten = self.run(move |inner| {
+            inner.forget(&uid);
+            Ok(())
+        });
+        if let Err(error) = forgotten.await {
+            tracing::warn!(%error, "forgetting a pod");
+        }
+    }
+
+    /// Compares what is with what should be, for every captured pod, and repairs it; says what was repaired. To be
+    /// called now and then: a pod can spoil the rules in its own namespace.
+    pub async fn reconcile(&self) -> Result<Vec<String>, CaptureError> {
+        self.run(|inner| Ok(inner.reconcile())).await
+    }
+
+    /// Forgets every pod that this agent was not told of since it started. To be called when it has been told all:
+    /// pods may have gone while no agent ran.
+    pub async fn forget_untold(&self) -> Result<(), CaptureError> {
+        self.run(|inner| {
+            inner.forget_untold();
+            Ok(())
+        })
+        .await
+    }
+
+    /// What the hooks decided since they were pinned.
+    pub fn counters(&self) -> GuardCounters {
+        let inner = lock(&self.inner);
+        counters::gather(&inner.maps, &inner.pods)
+    }
+
+    /// The log of the programs, once, if it was asked for: somebody must run it.
+    pub fn kernel_log(&self) -> Option<KernelLog> {
+        self.kernel_log
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Ends all capture and leaves nothing: no link, no pin, no rule, no route, no changed setting.
+    pub async fn uninstall(self) -> Result<(), CaptureError> {
+        self.run(|inner| {
+            inner.pods.clear();
+            crate::uninstall::everything(&inner.pins, &inner.home, Some(&mut inner.maps))
+        })
+        .await
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut Inner) -> Result<T, CaptureError> + Send + 'static,
+    ) -> Result<T, CaptureError> {
+        let inner = self.inner.clone();
+        tokio::task::spawn_blocking(move || operation(&mut lock(&inner)))
+            .await
+            .map_err(|_| CaptureError::Cancelled)?
+    }
+}
+
+/// A panic in an operation leaves a state that the next one repairs.
+fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
+    inner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Connects last: what they rewrite to must be recorded from the first one on.
+fn attach_to_cgroups(pins: &Pins, programs: &Programs, pods: &Cgroup, agent: &Cgroup) -> Result<(), CaptureError> {
+    let links = [
+        ("sock_ops_pods", &programs.sock_ops_pods, AttachType::SockOps, pods),
+        ("sock_ops_agent", &programs.sock_ops_agent, AttachType::SockOps, agent),
+        ("getpeername4", &programs.getpeername4, AttachType::GetPeerName4, pods),
+        ("getpeername6", &programs.getpeername6, AttachType::GetPeerName6, pods),
+        ("connect4", &programs.connect4, AttachType::Connect4, pods),
+        ("connect6", &programs.connect6, AttachType::Connect6, pods),
+    ];
+    for (name, program, kind, cgroup) in links {
+        let target = Target::File(std::os::fd::AsFd::as_fd(&cgroup.file));
+        let path: &Path = &pins.links().join(name);
+        pins::attach(path, program, target, kind, Attached::Cgroup(cgroup.id))
+            .tried(|| format!("attaching {name} to the cgroup {}", cgroup.path.display()))?;
+    }
+    Ok(())
+}
+
+impl Inner {
+    fn know(&mut self, spec: &PodSpec) -> Result<(), CaptureError> {
+        let netns = self.open_netns(spec)?;
+        self.refuse_taken_addresses(spec)?;
+        let cookie = netns.cookie();
+        let captured = self.pods.get(&spec.uid).is_some_and(|known| known.netns.cookie() == cookie && known.is_captured());
+        if captured {
+            return Ok(());
+        }
+        // Captured by an earlier agent, but not to be so any more.
+        if self.pins.pod(cookie).exists() || self.maps.restore(cookie).is_some() {
+            self.detach_pod(cookie)?;
+            self.restore_pod(&netns)?;
+        }
+        let entry = Addresses::of(spec)?.entry(0, 0);
+        self.maps.set_pod(cookie, &entry)?;
+        self.forget_former_namespace(spec, cookie);
+        self.pods.insert(spec.uid.clone(), PodState::known(spec.clone(), netns));
+        Ok(())
+    }
+
+    /// A pod of the same name in another namespace: restarted, and nobody said so.
+    pub(crate) fn forget_former_namespace(&mut self, spec: &PodSpec, cookie: u64) {
+        if self.pods.get(&spec.uid).is_some_and(|known| known.netns.cookie() != cookie) {
+            self.forget(&spec.uid);
+        }
+    }
+
+    pub(crate) fn open_netns(&self, spec: &PodSpec) -> Result<Netns, CaptureError> {
+        let netns = self
+            .home
+            .open(&spec.netns)
+            .tried(|| format!("opening the network namespace {}", spec.netns.display()))?;
+        if netns.cookie() == self.home.cookie() {
+            return Err(CaptureError::HostNetwork(spec.netns.clone()));
+        }
+        Ok(netns)
+    }
+
+    /// The address is the key by which `sk_lookup` finds a pod's listeners.
+    pub(crate) fn refuse_taken_addresses(&self, spec: &PodSpec) -> Result<(), CaptureError> {
+        let mut others = self.pods.values().filter(|other| other.spec.uid != spec.uid && other.is_captured());
+        let taken = others.find_map(|other| {
+            let address = spec.addresses.iter().find(|address| other.spec.addresses.contains(address))?;
+            Some((*address, other.spec.uid.to_string()))
+        });
+        match taken {
+            Some((address, owner)) => Err(CaptureError::AddressTaken { address, owner }),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives the pinned links of all pods the new programs, and removes those that hang on nothing any more.
+    fn adopt_pods(&mut self) -> Result<(), CaptureError> {
+        for cookie in self.pins.pod_cookies() {
+            if !pod::adopt(&self.pins, &self.programs, cookie).tried(|| "adopting a pod's links".into())? {
+                tracing::info!(cookie, "a captured pod is gone");
+                self.detach_pod(cookie)?;
+                self.maps.remove_restore(cookie);
+                self.maps.remove_pod(cookie);
+            }
+        }
+        Ok(())
+    }
+
+    fn forget_untold(&mut self) {
+        let told: Vec<u64> = self.pods.values().map(|pod| pod.netns.cookie()).collect();
+        let untold = |cookie: &u64| *cookie != self.home.cookie() && !told.contains(cookie);
+        let mut gone: Vec<u64> = self.maps.pod_cookies().into_iter().filter(untold).collect();
+        gone.extend(self.pins.pod_cookies().into_iter().filter(untold));
+        for cookie in gone {
+            if let Err(error) = self.detach_pod(cookie) {
+                tracing::warn!(%error, cookie, "forgetting a pod that this agent was not told of");
+            }
+            self.maps.remove_restore(cookie);
+            self.maps.remove_pod(cookie);
+        }
+    }
+}

@@ -1,0 +1,399 @@
+//! One pod: its capture applied, repaired and taken back.
+//!
+//! Order matters, so that nothing slips through and nothing is cut off. To capture: what answers need (routes),
+//! listeners, the proof of probes, steering, the connect hooks; from here on every new connection is captured, so the
+//! ones that are still there are older: they are recorded; then the guard. What is recorded once more afterwards are
+//! those whose SYN had left before the guard came. To release: the guard first, and back.
+
+use std::{
+    fs, io,
+    os::fd::AsFd,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use abi::{Address, Flow, ListenerKey, ListenerKind, Restore};
+use model::WorkloadUid;
+
+use crate::{
+    diag,
+    error::{CaptureError, Tried},
+    interfaces,
+    netns::Netns,
+    node::{Inner, PodSpec},
+    pins::{self, Pins},
+    plan::{self, Addresses, PodPlan},
+    programs::Programs,
+    routes::{self, Before},
+    sockets::{Listeners, PodHandle},
+    sys::{self, AttachType, Attached, Target},
+};
+
+/// A pod that the agent was told of.
+pub(crate) struct PodState {
+    pub(crate) spec: PodSpec,
+    pub(crate) netns: Netns,
+    pub(crate) captured: Option<Captured>,
+}
+
+/// What is there while a pod is captured.
+pub(crate) struct Captured {
+    pub(crate) plan: PodPlan,
+    pub(crate) forbid_non_tcp: bool,
+    pub(crate) listeners: Arc<Listeners>,
+}
+
+impl PodState {
+    pub(crate) fn known(spec: PodSpec, netns: Netns) -> Self {
+        Self {
+            spec,
+            netns,
+            captured: None,
+        }
+    }
+
+    pub(crate) fn is_captured(&self) -> bool {
+        self.captured.is_some()
+    }
+}
+
+impl Inner {
+    pub(crate) fn capture(&mut self, spec: &PodSpec, forbid_non_tcp: bool) -> Result<PodHandle, CaptureError> {
+        let netns = self.open_netns(spec)?;
+        self.refuse_taken_addresses(spec)?;
+        self.forget_former_namespace(spec, netns.cookie());
+        let network = interfaces::look(&self.home, &netns)
+            .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
+        let plan = plan::plan(spec, netns.cookie(), &network, forbid_non_tcp)?;
+        let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
+            Some(captured) => captured.listeners.clone(),
+            None => Listeners::open(&netns, plan.ip6)
+                .map(Arc::new)
+                .tried(|| format!("listening in {}", spec.netns.display()))?,
+        };
+        let repaired = self.apply(spec, &netns, &plan, &listeners)?;
+        tracing::debug!(pod = %spec.uid, ?repaired, "captured");
+        let handle = PodHandle::new(spec.uid.clone(), netns.clone(), self.maps.original(), listeners.clone());
+        let captured = Captured {
+            plan,
+            forbid_non_tcp,
+            listeners,
+        };
+        let state = PodState {
+            spec: spec.clone(),
+            netns,
+            captured: Some(captured),
+        };
+        self.pods.insert(spec.uid.clone(), state);
+        Ok(handle)
+    }
+
+    /// Makes a plan true; says what was not.
+    fn apply(
+        &mut self,
+        spec: &PodSpec,
+        netns: &Netns,
+        plan: &PodPlan,
+        listeners: &Listeners,
+    ) -> Result<Vec<&'static str>, CaptureError> {
+        let cookie = netns.cookie();
+        self.save_settings(spec, netns)?;
+        let mut repaired = netns
+            .enter(|| routes::apply(plan.ip4, plan.ip6))
+            .and_then(|result| result)
+            .tried(|| format!("setting up the routes of {}", spec.netns.display()))?;
+        for (kind, listener) in listeners.iter() {
+            for address in addresses(&plan.pod) {
+                self.maps.set_listener(listener_key(address, kind), listener)?;
+            }
+        }
+        for (index, interface) in &plan.interfaces {
+            self.maps.set_interface(*index, interface)?;
+        }
+        let directory = self.pins.pod(cookie);
+        fs::create_dir_all(&directory).tried(|| format!("creating {}", directory.display()))?;
+        for (index, _) in &plan.interfaces {
+            if attach_tcx(&directory, Hook::Proof, *index, &self.programs)? {
+                repaired.push("proof");
+            }
+        }
+        if attach_steer(&directory, netns, &self.programs)? {
+            repaired.push("steer");
+        }
+        self.maps.set_pod(cookie, &plan.pod)?;
+        if plan.interfaces.iter().any(|(index, _)| !Hook::Guard.pin(&directory, *index).exists()) {
+            self.keep_connections(netns, plan)?;
+            for (index, _) in &plan.interfaces {
+                attach_tcx(&directory, Hook::Guard, *index, &self.programs)?;
+            }
+            self.keep_connections(netns, plan)?;
+            repaired.push("guard");
+        }
+        for (index, _) in &plan.interfaces {
+            if attach_tcx(&directory, Hook::Guard, *index, &self.programs)? {
+                repaired.push("guard");
+            }
+        }
+        self.drop_former_interfaces(&directory, cookie, plan)?;
+        Ok(repaired)
+    }
+
+    /// Remembers, before anything is changed and only then, what is to be put back.
+    fn save_settings(&mut self, spec: &PodSpec, netns: &Netns) -> Result<(), CaptureError> {
+        if self.maps.restore(netns.cookie()).is_some() {
+            return Ok(());
+        }
+        let before = netns
+            .enter(routes::before)
+            .and_then(|result| result)
+            .tried(|| format!("reading the settings of {}", spec.netns.display()))?;
+        let mut restore = Restore {
+            netns: [0; 240],
+            tcp_fwmark_accept: before.tcp_fwmark_accept,
+            rp_filter_all: if before.rp_filter_all == 1 { 1 } else { Restore::UNTOUCHED },
+        };
+        // A longer path can't be restored after a crash of the agent, only while it runs.
+        let path = spec.netns.as_os_str().as_bytes();
+        if path.len() < restore.netns.len() {
+            restore.netns[..path.len()].copy_from_slice(path);
+        }
+        self.maps.set_restore(netns.cookie(), &restore)
+    }
+
+    /// Records the pod's connections, so that the guard lets them live, and aborts attempts to connect: their SYNs
+    /// would be dropped until they time out, and the next try is captured.
+    fn keep_connections(&mut self, netns: &Netns, plan: &PodPlan) -> Result<(), CaptureError> {
+        let agent = self.agent.id;
+        let list = |states| {
+            netns
+                .enter(|| diag::list(states))
+                .and_then(|result| result)
+                .tried(|| "listing the pod's connections".into())
+        };
+        let is_the_pods = |socket: &diag::TcpSocket| socket.cgroup != Some(agent) && !socket.is_local();
+        for socket in list(diag::state::SYN_SENT)?.iter().filter(|socket| is_the_pods(socket)) {
+            if let Err(error) = netns.enter(|| diag::destroy(socket)).and_then(|result| result) {
+                tracing::debug!(%error, "aborting an attempt to connect");
+            }
+        }
+        for socket in list(diag::state::CONNECTED)?.iter().filter(|socket| is_the_pods(socket)) {
+            if addresses(&plan.pod).any(|address| address == socket.local.address) {
+                self.maps.keep_flow(Flow {
+                    pod: socket.local,
+                    remote: socket.remote,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what belongs to interfaces that the pod no longer has.
+    fn drop_former_interfaces(&mut self, directory: &Path, cookie: u64, plan: &PodPlan) -> Result<(), CaptureError> {
+        let keep: Vec<u32> = plan.interfaces.iter().map(|(index, _)| *index).collect();
+        for name in pins::names(directory) {
+            let former = name.rsplit_once('-').and_then(|(_, index)| index.parse().ok());
+            if former.is_some_and(|index: u32| !keep.contains(&index)) {
+                pins::detach(&directory.join(&name)).tried(|| format!("detaching {name}"))?;
+            }
+        }
+        self.maps.remove_interfaces(cookie, &keep);
+        Ok(())
+    }
+
+    pub(crate) fn release(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        let state = self
+            .pods
+            .get_mut(uid)
+            .ok_or_else(|| CaptureError::UnknownPod(uid.clone()))?;
+        // The agent's listeners close when the proxy has closed its duplicates, too; nothing is steered to them then.
+        state.captured = None;
+        let netns = state.netns.clone();
+        let entry = Addresses::of(&state.spec)?.entry(0, 0);
+        self.detach_pod_as(netns.cookie(), Some(&entry))?;
+        self.restore_pod(&netns)
+    }
+
+    pub(crate) fn forget(&mut self, uid: &WorkloadUid) {
+        let Some(state) = self.pods.remove(uid) else {
+            return;
+        };
+        let cookie = state.netns.cookie();
+        if let Err(error) = self.detach_pod(cookie) {
+            tracing::warn!(%error, pod = %uid, "forgetting a pod");
+        }
+        self.maps.remove_restore(cookie);
+        self.maps.remove_pod(cookie);
+    }
+
+    /// Detaches what is attached for a pod, the guard first, and clears the maps of it. The pod's own entry stays as
+    /// it is.
+    pub(crate) fn detach_pod(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        self.detach_pod_as(cookie, None)
+    }
+
+    fn detach_pod_as(&mut self, cookie: u64, entry: Option<&abi::Pod>) -> Result<(), CaptureError> {
+        let directory = self.pins.pod(cookie);
+        let unguard = |prefix: &str| {
+            pins::names(&directory)
+                .filter(|name| name.starts_with(prefix))
+                .try_for_each(|name| pins::detach(&directory.join(&name)))
+                .tried(|| format!("detaching {prefix}"))
+        };
+        unguard("guard")?;
+        let before = self.maps.pod(cookie);
+        if let Some(entry) = entry {
+            self.maps.set_pod(cookie, entry)?;
+        }
+        pins::detach_all(&directory).tried(|| format!("detaching all of {}", directory.display()))?;
+        if let Some(pod) = before {
+            self.maps.remove_flows(&pod, |_| false);
+            for kind in [ListenerKind::Outbound, ListenerKind::Inbound, ListenerKind::Hbone] {
+                for address in addresses(&pod) {
+                    self.maps.remove_listener(&listener_key(address, kind));
+                }
+            }
+        }
+        self.maps.remove_interfaces(cookie, &[]);
+        Ok(())
+    }
+
+    /// Puts back the settings of a pod.
+    pub(crate) fn restore_pod(&mut self, netns: &Netns) -> Result<(), CaptureError> {
+        if let Some(restore) = self.maps.restore(netns.cookie()) {
+            put_back(netns, &restore)?;
+            self.maps.remove_restore(netns.cookie());
+        }
+        Ok(())
+    }
+
+    pub(crate) fn reconcile(&mut self) -> Vec<String> {
+        let captured: Vec<(PodSpec, bool)> = self
+            .pods
+            .values()
+            .filter_map(|pod| Some((pod.spec.clone(), pod.captured.as_ref()?.forbid_non_tcp)))
+            .collect();
+        let mut repaired = Vec::new();
+        for (spec, forbid_non_tcp) in captured {
+            match self.reconcile_pod(&spec, forbid_non_tcp) {
+                Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),
+                Err(error) => tracing::warn!(%error, pod = %spec.uid, "reconciling"),
+            }
+        }
+        repaired
+    }
+
+    fn reconcile_pod(&mut self, spec: &PodSpec, forbid_non_tcp: bool) -> Result<Vec<&'static str>, CaptureError> {
+        let Some(state) = self.pods.get(&spec.uid) else {
+            return Ok(Vec::new());
+        };
+        let Some(captured) = &state.captured else {
+            return Ok(Vec::new());
+        };
+        let (netns, listeners) = (state.netns.clone(), captured.listeners.clone());
+        let network = interfaces::look(&self.home, &netns)
+            .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
+        let plan = plan::plan(spec, netns.cookie(), &network, forbid_non_tcp)?;
+        let repaired = self.apply(spec, &netns, &plan, &listeners)?;
+        let alive = netns
+            .enter(|| diag::list(diag::state::CONNECTED))
+            .and_then(|result| result)
+            .tried(|| "listing the pod's connections".into())?;
+        self.maps.remove_flows(&plan.pod, |flow| {
+            alive
+                .iter()
+                .any(|socket| socket.local == flow.pod && socket.remote == flow.remote)
+        });
+        Ok(repaired)
+    }
+}
+
+/// Puts back the settings that were changed.
+pub(crate) fn put_back(netns: &Netns, restore: &Restore) -> Result<(), CaptureError> {
+    let before = Before {
+        tcp_fwmark_accept: restore.tcp_fwmark_accept,
+        rp_filter_all: restore.rp_filter_all,
+    };
+    netns
+        .enter(|| routes::remove(before))
+        .and_then(|result| result)
+        .tried(|| format!("restoring {}", netns.path().display()))
+}
+
+/// Gives the links of a pod the new programs. False: the pod is gone.
+pub(crate) fn adopt(pins: &Pins, programs: &Programs, cookie: u64) -> io::Result<bool> {
+    let directory = pins.pod(cookie);
+    let mut alive = false;
+    for name in pins::names(&directory) {
+        let path = directory.join(&name);
+        let Some(link) = sys::pinned(&path)? else {
+            continue;
+        };
+        if name.starts_with(pins::UNFINISHED) {
+            pins::detach(&path)?;
+            continue;
+        }
+        let program = match name.split('-').next() {
+            Some("steer") => &programs.steer,
+            Some("proof") => &programs.proof,
+            Some("guard") => &programs.guard,
+            _ => continue,
+        };
+        if sys::link_attached(&link)?.is_gone() || sys::link_update(&link, program).is_err() {
+            fs::remove_file(&path)?;
+        } else if name == "steer" {
+            alive = true;
+        }
+    }
+    Ok(alive)
+}
+
+/// The hooks on the host side of a veth.
+#[derive(Clone, Copy)]
+enum Hook {
+    Proof,
+    Guard,
+}
+
+impl Hook {
+    fn pin(self, directory: &Path, index: u32) -> PathBuf {
+        directory.join(match self {
+            Self::Proof => format!("proof-{index}"),
+            Self::Guard => format!("guard-{index}"),
+        })
+    }
+}
+
+fn attach_tcx(directory: &Path, hook: Hook, index: u32, programs: &Programs) -> Result<bool, CaptureError> {
+    let (program, kind) = match hook {
+        Hook::Proof => (&programs.proof, AttachType::TcxEgress),
+        Hook::Guard => (&programs.guard, AttachType::TcxIngress),
+    };
+    let path = hook.pin(directory, index);
+    pins::attach(&path, program, Target::Interface(index), kind, Attached::Interface(index))
+        .tried(|| format!("attaching {}", path.display()))
+}
+
+fn attach_steer(directory: &Path, netns: &Netns, programs: &Programs) -> Result<bool, CaptureError> {
+    let path = directory.join("steer");
+    let attach = || -> io::Result<bool> {
+        let inode = fs::File::open(netns.path())
+            .and_then(|file| file.metadata())
+            .map(|metadata| std::os::unix::fs::MetadataExt::ino(&metadata) as u32)?;
+        let target = Target::File(netns.as_fd());
+        pins::attach(&path, &programs.steer, target, AttachType::SkLookup, Attached::Netns(inode))
+    };
+    attach().tried(|| format!("attaching {}", path.display()))
+}
+
+fn listener_key(address: Address, kind: ListenerKind) -> ListenerKey {
+    ListenerKey {
+        address,
+        kind: kind as u32,
+    }
+}
+
+/// The addresses of a pod.
+fn addresses(pod: &abi::Pod) -> impl Iterator<Item = Address> + use<> {
+    [pod.ip4, pod.ip6].into_iter().filter(|address| !address.is_none())
+}

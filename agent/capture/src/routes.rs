@@ -1,0 +1,183 @@
+//! The pod's side of source addresses: what brings the application's answers to the agent's sockets back to them.
+//!
+//! The agent dials the application from the client's address, with mark 0x539. The application's socket inherits the
+//! mark (`tcp_fwmark_accept`), and a rule routes what is marked to the loopback device. A pod that marks its own
+//! sockets gets its own packets back, which is no way out; one that deletes these rules breaks its own inbound
+//! connections until the next reconciliation.
+
+use std::{fs, io, net::IpAddr, path::Path};
+
+use abi::{MARK, MARK_MASK};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
+};
+
+use crate::netlink::Route;
+
+/// Istio's numbers.
+const TABLE: u32 = 100;
+const PRIORITY: u32 = 32764;
+
+const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+const CONF: &str = "/proc/sys/net/ipv4/conf";
+
+/// Settings as they were before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Before {
+    pub(crate) tcp_fwmark_accept: u32,
+    pub(crate) rp_filter_all: u32,
+}
+
+/// Reads the settings that [`apply`] will change. Inside the pod's namespace.
+pub(crate) fn before() -> io::Result<Before> {
+    Ok(Before {
+        tcp_fwmark_accept: read(Path::new(FWMARK_ACCEPT))?,
+        rp_filter_all: read(&Path::new(CONF).join("all/rp_filter"))?,
+    })
+}
+
+/// Makes it so; says what was not. Inside the pod's namespace.
+pub(crate) fn apply(ip4: bool, ip6: bool) -> io::Result<Vec<&'static str>> {
+    let mut repaired = Vec::new();
+    if read(Path::new(FWMARK_ACCEPT))? != 1 {
+        fs::write(FWMARK_ACCEPT, "1")?;
+        repaired.push("tcp_fwmark_accept");
+    }
+    if ip4 && relax_rp_filter()? {
+        repaired.push("rp_filter");
+    }
+    let mut route = Route::open()?;
+    for (wanted, family) in [(ip4, AddressFamily::Inet), (ip6, AddressFamily::Inet6)] {
+        if !wanted {
+            continue;
+        }
+        if !has_rule(&mut route, family)? {
+            created(route.change(RouteNetlinkMessage::NewRule(rule(family)), NLM_F_CREATE | NLM_F_EXCL))?;
+            repaired.push("rule");
+        }
+        let message = RouteNetlinkMessage::NewRoute(local_route(family));
+        if created(route.change(message, NLM_F_CREATE | NLM_F_EXCL))? {
+            repaired.push("route");
+        }
+    }
+    Ok(repaired)
+}
+
+/// Takes it back. Inside the pod's namespace.
+pub(crate) fn remove(before: Before) -> io::Result<()> {
+    let mut route = Route::open()?;
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        removed(route.change(RouteNetlinkMessage::DelRule(rule(family)), 0))?;
+        removed(route.change(RouteNetlinkMessage::DelRoute(local_route(family)), 0))?;
+    }
+    fs::write(FWMARK_ACCEPT, before.tcp_fwmark_accept.to_string())?;
+    if before.rp_filter_all != abi::Restore::UNTOUCHED {
+        // Each interface has had the effective value since; what `all` adds is the same.
+        fs::write(Path::new(CONF).join("all/rp_filter"), before.rp_filter_all.to_string())?;
+    }
+    Ok(())
+}
+
+/// Strict reverse-path filtering would drop the agent's connection to the application: it comes in through `lo` from
+/// an address that is reached elsewhere. The effective value is the larger of `all` and the interface's own, so the
+/// interfaces get the value of `all`, and `all` and `lo` get 0.
+fn relax_rp_filter() -> io::Result<bool> {
+    let conf = Path::new(CONF);
+    let all = read(&conf.join("all/rp_filter"))?;
+    let lo = read(&conf.join("lo/rp_filter"))?;
+    if all.max(lo) != 1 {
+        return Ok(false);
+    }
+    for entry in fs::read_dir(conf)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default();
+        if name != "all" && name != "lo" {
+            let file = path.join("rp_filter");
+            if read(&file)? < all {
+                fs::write(file, all.to_string())?;
+            }
+        }
+    }
+    fs::write(conf.join("lo/rp_filter"), "0")?;
+    fs::write(conf.join("all/rp_filter"), "0")?;
+    Ok(true)
+}
+
+fn read(path: &Path) -> io::Result<u32> {
+    let text = fs::read_to_string(path)?;
+    text.trim()
+        .parse()
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("{} holds {text:?}", path.display())))
+}
+
+fn rule(family: AddressFamily) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    message.header.table = TABLE as u8;
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(PRIORITY),
+        RuleAttribute::FwMark(MARK),
+        RuleAttribute::FwMask(MARK_MASK),
+        RuleAttribute::Table(TABLE),
+    ];
+    message
+}
+
+fn has_rule(route: &mut Route, family: AddressFamily) -> io::Result<bool> {
+    let mut request = RuleMessage::default();
+    request.header.family = family;
+    let wanted = rule(family).attributes;
+    let rules = route.dump(RouteNetlinkMessage::GetRule(request))?;
+    Ok(rules.iter().any(|message| match message {
+        RouteNetlinkMessage::NewRule(found) => wanted.iter().all(|attribute| found.attributes.contains(attribute)),
+        _ => false,
+    }))
+}
+
+/// `local default dev lo table 100`.
+fn local_route(family: AddressFamily) -> RouteMessage {
+    /// The loopback device is the first of every namespace.
+    const LO: u32 = 1;
+
+    let mut message = RouteMessage::default();
+    message.header.address_family = family;
+    message.header.table = TABLE as u8;
+    message.header.kind = RouteType::Local;
+    message.header.scope = RouteScope::Host;
+    message.header.protocol = RouteProtocol::Static;
+    message.attributes = vec![RouteAttribute::Oif(LO), RouteAttribute::Table(TABLE)];
+    message
+}
+
+/// Whether it is new; there already is no failure.
+fn created(result: io::Result<()>) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gone already is no failure, and neither is a family that the namespace does not have.
+fn removed(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error)
+            if !matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ESRCH | libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENODEV)
+            ) =>
+        {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether an address can be the source of a connection to a target.
+pub(crate) fn same_family(a: IpAddr, b: IpAddr) -> bool {
+    a.to_canonical().is_ipv4() == b.to_canonical().is_ipv4()
+}

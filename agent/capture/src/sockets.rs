@@ -1,0 +1,172 @@
+//! The agent's sockets inside a pod: listeners, and connections out and in.
+//!
+//! They are never handed to anybody: the guard lets out whatever the agent's sockets send.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    sync::Arc,
+};
+
+use abi::{Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey};
+use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_socket};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{maps::Original, netns::Netns, routes::same_family, sys};
+
+const BACKLOG: i32 = 4096;
+
+/// The agent's listeners in a pod; nonblocking, usually one each, which serves both address families.
+#[derive(Debug)]
+pub struct PodListeners {
+    /// Captured connections of the pod's applications.
+    pub outbound: Vec<TcpListener>,
+    /// Plaintext connections to the pod; the local address of what is accepted is the original destination.
+    pub inbound: Vec<TcpListener>,
+    /// HBONE connections to the pod.
+    pub hbone: Vec<TcpListener>,
+}
+
+/// The listeners by kind.
+#[derive(Debug)]
+pub(crate) struct Listeners([(ListenerKind, TcpListener); 3]);
+
+impl Listeners {
+    /// Opens them in the pod's namespace.
+    pub(crate) fn open(netns: &Netns, ip6: bool) -> io::Result<Self> {
+        netns.enter(|| {
+            Ok(Self([
+                (ListenerKind::Outbound, listen(abi::CAPTURE_PORTS[0], ip6)?),
+                (ListenerKind::Inbound, listen(INBOUND_PORT, ip6)?),
+                (ListenerKind::Hbone, listen(HBONE_PORT, ip6)?),
+            ]))
+        })?
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (ListenerKind, &TcpListener)> {
+        self.0.iter().map(|(kind, listener)| (*kind, listener))
+    }
+
+    fn duplicate(&self) -> io::Result<PodListeners> {
+        let [(_, outbound), (_, inbound), (_, hbone)] = &self.0;
+        Ok(PodListeners {
+            outbound: vec![outbound.try_clone()?],
+            inbound: vec![inbound.try_clone()?],
+            hbone: vec![hbone.try_clone()?],
+        })
+    }
+}
+
+/// Listens on the port, or on any if somebody in the pod has it: steering does not look at it. Without SO_REUSEPORT,
+/// so that no process of the pod can share it.
+fn listen(port: u16, ip6: bool) -> io::Result<TcpListener> {
+    match listen_on(port, ip6) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => listen_on(0, ip6),
+        result => result,
+    }
+}
+
+fn listen_on(port: u16, ip6: bool) -> io::Result<TcpListener> {
+    let (domain, any) = if ip6 {
+        (Domain::IPV6, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+    } else {
+        (Domain::IPV4, IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+    };
+    let socket = tcp(domain)?;
+    if ip6 {
+        socket.set_only_v6(false)?;
+    }
+    // A restarted agent takes the port again while connections of the last one are in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.bind(&SocketAddr::new(any, port).into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn tcp(domain: Domain) -> io::Result<Socket> {
+    Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))
+}
+
+/// A captured pod, as the proxy uses it.
+#[derive(Clone)]
+pub struct PodHandle(Arc<Inner>);
+
+struct Inner {
+    uid: WorkloadUid,
+    netns: Netns,
+    original: Original,
+    listeners: Arc<Listeners>,
+}
+
+impl PodHandle {
+    pub(crate) fn new(uid: WorkloadUid, netns: Netns, original: Original, listeners: Arc<Listeners>) -> Self {
+        Self(Arc::new(Inner {
+            uid,
+            netns,
+            original,
+            listeners,
+        }))
+    }
+
+    /// The pod.
+    pub fn uid(&self) -> &WorkloadUid {
+        &self.0.uid
+    }
+
+    /// Duplicates of the listeners: they share one accept queue each.
+    pub fn listeners(&self) -> io::Result<PodListeners> {
+        self.0.listeners.duplicate()
+    }
+
+    /// Where a captured connection was meant to go: `peer` is the application's end, as accept tells it, and `local`
+    /// the accepted socket's own. The entry is taken: a second call finds nothing. None also for a connection that was
+    /// not captured, but made by somebody in the pod to the capture port itself.
+    pub fn original_destination(&self, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst> {
+        let key = OriginalKey {
+            cookie: self.0.netns.cookie(),
+            source: Endpoint::from_socket(canonical_socket(peer.0)),
+            capture_port: u32::from(local.port()),
+        };
+        let found = self.0.original.take(&key)?;
+        Some(OriginalDst(found.to_socket()))
+    }
+
+    /// A nonblocking socket in the pod's namespace, to dial a peer with.
+    pub fn outbound_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        let socket = self.0.netns.enter(|| tcp(Domain::for_address(target)))??;
+        socket.set_tcp_nodelay(true)?;
+        Ok(socket)
+    }
+
+    /// A nonblocking socket in the pod's namespace, to dial the pod's application with from the client's address. A
+    /// port is chosen when it connects.
+    pub fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
+        let source = source.to_canonical();
+        if !same_family(target.ip(), source) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{source} can't be the source of a connection to {target}: another address family"),
+            ));
+        }
+        let socket = self.0.netns.enter(|| tcp(Domain::for_address(target)))??;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_mark(MARK)?;
+        if target.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            socket.set_ip_transparent_v6(true)?;
+        }
+        sys::set_bind_address_no_port(&socket)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        Ok(socket)
+    }
+}
+
+impl std::fmt::Debug for PodHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PodHandle")
+            .field("uid", &self.0.uid)
+            .field("netns", &self.0.netns.path())
+            .finish_non_exhaustive()
+    }
+}

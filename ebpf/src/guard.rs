@@ -1,0 +1,191 @@
+//! tcx ingress on the host side of a captured pod's veth: **the guard**, the security boundary for TCP.
+//!
+//! The packet's socket survives the crossing of the veth, and with it the cgroup of whoever made it. TCP passes when
+//!
+//! - the agent's socket sent it, and it still carries that socket's addresses and ports (a pod with `CAP_NET_ADMIN`
+//!   could otherwise rewrite the agent's packets on their way out), and it does not go to the pod itself;
+//! - it belongs to a connection that a process of the host opened (see `proof`), and does not open a new one;
+//! - it belongs to a connection older than the enrolment, and does not open a new one;
+//! - the kernel sent it by itself: a bare RST for a closed port, the last ACK of a connection in TIME_WAIT.
+//!
+//! All other TCP is dropped and counted. What is not TCP passes unless the pod's setting forbids it.
+
+use abi::{Address, FORBID_NON_TCP, Interface, Reason};
+use aya_ebpf::{
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
+    helpers::{bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
+    macros::classifier,
+    programs::TcContext,
+};
+use aya_log_ebpf::debug;
+
+use crate::{
+    context,
+    maps::{FLOWS, INTERFACES, PROBES, agent_cgroup, count},
+    packet::{ACK, Direction, FIN, Packet, RST, SYN, Segment, parse},
+};
+
+/// Values of `FLOWS`: which side has sent its FIN.
+pub const FIN_OUT: u32 = 1;
+pub const FIN_IN: u32 = 2;
+
+/// The cgroup of sockets that belong to the kernel itself.
+const ROOT_CGROUP: u64 = 1;
+
+const TCP_TIME_WAIT: u32 = 6;
+const TCP_LISTEN: u32 = 10;
+
+const AF_INET6: u32 = 10;
+
+/// On to the next program, or on its way when there is none.
+const PASS: i32 = TC_ACT_UNSPEC;
+const DROP: i32 = TC_ACT_SHOT as i32;
+
+#[classifier]
+pub fn guard(ctx: TcContext) -> i32 {
+    // SAFETY: the context is valid.
+    let ifindex = unsafe { core::ptr::read_volatile(&raw const (*ctx.skb.skb).ifindex) };
+    // SAFETY: entries change only when the agent updates a pod.
+    let Some(interface) = (unsafe { INTERFACES.get(&ifindex) }) else {
+        count(ifindex, Reason::UnknownInterface);
+        return DROP;
+    };
+    match judge(&ctx, interface) {
+        Ok(()) => PASS,
+        Err(reason) => {
+            count(ifindex, reason);
+            debug!(&ctx, "guard dropped a packet on interface {}: reason {}", ifindex, reason as u32);
+            DROP
+        }
+    }
+}
+
+#[inline(always)]
+fn judge(ctx: &TcContext, interface: &Interface) -> Result<(), Reason> {
+    match parse(ctx, Direction::FromPod) {
+        Packet::Tcp(segment) => judge_tcp(ctx, interface, &segment),
+        Packet::Vital => Ok(()),
+        Packet::Other if interface.flags & FORBID_NON_TCP != 0 && !is_agents(ctx) => Err(Reason::NonTcpForbidden),
+        Packet::Other => Ok(()),
+        Packet::Bad(reason) => Err(reason),
+    }
+}
+
+#[inline(always)]
+fn is_agents(ctx: &TcContext) -> bool {
+    let (agent, level) = agent_cgroup();
+    // SAFETY: the context is valid.
+    unsafe { bpf_skb_ancestor_cgroup_id(ctx.skb.skb, level) == agent }
+}
+
+#[inline(always)]
+fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Result<(), Reason> {
+    // SAFETY: the context is valid.
+    let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
+    if !sk.is_null() && is_agents(ctx) {
+        // SAFETY: not null, as checked above.
+        let state = unsafe { core::ptr::read_volatile(&raw const (*sk).state) };
+        // The SYN-ACK of a SYN cookie has only the listener.
+        let untouched = state == TCP_LISTEN || matches_socket(sk, segment);
+        return if untouched && !is_own(interface, &segment.flow.remote.address) {
+            Ok(())
+        } else {
+            Err(Reason::Altered)
+        };
+    }
+    if !segment.opens() && is_recorded(segment) {
+        return Ok(());
+    }
+    if segment.empty && is_the_kernels(ctx, sk, segment) {
+        return Ok(());
+    }
+    Err(if sk.is_null() {
+        Reason::NoSocket
+    } else {
+        Reason::ForeignSocket
+    })
+}
+
+/// A host's connection, or one older than the enrolment.
+#[inline(always)]
+fn is_recorded(segment: &Segment) -> bool {
+    // SAFETY: only the presence matters.
+    if unsafe { PROBES.get(&segment.flow).is_some() } {
+        return true;
+    }
+    if segment.flags & SYN != 0 {
+        return false;
+    }
+    let Some(closing) = FLOWS.get_ptr_mut(&segment.flow) else {
+        return false;
+    };
+    if segment.flags & RST != 0 {
+        let _ = FLOWS.remove(&segment.flow);
+    } else if segment.flags & FIN != 0 {
+        // SAFETY: the entry is valid while the program runs; both sides only add bits.
+        unsafe { *closing |= FIN_OUT };
+    }
+    true
+}
+
+/// Bare RSTs and ACKs that no process caused to be sent. A pod can't make one of these: its raw and packet sockets have
+/// its own cgroup. What a nested namespace forwards has no socket, as has the kernel's own RST over IPv6; that one row
+/// can't be told apart, and carries no data.
+#[inline(always)]
+fn is_the_kernels(ctx: &TcContext, sk: *mut bpf_sock, segment: &Segment) -> bool {
+    let reset = segment.flags & (RST | SYN | FIN) == RST;
+    let acknowledgement = segment.flags & (RST | SYN | FIN | ACK) == ACK;
+    if sk.is_null() {
+        return reset && !segment.flow.pod.address.is_v4();
+    }
+    // SAFETY: not null.
+    let state = unsafe { core::ptr::read_volatile(&raw const (*sk).state) };
+    if state == TCP_TIME_WAIT {
+        return (reset || acknowledgement) && matches_socket(sk, segment);
+    }
+    // SAFETY: the context is valid.
+    let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
+    (reset || acknowledgement) && cgroup == ROOT_CGROUP
+}
+
+/// Whether a packet has the addresses and ports of the socket that sent it.
+#[inline(always)]
+fn matches_socket(sk: *mut bpf_sock, segment: &Segment) -> bool {
+    // SAFETY: the caller has checked for null; these fields are in the part that all sockets have. All are read before
+    // any branch: see `context`.
+    let (family, ports, ip4, source6, destination6) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*sk).family),
+            (
+                core::ptr::read_volatile(&raw const (*sk).src_port),
+                u16::from_be(core::ptr::read_volatile(&raw const (*sk).dst_port)),
+            ),
+            (
+                core::ptr::read_volatile(&raw const (*sk).src_ip4),
+                core::ptr::read_volatile(&raw const (*sk).dst_ip4),
+            ),
+            context::words(&raw const (*sk).src_ip6),
+            context::words(&raw const (*sk).dst_ip6),
+        )
+    };
+    let (pod, remote) = (&segment.flow.pod, &segment.flow.remote);
+    if ports != (u32::from(pod.port), remote.port) {
+        return false;
+    }
+    if pod.address.is_v4() {
+        // A dual-stack socket has them too.
+        return ip4 == (pod.address.words[3], remote.address.words[3]);
+    }
+    family == AF_INET6 && Address::v6(source6).same(&pod.address) && Address::v6(destination6).same(&remote.address)
+}
+
+/// Whether an address is the pod's own. The agent's connections to the application (and its answers to it) are inside
+/// the pod and in clear; a pod that bends its routes must not get them sent out.
+#[inline(always)]
+pub fn is_own(interface: &Interface, address: &Address) -> bool {
+    if address.is_v4() {
+        address.same(&interface.ip4)
+    } else {
+        address.same(&interface.ip6)
+    }
+}

@@ -1,0 +1,93 @@
+//! Maps and constants, shared by the hooks. All maps are pinned by the agent; the constants are set when it loads.
+
+use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, Pod, Reason, Restore};
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{HashMap, LruHashMap, PerCpuHashMap, SockHash},
+};
+
+/// The pods of the node, by the cookie of their network namespace. Who is not here may not connect.
+#[map]
+pub static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+
+/// The host sides of the captured pods' veths, by interface index.
+#[map]
+pub static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+
+/// The agent's listeners in the pods.
+#[map]
+pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(16384, 0);
+
+/// Where a socket's application wanted to go. Lives and dies with the socket.
+#[btf_map]
+pub static DIALLED: SkStorage<Endpoint> = SkStorage::new();
+
+/// The same, as the agent can find it when it accepts. It takes the entry; the LRU is for those it never accepts.
+#[map]
+pub static ORIGINAL: LruHashMap<OriginalKey, Endpoint> = LruHashMap::with_max_entries(32768, 0);
+
+/// Connections that the agent opened inside a pod to the pod's application, from the client's address.
+#[map]
+pub static ADMITTED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(32768, 0);
+
+/// Connections that processes of the host opened to a pod.
+#[map]
+pub static PROBES: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(8192, 0);
+
+/// Connections that are older than their pod's enrolment; the value gathers [`crate::guard::FIN_OUT`] and `FIN_IN`.
+#[map]
+pub static FLOWS: HashMap<Flow, u32> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+
+/// What the hooks decided, by reason.
+#[map]
+pub static COUNTERS: PerCpuHashMap<CounterKey, u64> = PerCpuHashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+
+/// What is to be put back when a pod is released; only user space uses it.
+#[map]
+pub static RESTORE: HashMap<u64, Restore> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+
+/// The id of the agent's cgroup, and its depth.
+#[unsafe(no_mangle)]
+static AGENT_CGROUP: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static AGENT_LEVEL: Global<i32> = Global::new(0);
+
+/// The id of the cgroup of all pods, and its depth.
+#[unsafe(no_mangle)]
+static PODS_CGROUP: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static PODS_LEVEL: Global<i32> = Global::new(0);
+
+/// The cookie of the node's network namespace; 0 where the kernel has no `bpf_get_netns_cookie` for tc (before 6.15).
+#[unsafe(no_mangle)]
+pub static NODE_COOKIE: Global<u64> = Global::new(0);
+
+/// The id and the depth of the agent's cgroup.
+#[inline(always)]
+pub fn agent_cgroup() -> (u64, i32) {
+    (AGENT_CGROUP.load(), AGENT_LEVEL.load())
+}
+
+/// The id and the depth of the pods' cgroup.
+#[inline(always)]
+pub fn pods_cgroup() -> (u64, i32) {
+    (PODS_CGROUP.load(), PODS_LEVEL.load())
+}
+
+/// Counts a decision. `ifindex` is 0 where the hook can't know the pod.
+#[inline(always)]
+pub fn count(ifindex: u32, reason: Reason) {
+    let key = CounterKey {
+        ifindex,
+        reason: reason as u32,
+    };
+    if let Some(counter) = COUNTERS.get_ptr_mut(&key) {
+        // SAFETY: the pointer is to this CPU's value; an interrupt between load and store may lose one count.
+        unsafe { *counter += 1 };
+    } else {
+        let _ = COUNTERS.insert(&key, &1, u64::from(BPF_ANY));
+    }
+}

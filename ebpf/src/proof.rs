@@ -1,0 +1,96 @@
+//! tcx egress on the host side of a captured pod's veth: the proof of who opened a connection to the pod.
+//!
+//! A packet that a process of the host sent still has its socket here; one that was forwarded has none. A host process
+//! is one whose cgroup is neither below the pods' (that excludes host-network pods, and bridged pods, whose sockets
+//! survive) nor the agent's, and whose socket belongs to the node's own network namespace. The root cgroup counts as
+//! the host: no pod can be in it, and the kernel's own answers, which have it too, never open a connection.
+//!
+//! Packets that lie about belonging to the pod itself, or to a connection of the agent's inside the pod, are dropped.
+
+use abi::{FORBID_NON_TCP, HBONE_PORT, Interface, Reason};
+use aya_ebpf::{
+    bindings::{BPF_ANY, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::{bpf_get_netns_cookie, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
+    macros::classifier,
+    programs::TcContext,
+};
+use aya_log_ebpf::debug;
+
+use crate::{
+    guard::{FIN_IN, is_own},
+    maps::{ADMITTED, FLOWS, INTERFACES, NODE_COOKIE, PROBES, agent_cgroup, count, pods_cgroup},
+    packet::{Direction, FIN, Packet, RST, Segment, parse},
+};
+
+/// On to the next program, or on its way when there is none.
+const PASS: i32 = TC_ACT_UNSPEC;
+const DROP: i32 = TC_ACT_SHOT as i32;
+
+#[classifier]
+pub fn proof(ctx: TcContext) -> i32 {
+    // SAFETY: the context is valid.
+    let ifindex = unsafe { core::ptr::read_volatile(&raw const (*ctx.skb.skb).ifindex) };
+    // SAFETY: entries change only when the agent updates a pod.
+    let Some(interface) = (unsafe { INTERFACES.get(&ifindex) }) else {
+        return PASS;
+    };
+    let verdict = match parse(&ctx, Direction::ToPod) {
+        Packet::Tcp(segment) => inspect(&ctx, interface, &segment),
+        Packet::Other if interface.flags & FORBID_NON_TCP != 0 => Err(Reason::NonTcpForbidden),
+        _ => Ok(()),
+    };
+    match verdict {
+        Ok(()) => PASS,
+        Err(reason) => {
+            count(ifindex, reason);
+            debug!(&ctx, "dropped a packet to interface {}: reason {}", ifindex, reason as u32);
+            DROP
+        }
+    }
+}
+
+#[inline(always)]
+fn inspect(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Result<(), Reason> {
+    let flow = &segment.flow;
+    if is_own(interface, &flow.remote.address) {
+        return Err(Reason::OwnSource);
+    }
+    // HBONE is for the agent's listener, never for the application: no need to look.
+    // SAFETY: only the presence matters.
+    if flow.pod.port != HBONE_PORT && unsafe { ADMITTED.get(flow).is_some() } {
+        return Err(Reason::Impersonation);
+    }
+    if segment.opens() {
+        let _ = FLOWS.remove(flow);
+        if is_of_the_host(ctx) {
+            let _ = PROBES.insert(flow, &0, u64::from(BPF_ANY));
+        } else {
+            // The ports of a probe that is over may be somebody else's now.
+            let _ = PROBES.remove(flow);
+        }
+    } else if segment.flags & RST != 0 {
+        let _ = FLOWS.remove(flow);
+    } else if segment.flags & FIN != 0
+        && let Some(closing) = FLOWS.get_ptr_mut(flow)
+    {
+        // SAFETY: the entry is valid while the program runs; both sides only add bits.
+        unsafe { *closing |= FIN_IN };
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn is_of_the_host(ctx: &TcContext) -> bool {
+    let skb = ctx.skb.skb;
+    // SAFETY: the context is valid.
+    unsafe {
+        if (*skb).__bindgen_anon_2.sk.is_null() || bpf_skb_cgroup_id(skb) == 0 {
+            return false;
+        }
+        let (pods, pods_level) = pods_cgroup();
+        let (agent, agent_level) = agent_cgroup();
+        bpf_skb_ancestor_cgroup_id(skb, pods_level) != pods
+            && bpf_skb_ancestor_cgroup_id(skb, agent_level) != agent
+            && (NODE_COOKIE.load() == 0 || bpf_get_netns_cookie(skb.cast()) == NODE_COOKIE.load())
+    }
+}
