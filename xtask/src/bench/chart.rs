@@ -43,6 +43,10 @@ pub fn svg(report: &Report) -> String {
         );
         x += 40 + name.len() * 8;
     }
+    let _ = writeln!(
+        svg,
+        "<text x=\"{x}\" y=\"28\" fill=\"#888\">↑ more is better, ↓ less is better</text>"
+    );
     for (at, row) in rows.iter().enumerate() {
         let (left, top) = (20 + (at % COLUMNS) * (PANEL + 12), 50 + (at / COLUMNS) * (height + 14));
         panel(&mut svg, report, row, left, top);
@@ -53,11 +57,7 @@ pub fn svg(report: &Report) -> String {
 fn panel(svg: &mut String, report: &Report, row: &Row, left: usize, top: usize) {
     let medians: Vec<Option<f64>> = report.contenders.iter().map(|(name, _)| row.median(name)).collect();
     let most = medians.iter().flatten().copied().fold(f64::MIN_POSITIVE, f64::max);
-    let arrow = if row.better == Better::Higher {
-        "more is better"
-    } else {
-        "less is better"
-    };
+    let arrow = if row.better == Better::Higher { "↑" } else { "↓" };
     let _ = writeln!(
         svg,
         "<text x=\"{left}\" y=\"{}\" fill=\"#222\" font-weight=\"600\">{}, {} <tspan fill=\"#888\" \

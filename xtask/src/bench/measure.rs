@@ -139,8 +139,8 @@ impl Measure {
     /// In words, for the progress line.
     pub fn title(self) -> String {
         match self {
-            Measure::Bulk(streams) => format!("bulk, {streams} streams"),
-            Measure::Requests(connections) => format!("requests, {connections} connections"),
+            Measure::Bulk(streams) => format!("bulk, streams: {streams}"),
+            Measure::Requests(connections) => format!("requests, connections: {connections}"),
             Measure::Connections => "new connections".to_owned(),
             Measure::Start => "start to ready".to_owned(),
         }

@@ -105,6 +105,8 @@ pub fn l4(workspace: &Workspace, options: &L4) -> Result<()> {
     measure_all(&lab, &contenders, runs, seconds, &mut report);
     drop(contenders);
     drop(lab);
+    // Measured first, while the proxies were fresh; told last.
+    report.rows.sort_by_key(|row| row.name.starts_with("memory"));
     write(workspace, options, &report)
 }
 
@@ -133,7 +135,7 @@ fn measure_all(lab: &Lab, contenders: &[Box<dyn Contender>], runs: usize, second
                             .map(|one| format!("{} {}", report::number(one.value), one.unit));
                         let first = first.unwrap_or_else(|| "–".to_owned());
                         done(&format!(
-                            "run {run}/{runs}  {:24} {:14} {first}",
+                            "run {run}/{runs}  {:26} {:14} {first}",
                             measure.title(),
                             contender.name()
                         ));
@@ -193,6 +195,7 @@ fn machine(runs: usize, seconds: f64) -> Vec<(String, String)> {
     let date = std::process::Command::new("date")
         .args(["-u", "+%Y-%m-%d %H:%M UTC"])
         .output();
+    let load = read("/proc/loadavg");
     let date = date
         .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
         .unwrap_or_default();
@@ -201,6 +204,10 @@ fn machine(runs: usize, seconds: f64) -> Vec<(String, String)> {
         (
             "machine".to_owned(),
             format!("{cores} cores, {}", model.trim_start_matches([' ', '\t', ':'])),
+        ),
+        (
+            "load before".to_owned(),
+            format!("{} (other work on the machine makes the results noisy)", load.trim()),
         ),
         (
             "kernel".to_owned(),
