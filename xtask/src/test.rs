@@ -4,7 +4,8 @@
 //! is the sum of all tests. Cost: see the crate's header.
 //!
 //! A test that can't run on this machine appends a line `test: why` to the file that `UNDERCURRENT_NOT_RUN` names, and
-//! they are all shown at the end. Under `CI=true` such a line is a failure.
+//! they are all shown at the end. Under `CI=true` such a line is a failure, unless it begins with `optional `: for what the
+//! project does not promise on every kernel.
 
 use std::path::Path;
 use std::process::Command;
@@ -141,14 +142,19 @@ impl Checks {
             note(&format!("not run: {line}"));
         }
         let strict = std::env::var_os("CI").is_some_and(|value| value == "true");
-        let skipped = strict && !self.not_run.is_empty();
+        let due = self
+            .not_run
+            .iter()
+            .filter(|line| !line.starts_with("optional "))
+            .count();
+        let skipped = strict && due > 0;
         if self.failed.is_empty() && !skipped {
             println!("{} passed, {} failed", tests.passed, tests.failed);
             return Ok(());
         }
         println!("{} passed, {} failed", tests.passed, tests.failed);
         if skipped {
-            bail!("in CI every test must run; {} did not, see above", self.not_run.len());
+            bail!("in CI every test must run; {due} did not, see above");
         }
         bail!("failed: {}", self.failed.join(", "))
     }
