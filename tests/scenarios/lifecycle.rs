@@ -1,0 +1,306 @@
+//! Crashes, enrolment and removal: nothing leaks meanwhile, and nothing is left afterwards.
+
+use std::{fs, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use system_tests::{Capture, Mesh, Pod, machine, netns, scenarios, wait};
+
+scenarios![
+    a_killed_agent_lets_nothing_out_and_its_successor_takes_over,
+    a_killed_agent_of_the_server_is_survived,
+    pods_are_found_again_without_being_told,
+    a_running_pod_is_enrolled_without_disturbing_its_connections,
+    a_released_pod_is_as_if_it_had_never_been_enrolled,
+    a_captured_pod_has_no_firewall_rules,
+    up_after_everything_was_killed_works,
+    down_leaves_nothing_and_may_be_said_twice,
+];
+
+fn client(mesh: &Mesh) -> Pod<'_> {
+    mesh.pod("mesh", "client")
+}
+
+fn server(mesh: &Mesh) -> Pod<'_> {
+    mesh.pod("mesh", "server")
+}
+
+/// CLOCK_MONOTONIC, in milliseconds, as the scripts have it.
+fn now() -> Result<u64> {
+    let uptime = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    Ok(u64::try_from(uptime.tv_sec())? * 1000 + u64::try_from(uptime.tv_nsec())? / 1_000_000)
+}
+
+/// Kills the agent of a node while connections are made through it, and starts another.
+fn killed_under_load(mesh: &Mesh, node: &'static str, marker: &str) -> Result<()> {
+    let address = server(mesh).v4()?.to_string();
+    let capture = Capture::on_fabric()?;
+    let storm = client(mesh).start("client.py", &["storm", &address, "8001", "40", marker])?;
+    storm.next()?;
+    let agent = mesh.node(node);
+    let log = agent.access_log()?;
+    log.line_with(&["direction="])?;
+    agent.kill_agent()?;
+    let dead = now()?;
+    // While nobody serves, connections are tried and fail.
+    let result = client(mesh).client(&["refused", &address, "8001", "2"])?;
+    ensure!(
+        result["bytes"].as_u64().unwrap_or(0) == 0,
+        "without an agent there was an answer: {result}"
+    );
+    agent.start_agent()?;
+    let ready = now()?;
+    wait::until_true("connections are served again", || {
+        Ok(client(mesh).client(&["echo", &address, "8001", marker])?["same"] == true)
+    })?;
+    let result = storm.finish()?;
+    let good: Vec<u64> = result["good"]
+        .as_array()
+        .context("no list")?
+        .iter()
+        .filter_map(serde_json::Value::as_u64)
+        .collect();
+    ensure!(good.iter().any(|at| *at < dead), "no load before the crash: {result}");
+    // The issue asks for a second from readiness; the poll that tells readiness, and a busy machine, are allowed as much.
+    let first = good
+        .iter()
+        .find(|at| **at > dead)
+        .context("no connection after the crash")?;
+    println!(
+        "dead for {} ms, served {} ms after readiness was seen",
+        ready - dead,
+        first.saturating_sub(ready)
+    );
+    ensure!(
+        *first < ready + 2000,
+        "the first connection came {} ms after readiness",
+        first - ready
+    );
+    let packets = capture.stop()?;
+    ensure!(!packets.contain(marker), "the marker was on the fabric in clear");
+    Ok(())
+}
+
+fn a_killed_agent_lets_nothing_out_and_its_successor_takes_over(mesh: &Mesh) -> Result<()> {
+    killed_under_load(mesh, "node-1", "kX3-client-side-")
+}
+
+fn a_killed_agent_of_the_server_is_survived(mesh: &Mesh) -> Result<()> {
+    killed_under_load(mesh, "node-2", "kX4-server-side-")
+}
+
+fn pods_are_found_again_without_being_told(mesh: &Mesh) -> Result<()> {
+    let node = mesh.node("node-1");
+    let names = || -> Result<Vec<_>> {
+        let pods = node.status()?.pods.into_iter();
+        Ok(pods
+            .map(|pod| (pod.namespace, pod.name, pod.captured, pod.identity))
+            .collect())
+    };
+    let before = names()?;
+    ensure!(before.len() > 5, "{before:?}");
+    node.kill_agent()?;
+    // A capture that stays without its agent is the point of pinning it.
+    let result = client(mesh).client(&["connect", &server(mesh).v4()?.to_string(), "8001", "2"])?;
+    ensure!(
+        result["error"].is_string(),
+        "a connection was accepted while nobody was there: {result}"
+    );
+    node.start_agent()?;
+    let after = names()?;
+    ensure!(before == after, "{before:?} became {after:?}");
+    for address in server(mesh).addresses()? {
+        ensure!(client(mesh).client(&["echo", &address.to_string(), "8001"])?["same"] == true);
+    }
+    // Towards its pods, too, and the probes.
+    let result = server(mesh).client(&["echo", &mesh.pod("mesh", "near").v4()?.to_string(), "8001"])?;
+    ensure!(result["same"] == true, "{result}");
+    Ok(())
+}
+
+const FILE: &str = "escape.yaml";
+
+fn enrol(mesh: &Mesh, pod: &str, mode: &str) -> Result<()> {
+    let name = format!("{{name: {pod}, namespace: late, labels: {{istio.io/dataplane-mode: ");
+    mesh.change(FILE, |text| {
+        let (before, after) = text.split_once(&name).unwrap_or((&text, ""));
+        let after = after.split_once('}').map_or("", |(_, after)| after);
+        format!("{before}{name}{mode}}}{after}")
+    })?;
+    wait::until_true(&format!("{pod} is as it should be"), || {
+        let status = mesh.node("node-1").status()?;
+        Ok(status
+            .pods
+            .iter()
+            .any(|one| one.name == pod && one.captured == (mode == "ambient")))
+    })
+}
+
+/// Rules, routes, links, settings: what a capture may have changed in a pod.
+fn network_of(pod: Pod<'_>) -> Result<String> {
+    let name = pod.netns();
+    let mut all = String::new();
+    for arguments in [
+        ["-4", "rule"].as_slice(),
+        &["-6", "rule"],
+        &["-4", "route", "show", "table", "all"],
+        &["-6", "route", "show", "table", "all"],
+        &["-br", "link"],
+        &["-br", "addr"],
+    ] {
+        all += &netns::says(&name, "ip", arguments)?;
+    }
+    all += &netns::says(
+        &name,
+        "sysctl",
+        &["net.ipv4.tcp_fwmark_accept", "net.ipv4.conf.all.rp_filter"],
+    )?;
+    all += &netns::says(&name, "ss", &["-Htln"])?;
+    // Routes that come and go by themselves: the neighbourhood's multicast.
+    Ok(all
+        .lines()
+        .filter(|line| !line.starts_with("multicast") && !line.contains("cache"))
+        .collect::<Vec<_>>()
+        .join("\n"))
+}
+
+fn a_running_pod_is_enrolled_without_disturbing_its_connections(mesh: &Mesh) -> Result<()> {
+    let comer = mesh.pod("late", "comer");
+    let before = network_of(comer)?;
+    let address = mesh.pod("outside", "server").v4()?.to_string();
+    let far = server(mesh).v4()?.to_string();
+    let own = comer.v4()?.to_string();
+    // One that it opened, to the mesh and out of it; one that was opened to it.
+    let mut out = comer.start("client.py", &["watch", &address, "8013"])?;
+    let mut in_mesh = comer.start("client.py", &["watch", &far, "8013"])?;
+    let mut inward = mesh
+        .pod("outside", "client")
+        .start("client.py", &["watch", &own, "8013"])?;
+    for watcher in [&out, &in_mesh, &inward] {
+        ensure!(watcher.next()?["first"] == "tick\n", "no connection");
+    }
+    enrol(mesh, "comer", "ambient")?;
+    // New ones are captured ...
+    let capture = Capture::on_fabric()?;
+    let marker = "eN7-enrolled-";
+    let result = comer.client(&["echo", &far, "8001", marker, "100"])?;
+    ensure!(result["same"] == true, "{result}");
+    let result = client(mesh).client(&["echo", &own, "8001", marker, "100"])?;
+    ensure!(result["same"] == true, "{result}");
+    ensure!(
+        !capture.stop()?.contain(marker),
+        "an enrolled pod's connection is in clear"
+    );
+    // ... and the old ones live on: they still tick.
+    let count = || ticks(mesh, comer);
+    let before_wait = count()?;
+    wait::until_true("the old connections still tick", || Ok(count()? > before_wait + 5))?;
+    for watcher in [&mut out, &mut in_mesh, &mut inward] {
+        ensure!(!watcher.ended()?, "a connection from before the enrolment was ended");
+    }
+    let during = network_of(comer)?;
+    ensure!(
+        during != before,
+        "capture leaves a trace while it is there, or this comparison sees nothing"
+    );
+    enrol(mesh, "comer", "none")?;
+    is_restored(comer, &before)
+}
+
+/// How many segments with data the pod has got: its old connections are the only ones that get any by themselves.
+fn ticks(_mesh: &Mesh, pod: Pod<'_>) -> Result<u64> {
+    let said = netns::says(&pod.netns(), "ss", &["-Htni", "dport", "=", ":8013"])?;
+    let counts = said
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix("bytes_received:")?.parse::<u64>().ok());
+    let counts: Vec<u64> = counts.collect();
+    ensure!(
+        counts.len() == 2,
+        "of two connections {} are there: {said}",
+        counts.len()
+    );
+    counts.into_iter().min().context("no connection")
+}
+
+fn is_restored(pod: Pod<'_>, before: &str) -> Result<()> {
+    let mut after = String::new();
+    let restored = wait::until_true("the pod's network is as it was", || {
+        after = network_of(pod)?;
+        Ok(after == before)
+    });
+    restored.with_context(|| format!("before:\n{before}\nafter:\n{after}"))
+}
+
+fn a_released_pod_is_as_if_it_had_never_been_enrolled(mesh: &Mesh) -> Result<()> {
+    let comer = mesh.pod("late", "comer");
+    let before = network_of(comer)?;
+    let interfaces = || netns::says("uc-node-1", "tc", &["filter", "show", "dev", "eth0", "ingress"]);
+    let filters = interfaces()?;
+    enrol(mesh, "comer", "ambient")?;
+    let far = server(mesh).v4()?.to_string();
+    // One that goes through the agent, and is to be finished by it.
+    let mut carried = comer.start("client.py", &["watch", &far, "8013"])?;
+    ensure!(carried.next()?["first"] == "tick\n", "no connection");
+    enrol(mesh, "comer", "none")?;
+    ensure!(interfaces()? == filters, "something was left on the node's link");
+    let capture = Capture::on_fabric()?;
+    let marker = "rL2-released-";
+    let result = comer.client(&["echo", &far, "8001", marker, "100"])?;
+    ensure!(result["same"] == true, "{result}");
+    ensure!(capture.stop()?.contain(marker), "a released pod's traffic is not plain");
+    ensure!(
+        !carried.ended()?,
+        "a connection that the agent carried was cut by the release"
+    );
+    carried.kill()?;
+    comer.exec(&["pkill", "-f", "client.py"])?;
+    is_restored(comer, &before)
+}
+
+fn a_captured_pod_has_no_firewall_rules(mesh: &Mesh) -> Result<()> {
+    for pod in [client(mesh), server(mesh)] {
+        for program in ["iptables-save", "ip6tables-save"] {
+            let said = netns::says(&pod.netns(), program, &[])?;
+            let rules: Vec<_> = said.lines().filter(|line| line.starts_with("-A")).collect();
+            ensure!(rules.is_empty(), "{}: {rules:?}", pod.key());
+        }
+        let said = netns::says(&pod.netns(), "nft", &["list", "ruleset"])?;
+        ensure!(said.trim().is_empty(), "{}: {said}", pod.key());
+    }
+    Ok(())
+}
+
+fn works(mesh: &Mesh) -> Result<()> {
+    for address in server(mesh).addresses()? {
+        let result = client(mesh).client(&["echo", &address.to_string(), "8001", "works", "100"])?;
+        ensure!(result["same"] == true, "{result}");
+    }
+    Ok(())
+}
+
+fn up_after_everything_was_killed_works(mesh: &Mesh) -> Result<()> {
+    let group = machine::cgroup_root().context("no cgroup v2")?.join("undercurrent");
+    fs::write(group.join("cgroup.kill"), "1").context("cannot kill everything")?;
+    wait::until_true("everything is dead", || {
+        Ok(fs::read_to_string(group.join("cgroup.events"))?.contains("populated 0"))
+    })?;
+    mesh.bring_up()?;
+    works(mesh)
+}
+
+fn down_leaves_nothing_and_may_be_said_twice(mesh: &Mesh) -> Result<()> {
+    mesh.down()?;
+    let left = mesh.left_over()?;
+    ensure!(left.is_empty(), "left over:\n{left}");
+    mesh.down()?;
+    // With everything dead and half of it missing, too.
+    mesh.bring_up()?;
+    works(mesh)?;
+    let group = machine::cgroup_root().context("no cgroup v2")?.join("undercurrent");
+    fs::write(group.join("cgroup.kill"), "1").context("cannot kill everything")?;
+    let deleted = Command::new("ip").args(["netns", "del", "uc-node-2"]).status()?;
+    ensure!(deleted.success(), "cannot delete a node's namespace");
+    mesh.down()?;
+    let left = mesh.left_over()?;
+    ensure!(left.is_empty(), "left over after a crash:\n{left}");
+    Ok(())
+}

@@ -1,0 +1,24 @@
+//! What the mesh must stand up to, one file for each theme. `cargo test -p system-tests THEME::` runs one of them.
+
+mod bytes;
+mod encrypted;
+mod escape;
+mod hostile;
+mod lifecycle;
+mod policy;
+mod probes;
+
+use system_tests::suite;
+
+fn main() -> std::process::ExitCode {
+    // The lifecycle comes last: its last scenario takes the mesh down.
+    suite::run(&[
+        bytes::SCENARIOS,
+        encrypted::SCENARIOS,
+        probes::SCENARIOS,
+        policy::SCENARIOS,
+        escape::SCENARIOS,
+        hostile::SCENARIOS,
+        lifecycle::SCENARIOS,
+    ])
+}

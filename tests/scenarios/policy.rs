@@ -1,0 +1,169 @@
+//! Policy: what an object says is what happens, also to connections that are already there, and the log says which
+//! object it was.
+
+use anyhow::{Context, Result, ensure};
+use system_tests::{Mesh, Pod, mesh::Log, scenarios, wait};
+
+scenarios![
+    without_policies_everybody_is_let_in,
+    strict_refuses_plaintext_and_says_why,
+    permissive_lets_plaintext_in,
+    only_the_principal_that_is_allowed_is_let_in,
+    a_denied_principal_is_refused_and_the_others_are_not,
+    a_change_of_policy_closes_a_live_connection,
+    a_policy_that_is_gone_no_longer_refuses,
+];
+
+const FILE: &str = "policy.yaml";
+
+/// Everything behind this line is a scenario's own.
+const OWN: &str = "# the scenario's own:";
+
+fn server(mesh: &Mesh) -> Pod<'_> {
+    mesh.pod("policy", "server")
+}
+
+/// Replaces the policies that an earlier scenario made.
+fn with_policies(mesh: &Mesh, policies: &str) -> Result<()> {
+    mesh.change(FILE, |text| {
+        let base = text.split(OWN).next().unwrap_or_default().trim_end().to_owned();
+        format!("{base}\n{OWN}\n{policies}")
+    })
+}
+
+fn authorization(name: &str, spec: &str) -> String {
+    let head = "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n";
+    format!("{head}metadata: {{name: {name}, namespace: policy}}\nspec: {spec}\n")
+}
+
+fn peer_authentication(mode: &str) -> String {
+    let head = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n";
+    format!("{head}metadata: {{name: default, namespace: policy}}\nspec: {{mtls: {{mode: {mode}}}}}\n")
+}
+
+fn answers(from: Pod<'_>, to: Pod<'_>) -> Result<bool> {
+    let mut all = true;
+    for address in to.addresses()? {
+        all &= from.client(&["echo", &address.to_string(), "8001"])?["same"] == true;
+    }
+    Ok(all)
+}
+
+/// The agents learn of a change by the file: until they have, what was in force is.
+fn until_answers(from: Pod<'_>, to: Pod<'_>, expected: bool) -> Result<()> {
+    let words = if expected { "is let in" } else { "is refused" };
+    wait::until_true(&format!("{} {words} by {}", from.key(), to.key()), || {
+        Ok(answers(from, to)? == expected)
+    })
+}
+
+fn log(mesh: &Mesh) -> Result<Log> {
+    mesh.node("node-2").access_log()
+}
+
+fn pods(mesh: &Mesh) -> [Pod<'_>; 3] {
+    [
+        mesh.pod("policy", "friend"),
+        mesh.pod("policy", "stranger"),
+        mesh.pod("outside", "client"),
+    ]
+}
+
+fn without_policies_everybody_is_let_in(mesh: &Mesh) -> Result<()> {
+    with_policies(mesh, "")?;
+    for from in pods(mesh) {
+        until_answers(from, server(mesh), true)?;
+    }
+    Ok(())
+}
+
+fn strict_refuses_plaintext_and_says_why(mesh: &Mesh) -> Result<()> {
+    let [friend, _, outside] = pods(mesh);
+    let log = log(mesh)?;
+    with_policies(mesh, &peer_authentication("STRICT"))?;
+    until_answers(outside, server(mesh), false)?;
+    let line = log.line_with(&["error=", "PeerAuthentication policy/default"])?;
+    ensure!(
+        line.contains("without an identity") && line.contains("direction=\"inbound\""),
+        "{line}"
+    );
+    until_answers(friend, server(mesh), true)
+}
+
+fn permissive_lets_plaintext_in(mesh: &Mesh) -> Result<()> {
+    let [friend, _, outside] = pods(mesh);
+    with_policies(mesh, &peer_authentication("PERMISSIVE"))?;
+    until_answers(outside, server(mesh), true)?;
+    until_answers(friend, server(mesh), true)
+}
+
+const FRIEND: &str = "cluster.local/ns/policy/sa/friend";
+
+fn only_the_principal_that_is_allowed_is_let_in(mesh: &Mesh) -> Result<()> {
+    let [friend, stranger, outside] = pods(mesh);
+    let log = log(mesh)?;
+    let spec = format!(
+        "{{selector: {{matchLabels: {{app: server}}}}, action: ALLOW, rules: [{{from: [{{source: {{principals: [{FRIEND}]}}}}]}}]}}"
+    );
+    with_policies(mesh, &authorization("only-friend", &spec))?;
+    until_answers(stranger, server(mesh), false)?;
+    ensure!(
+        !answers(outside, server(mesh))?,
+        "plaintext has no principal and was let in"
+    );
+    ensure!(answers(friend, server(mesh))?, "the friend was refused");
+    let line = log.line_with(&["error=", "only-friend", "src.workload=\"stranger\""])?;
+    ensure!(line.contains("spiffe://cluster.local/ns/policy/sa/stranger"), "{line}");
+    log.line_with(&["only-friend", "src.workload=\"friend\"", "rule="])
+        .map(drop)
+}
+
+fn a_denied_principal_is_refused_and_the_others_are_not(mesh: &Mesh) -> Result<()> {
+    let [friend, stranger, outside] = pods(mesh);
+    let log = log(mesh)?;
+    let spec = format!(
+        "{{action: DENY, rules: [{{from: [{{source: {{principals: [{FRIEND}]}}}}], to: [{{operation: {{ports: ['8001']}}}}]}}]}}"
+    );
+    with_policies(mesh, &authorization("not-friend", &spec))?;
+    until_answers(friend, server(mesh), false)?;
+    ensure!(answers(stranger, server(mesh))?, "the stranger was refused");
+    ensure!(answers(outside, server(mesh))?, "plaintext was refused");
+    log.line_with(&["error=", "denied by AuthorizationPolicy policy/not-friend", FRIEND])?;
+    // Another port is another matter.
+    let result = friend.client(&["speaks-first", &server(mesh).v4()?.to_string(), "8002"])?;
+    ensure!(result["end"] == "eof" && result["server"].is_object(), "{result}");
+    Ok(())
+}
+
+fn a_change_of_policy_closes_a_live_connection(mesh: &Mesh) -> Result<()> {
+    let [friend, stranger, outside] = pods(mesh);
+    with_policies(mesh, "")?;
+    for from in [friend, stranger, outside] {
+        until_answers(from, server(mesh), true)?;
+    }
+    let log = log(mesh)?;
+    let address = server(mesh).v4()?.to_string();
+    let watch = |from: Pod<'_>| from.start("client.py", &["watch", &address, "8013"]);
+    let (mut kept, closed, plain) = (watch(friend)?, watch(stranger)?, watch(outside)?);
+    for watcher in [&kept, &closed, &plain] {
+        ensure!(watcher.next()?["first"] == "tick\n", "no connection");
+    }
+    let spec = format!("{{action: ALLOW, rules: [{{from: [{{source: {{principals: [{FRIEND}]}}}}]}}]}}");
+    with_policies(mesh, &authorization("friend-only-now", &spec))?;
+    for watcher in [closed, plain] {
+        let end = watcher.next().context("the connection lives on")?;
+        ensure!(end["end"].is_string(), "{end}");
+    }
+    log.line_with(&["no longer allowed", "friend-only-now", "src.workload=\"stranger\""])?;
+    ensure!(!kept.ended()?, "the connection that is still allowed was closed, too");
+    ensure!(answers(friend, server(mesh))?, "the friend was refused");
+    Ok(())
+}
+
+fn a_policy_that_is_gone_no_longer_refuses(mesh: &Mesh) -> Result<()> {
+    with_policies(mesh, "")?;
+    for from in pods(mesh) {
+        until_answers(from, server(mesh), true)?;
+    }
+    Ok(())
+}
