@@ -451,20 +451,42 @@ impl Pump {
     }
 }
 
+/// What all streams of this thread read into: small messages share a block, so that none needs one of its own.
+///
+/// The last is in use; those before are used up, the oldest first, and used again once nobody holds a part of them.
+/// Freeing and allocating memory of this size, the kernel may take it away each time and fault it in again.
+#[derive(Default)]
+struct Blocks(VecDeque<BytesMut>);
+
+/// Blocks that are kept. What is beyond is freed with its last part.
+const MOST_BLOCKS: usize = 8;
+
 thread_local! {
-    /// What all streams of this thread read into: small messages share one block, so that none needs one of its own.
-    static BLOCK: RefCell<BytesMut> = RefCell::new(BytesMut::new());
+    static BLOCKS: RefCell<Blocks> = RefCell::default();
+}
+
+impl Blocks {
+    /// Room for `size` bytes that nobody holds.
+    fn room(&mut self, size: usize) -> &mut BytesMut {
+        if self.0.back().is_none_or(|block| block.capacity() < size) {
+            let free = self.0.iter_mut().position(|block| block.try_reclaim(LARGEST_READ));
+            let block = free.and_then(|index| self.0.remove(index));
+            if block.is_none() && self.0.len() == MOST_BLOCKS {
+                self.0.pop_front();
+            }
+            self.0
+                .push_back(block.unwrap_or_else(|| BytesMut::with_capacity(LARGEST_READ)));
+        }
+        self.0.back_mut().expect("one was pushed")
+    }
 }
 
 /// Reads once. Empty at the end.
 fn read_shared(socket: &TcpStream, size: usize) -> io::Result<Bytes> {
-    BLOCK.with_borrow_mut(|block| {
-        if block.capacity() < size {
-            // Never `reserve`: it would copy, or move the block's end away from streams that still hold a part.
-            *block = BytesMut::with_capacity(LARGEST_READ);
-        }
-        read_some(socket, block, size)?;
-        Ok(block.split().freeze())
+    BLOCKS.with_borrow_mut(|blocks| {
+        let room = blocks.room(size);
+        read_some(socket, room, size)?;
+        Ok(room.split().freeze())
     })
 }
 

@@ -27,8 +27,6 @@ use crate::relay::read_some;
 
 /// What one read of the socket takes at most, and what is gathered before a write does not wait for the flush.
 const LARGEST: usize = 256 << 10;
-/// The out-buffer is given back after a turn in which it grew beyond this.
-const KEPT: usize = 8 << 10;
 /// Enough to tell HTTP from TLS.
 const FIRST_BYTES: usize = 8;
 
@@ -61,8 +59,35 @@ struct WireState {
 }
 
 thread_local! {
-    /// The read buffer, while no tunnel of this thread has bytes waiting in it.
-    static LENT: RefCell<BytesMut> = RefCell::new(BytesMut::new());
+    /// Buffers of this thread that no tunnel has bytes waiting in: one each for reading and writing is enough unless
+    /// sockets block. Kept, since giving memory of this size back to the kernel and faulting it in again costs as much
+    /// as the encryption.
+    static LENT: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How many are kept.
+const MOST_LENT: usize = 2;
+
+/// An empty buffer with room for [`LARGEST`].
+fn lend() -> BytesMut {
+    let mut buffer = LENT.with_borrow_mut(Vec::pop).unwrap_or_default();
+    // What a partial read has cut off its front is there again.
+    buffer.clear();
+    if !buffer.try_reclaim(LARGEST) {
+        buffer = BytesMut::with_capacity(2 * LARGEST);
+    }
+    buffer
+}
+
+fn give_back(buffer: &mut BytesMut) {
+    let buffer = std::mem::take(buffer);
+    if buffer.capacity() > 0 {
+        LENT.with_borrow_mut(|lent| {
+            if lent.len() < MOST_LENT {
+                lent.push(buffer);
+            }
+        });
+    }
 }
 
 impl Wire {
@@ -135,8 +160,7 @@ impl WireState {
             ready!(self.socket.poll_read_ready(cx))?;
             let mut incoming = self.incoming.borrow_mut();
             if incoming.capacity() < LARGEST {
-                *incoming = LENT.take();
-                incoming.reserve(LARGEST);
+                *incoming = lend();
             }
             match read_some(&self.socket, &mut incoming, LARGEST) {
                 Ok(count) => {
@@ -171,17 +195,9 @@ impl WireState {
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
-        if outgoing.capacity() > KEPT {
-            *outgoing = BytesMut::new();
-        }
+        give_back(&mut outgoing);
         Poll::Ready(Ok(()))
     }
-}
-
-fn give_back(buffer: &mut BytesMut) {
-    let mut buffer = std::mem::take(buffer);
-    buffer.clear();
-    LENT.set(buffer);
 }
 
 impl Flush for WireHandle {
@@ -232,6 +248,9 @@ impl AsyncWrite for Wire {
         }
         let mut outgoing = state.outgoing.borrow_mut();
         let before = outgoing.len();
+        if outgoing.capacity() == 0 {
+            *outgoing = lend();
+        }
         for slice in slices {
             outgoing.extend_from_slice(slice);
         }

@@ -1,5 +1,7 @@
 //! Who is refused, and in which words.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::{

@@ -1,5 +1,7 @@
 //! Tunnels: shared, bounded, reused, rotated, given up.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};

@@ -1,5 +1,7 @@
 //! What two applications see of each other through a tunnel: the same as through one TCP connection.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::{io, time::Duration};

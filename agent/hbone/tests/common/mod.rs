@@ -1,5 +1,6 @@
 //! A mesh of one thread: an authority, a server that dials what it is asked for, applications on loopback.
 #![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
     cell::{Cell, RefCell},
