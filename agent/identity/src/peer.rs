@@ -101,3 +101,30 @@ mod tests {
         );
     }
 }
+
+#[cfg(test)]
+mod properties {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            let _ = certificate_identity(&bytes);
+        }
+
+        #[test]
+        fn a_certificate_with_a_few_wrong_bytes_never_panics(changes in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..6)) {
+            static VALID: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
+                let (root, key) = crate::generate_root(&TrustDomain::default()).unwrap();
+                crate::LocalAuthority::from_pem(&root, &key).unwrap().root().to_vec()
+            });
+            let mut bytes = VALID.clone();
+            for (at, byte) in changes {
+                let length = bytes.len();
+                bytes[at % length] = byte;
+            }
+            let _ = certificate_identity(&bytes);
+        }
+    }
+}
