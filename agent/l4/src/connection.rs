@@ -13,7 +13,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     task::Poll,
     time::Instant,
 };
@@ -70,6 +70,7 @@ pub(crate) struct Known {
 pub(crate) struct Connection {
     live: Rc<Live>,
     finished: bool,
+    weighs: Cell<bool>,
 }
 
 impl std::ops::Deref for Connection {
@@ -97,7 +98,18 @@ impl Connection {
         let key = shard.connections.borrow_mut().insert(live.clone());
         live.key.set(key);
         pod.connections.set(pod.connections.get() + 1);
-        Self { live, finished: false }
+        Self {
+            live,
+            finished: false,
+            weighs: Cell::new(false),
+        }
+    }
+
+    /// Counts toward the shard's load, for as long as it lives.
+    pub(crate) fn weigh(&self) {
+        self.weighs.set(true);
+        let load = &self.shard.peers[self.shard.index].connections;
+        load.store(load.load(Relaxed) + 1, Relaxed);
     }
 
     /// What the connection's task was doing, unless the connection is told to stop meanwhile.
@@ -229,6 +241,10 @@ impl Drop for Connection {
                 Failure::GivenUp
             };
             self.record(Some(failure));
+        }
+        if self.weighs.get() {
+            let load = &self.shard.peers[self.shard.index].connections;
+            load.store(load.load(Relaxed) - 1, Relaxed);
         }
         self.shard.connections.borrow_mut().try_remove(self.key.get());
         let left = self.pod.connections.get() - 1;

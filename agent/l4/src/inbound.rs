@@ -34,18 +34,18 @@ use crate::{
     outbound::credentials,
     pod::is_own_port,
     relay::relay,
-    shard::{HandedOver, PodState, Shard},
+    shard::{PodState, Shard},
     socket,
 };
 
-/// Takes a plaintext connection over from the accept loop.
-pub(crate) fn start_plaintext(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
-    increment(&shard.counters.inbound_plaintext);
+/// Carries an accepted plaintext connection.
+pub(crate) fn carry_plaintext(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
     let connection = Connection::begin(shard, pod, Direction::Inbound, peer);
-    tokio::task::spawn_local(carry_plaintext(connection, client));
+    connection.weigh();
+    tokio::task::spawn_local(run_plaintext(connection, client));
 }
 
-async fn carry_plaintext(connection: Connection, client: TcpStream) {
+async fn run_plaintext(connection: Connection, client: TcpStream) {
     let opened = connection
         .unless_stopped(Box::pin(open_plaintext(&connection, &client)))
         .await;
@@ -118,27 +118,7 @@ async fn dial_application(connection: &Connection, target: SocketAddr) -> Result
     Ok(socket::connect(socket, target, connection.shard.config.connect_timeout).await?)
 }
 
-/// Takes a connection to the HBONE port over from the accept loop, or hands it to a shard that carries fewer: a tunnel
-/// lives long and its streams stay with it, so chance would leave shards idle.
-pub(crate) fn start_tunnel(shard: &Rc<Shard>, pod: &Rc<PodState>, socket: TcpStream, peer: SocketAddr) {
-    increment(&shard.counters.inbound_tunnels);
-    let Some(other) = shard.less_loaded_peer() else {
-        return carry_tunnel(shard, pod, socket, peer);
-    };
-    let Ok(permit) = other.hand_over.try_reserve() else {
-        return carry_tunnel(shard, pod, socket, peer);
-    };
-    // Fails only if the socket can't be taken off this shard's poll, and then it is of no use.
-    if let Ok(socket) = socket.into_std() {
-        permit.send(HandedOver {
-            pod: pod.uid.clone(),
-            socket,
-            peer,
-        });
-    }
-}
-
-/// Carries a tunnel on this shard.
+/// Carries an accepted tunnel.
 pub(crate) fn carry_tunnel(shard: &Rc<Shard>, pod: &Rc<PodState>, socket: TcpStream, peer: SocketAddr) {
     shard.peers[shard.index].tunnels.fetch_add(1, Relaxed);
     let tunnel = Tunnel {

@@ -7,8 +7,8 @@
 //!  15001     │ inbound:  15008 (HBONE), 15006 ◄────┼── …
 //!            └────────────────────────────────────┘
 //! ```
-//! Every shard polls a copy of every listener of every pod: whichever is idle takes a connection, and it stays there.
-//! Only accepted tunnels are passed on, once, to the shard with the fewest.
+//! Each pod has a home shard, which polls its listeners and shares what it accepts out to the shard that carries the
+//! fewest; there a connection or a tunnel stays.
 //!
 //! What holds:
 //! - Nothing is dialled before the verdict; without knowledge, certificate or route a connection is refused
@@ -36,6 +36,7 @@ mod inbound;
 mod outbound;
 mod pod;
 mod proxy;
+mod rate;
 mod recheck;
 mod relay;
 mod say;

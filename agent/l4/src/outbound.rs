@@ -35,14 +35,14 @@ enum Upstream {
     Plain(TcpStream),
 }
 
-/// Takes a connection over from the accept loop.
-pub(crate) fn start(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
-    increment(&shard.counters.outbound);
+/// Carries an accepted connection.
+pub(crate) fn carry(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
     let connection = Connection::begin(shard, pod, Direction::Outbound, peer);
-    tokio::task::spawn_local(carry(connection, client));
+    connection.weigh();
+    tokio::task::spawn_local(run(connection, client));
 }
 
-async fn carry(connection: Connection, client: TcpStream) {
+async fn run(connection: Connection, client: TcpStream) {
     // Boxed, so that what opening needs is given back before the relay, which may last for days.
     let opened = connection.unless_stopped(Box::pin(open(&connection, &client))).await;
     match opened {

@@ -6,7 +6,10 @@ use std::{
     io,
     panic::AssertUnwindSafe,
     rc::Rc,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -26,6 +29,7 @@ use crate::{
     connection::ConnectionInfo,
     counters::{Counters, ShardCounters},
     pod::{Pod, PodListeners},
+    rate::Rate,
     say::Say,
     shard::{self, Command, HandedOver, Peer, Shard},
     socket::prepare_listener,
@@ -34,8 +38,12 @@ use crate::{
 /// Tunnels that may wait to be taken over by another shard; more stay where they were accepted.
 const HAND_OVER_QUEUE: usize = 1024;
 
-/// A shard's thread ended although nobody told it to: a bug. The pods' listeners are still polled by the other shards,
-/// but what lived on this one is lost; whoever runs the proxy should end the process, so that it is started anew.
+/// Connections that a shard hands over in a second at most: half a per cent of its time.
+const HAND_OVERS_A_SECOND: u32 = 500;
+
+/// A shard's thread ended although nobody told it to: a bug. What
+/// lived on it is lost and its pods are no longer served: whoever runs the proxy should end the process, so that it is
+/// started anew.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("shard {shard} of the proxy died: {cause}")]
 pub struct ShardFailure {
@@ -50,6 +58,8 @@ pub struct Proxy {
     shards: Vec<ShardHandle>,
     failure: watch::Receiver<Option<ShardFailure>>,
     congestion_control: Option<&'static str>,
+    /// The next pod's home, in turn.
+    next_home: AtomicUsize,
 }
 
 struct ShardHandle {
@@ -68,6 +78,7 @@ impl Proxy {
                 (
                     Peer {
                         tunnels: AtomicUsize::default(),
+                        connections: AtomicUsize::default(),
                         hand_over,
                     },
                     handed_over,
@@ -94,13 +105,14 @@ impl Proxy {
             shards,
             failure,
             congestion_control: config.local_congestion_control,
+            next_home: AtomicUsize::default(),
         })
     }
 
     /// Serves a pod. Told again with the same uid, the earlier one is ended at once.
     ///
     /// # Errors
-    /// Its listeners can't be shared among the shards: out of file descriptors, or not listeners. Nothing is served then.
+    /// Its sockets are not listeners. Nothing is served then.
     pub fn add_pod(&self, pod: Pod) -> io::Result<()> {
         let Pod {
             uid,
@@ -114,17 +126,21 @@ impl Proxy {
             // A tunnel leaves the node: its congestion control is the system's.
             prepare_listener(listener, None)?;
         }
-        let mut copies = (1..self.shards.len())
-            .map(|_| duplicate(&listeners))
-            .collect::<io::Result<Vec<_>>>()?;
-        copies.push(listeners);
-        for (shard, listeners) in self.shards.iter().zip(copies) {
-            shard.tell(Command::AddPod {
+        let home = self.next_home.fetch_add(1, Relaxed) % self.shards.len();
+        let others = (0..self.shards.len()).filter(|index| *index != home);
+        for index in others {
+            self.shards[index].tell(Command::AddPod {
                 uid: uid.clone(),
                 sockets: sockets.clone(),
-                listeners,
+                listeners: PodListeners::default(),
             });
         }
+        // Last: what it accepts may be handed over to any.
+        self.shards[home].tell(Command::AddPod {
+            uid,
+            sockets,
+            listeners,
+        });
         Ok(())
     }
 
@@ -199,15 +215,6 @@ impl ShardHandle {
     }
 }
 
-fn duplicate(listeners: &PodListeners) -> io::Result<PodListeners> {
-    let all = |listeners: &[std::net::TcpListener]| listeners.iter().map(std::net::TcpListener::try_clone).collect();
-    Ok(PodListeners {
-        outbound: all(&listeners.outbound)?,
-        inbound: all(&listeners.inbound)?,
-        hbone: io::Result::<_>::from(all(&listeners.hbone))?,
-    })
-}
-
 /// What a shard's thread takes along.
 struct Start {
     index: usize,
@@ -266,6 +273,7 @@ impl Start {
                     connections: RefCell::new(Slab::new()),
                     pods: RefCell::default(),
                     retired: RefCell::default(),
+                    hand_overs: Rate::a_second(HAND_OVERS_A_SECOND),
                     refusals: Say::at_most(10),
                     accept_errors: Say::at_most(1),
                     random_state: Cell::new(RandomState::new().hash_one(index)),

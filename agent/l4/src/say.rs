@@ -1,15 +1,12 @@
 //! Log lines of which there could be too many: a few a second, and then how many were left out.
 
-use std::{
-    cell::Cell,
-    time::{Duration, Instant},
-};
+use std::{cell::Cell, time::Instant};
+
+use crate::rate::Rate;
 
 /// A few lines a second.
 pub(crate) struct Say {
-    a_second: u32,
-    window: Cell<Option<Instant>>,
-    said: Cell<u32>,
+    rate: Rate,
     left_out: Cell<u64>,
 }
 
@@ -17,9 +14,7 @@ impl Say {
     /// At most this many lines in a second.
     pub(crate) fn at_most(a_second: u32) -> Self {
         Self {
-            a_second,
-            window: Cell::default(),
-            said: Cell::default(),
+            rate: Rate::a_second(a_second),
             left_out: Cell::default(),
         }
     }
@@ -32,20 +27,11 @@ impl Say {
     }
 
     fn say_at(&self, now: Instant, line: impl FnOnce(), more: impl FnOnce(u64)) {
-        if self
-            .window
-            .get()
-            .is_none_or(|since| now.duration_since(since) >= Duration::from_secs(1))
-        {
-            self.window.set(Some(now));
-            self.said.set(0);
-            let left_out = self.left_out.take();
-            if left_out > 0 {
-                more(left_out);
-            }
+        let (may, begun) = self.rate.may_at(now);
+        if begun && self.left_out.get() > 0 {
+            more(self.left_out.take());
         }
-        if self.said.get() < self.a_second {
-            self.said.set(self.said.get() + 1);
+        if may {
             line();
         } else {
             self.left_out.set(self.left_out.get() + 1);
@@ -55,6 +41,8 @@ impl Say {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]

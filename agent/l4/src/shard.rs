@@ -36,11 +36,12 @@ use crate::{
     accept::accept_all,
     config::Config,
     connection::{ConnectionInfo, Live},
-    counters::ShardCounters,
+    counters::{ShardCounters, increment},
     failure::Failure,
     half_open::HalfOpen,
     inbound, outbound,
     pod::{PodListeners, PodSockets},
+    rate::Rate,
     recheck,
     say::Say,
 };
@@ -64,18 +65,40 @@ pub(crate) enum Command {
     },
 }
 
-/// An accepted HBONE connection on its way to the shard that shall carry it.
+/// What a listener is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    Outbound,
+    Plaintext,
+    Tunnel,
+}
+
+/// An accepted connection on its way to the shard that shall carry it.
 pub(crate) struct HandedOver {
     pub pod: WorkloadUid,
+    pub kind: Kind,
     pub socket: std::net::TcpStream,
     pub peer: SocketAddr,
 }
 
 /// What the shards know of each other.
 pub(crate) struct Peer {
-    /// Tunnels that the shard carries.
+    /// Tunnels that peers opened and the shard carries. They are balanced apart from connections, since one may carry
+    /// many.
     pub tunnels: AtomicUsize,
+    /// Connections that the shard accepted itself and carries.
+    pub connections: AtomicUsize,
     pub hand_over: mpsc::Sender<HandedOver>,
+}
+
+impl Peer {
+    /// How many of a kind the shard carries. Read by all, written by the shard's own thread.
+    pub(crate) fn load(&self, kind: Kind) -> &AtomicUsize {
+        match kind {
+            Kind::Tunnel => &self.tunnels,
+            Kind::Outbound | Kind::Plaintext => &self.connections,
+        }
+    }
 }
 
 /// Everything of one shard that its tasks need.
@@ -94,6 +117,7 @@ pub(crate) struct Shard {
     pub retired: RefCell<Vec<Rc<PodState>>>,
     pub refusals: Say,
     pub accept_errors: Say,
+    pub hand_overs: Rate,
     pub random_state: Cell<u64>,
 }
 
@@ -122,11 +146,49 @@ impl Shard {
         mixed ^ (mixed >> 31)
     }
 
-    /// The other shard that carries fewer tunnels than this one, if there is one.
-    pub(crate) fn less_loaded_peer(&self) -> Option<&Peer> {
-        let own = self.peers[self.index].tunnels.load(Relaxed);
-        let least = self.peers.iter().min_by_key(|peer| peer.tunnels.load(Relaxed))?;
-        (least.tunnels.load(Relaxed) < own).then_some(least)
+    /// Carries an accepted connection, here or, where another shard carries fewer, there.
+    ///
+    /// A pod's listeners are polled by one shard, its home: were they polled by all, each connection would wake all, and
+    /// all but one for nothing (45 % more CPU for each new connection with two shards). So the home shares out. That
+    /// costs a little too, and only what lives long is worth it, so in a storm of connections the rest stays here.
+    fn take(self: &Rc<Self>, pod: &Rc<PodState>, kind: Kind, socket: TcpStream, peer: SocketAddr) {
+        match kind {
+            Kind::Outbound => increment(&self.counters.outbound),
+            Kind::Plaintext => increment(&self.counters.inbound_plaintext),
+            Kind::Tunnel => increment(&self.counters.inbound_tunnels),
+        }
+        let Some(permit) = self
+            .less_loaded_peer(kind)
+            .and_then(|other| other.hand_over.try_reserve().ok())
+        else {
+            return self.carry(pod, kind, socket, peer);
+        };
+        // Fails only if the socket can't be taken off this shard's poll, and then it is of no use.
+        if let Ok(socket) = socket.into_std() {
+            let pod = pod.uid.clone();
+            permit.send(HandedOver {
+                pod,
+                kind,
+                socket,
+                peer,
+            });
+        }
+    }
+
+    fn carry(self: &Rc<Self>, pod: &Rc<PodState>, kind: Kind, socket: TcpStream, peer: SocketAddr) {
+        match kind {
+            Kind::Outbound => outbound::carry(self, pod, socket, peer),
+            Kind::Plaintext => inbound::carry_plaintext(self, pod, socket, peer),
+            Kind::Tunnel => inbound::carry_tunnel(self, pod, socket, peer),
+        }
+    }
+
+    /// The other shard that carries fewer of a kind than this one, if there is one and handing over is not too frequent.
+    fn less_loaded_peer(&self, kind: Kind) -> Option<&Peer> {
+        let own = self.peers[self.index].load(kind).load(Relaxed);
+        let load = |peer: &&Peer| peer.load(kind).load(Relaxed);
+        let least = self.peers.iter().min_by_key(load)?;
+        (load(&least) < own && self.hand_overs.may()).then_some(least)
     }
 
     fn pod(&self, uid: &WorkloadUid) -> Option<Rc<PodState>> {
@@ -148,30 +210,24 @@ impl Shard {
             accepting: RefCell::default(),
             baggage: RefCell::default(),
         });
-        self.listen(&pod, listeners.outbound, outbound::start);
-        self.listen(&pod, listeners.inbound, inbound::start_plaintext);
-        self.listen(&pod, listeners.hbone, inbound::start_tunnel);
+        self.listen(&pod, listeners.outbound, Kind::Outbound);
+        self.listen(&pod, listeners.inbound, Kind::Plaintext);
+        self.listen(&pod, listeners.hbone, Kind::Tunnel);
         self.pods.borrow_mut().insert(uid, pod);
     }
 
-    fn listen(
-        self: &Rc<Self>,
-        pod: &Rc<PodState>,
-        listeners: Vec<std::net::TcpListener>,
-        start: fn(&Rc<Shard>, &Rc<PodState>, TcpStream, SocketAddr),
-    ) {
+    fn listen(self: &Rc<Self>, pod: &Rc<PodState>, listeners: Vec<std::net::TcpListener>, kind: Kind) {
         for listener in listeners {
             let listener = match TcpListener::from_std(listener) {
                 Ok(listener) => listener,
                 Err(error) => {
-                    // The other shards may have been luckier; the kernel's queue is shared, so nothing is lost then.
-                    tracing::error!(pod = %pod.uid, shard = self.index, "a listener can't be polled: {error}");
+                    tracing::error!(pod = %pod.uid, ?kind, "a listener can't be polled, so nothing is served: {error}");
                     continue;
                 }
             };
             let (shard, served) = (self.clone(), pod.clone());
             let accepting = accept_all(self.clone(), listener, move |socket, peer| {
-                start(&shard, &served, socket, peer)
+                shard.take(&served, kind, socket, peer);
             });
             pod.accepting
                 .borrow_mut()
@@ -288,6 +344,8 @@ pub(crate) async fn run(
     let rechecking = tokio::task::spawn_local(recheck::run(shard.clone()));
     loop {
         tokio::select! {
+            // Commands first: what is handed over may be for a pod that was added just before.
+            biased;
             command = commands.recv() => match command {
                 Some(Command::AddPod { uid, sockets, listeners }) => shard.add_pod(uid, sockets, listeners),
                 Some(Command::RetirePod { uid }) => shard.retire_pod(&uid),
@@ -303,10 +361,10 @@ pub(crate) async fn run(
                 }
                 None => break,
             },
-            Some(HandedOver { pod, socket, peer }) = handed_over.recv() => {
+            Some(HandedOver { pod, kind, socket, peer }) = handed_over.recv() => {
                 // A pod that was removed meanwhile takes nothing: the socket closes.
                 if let (Some(pod), Ok(socket)) = (shard.pod(&pod), TcpStream::from_std(socket)) {
-                    inbound::carry_tunnel(&shard, &pod, socket, peer);
+                    shard.carry(&pod, kind, socket, peer);
                 }
             }
         }

@@ -1,0 +1,115 @@
+//! Two proxies on loopback, for measuring without capture: whatever connects to the printed address is a client pod's
+//! application that dialled the server pod.
+//!
+//! ```text
+//! cargo run --release -p l4 --example loopback -- [SHARDS]
+//! load serve --listen 127.9.0.2:8080          the server pod's application
+//! load requests --connect 127.9.0.1:15001     the client pod's
+//! ```
+//! A STRICT policy and the access log (to nowhere) are on, as by default. Ends when stdin does.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    io::{self, Read},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use identity::{Clock, Identities, LocalAuthority, generate_root};
+use l4::{Config, Pod, PodListeners, PodSockets, Proxy};
+use model::{Action, Match, OriginalDst, PeerAddr, Policy, Scope, StringMatch, TrustDomain};
+use socket2::{Domain, Protocol, Socket, Type};
+use telemetry::{AccessLog, Format};
+
+const CLIENT: &str = "127.9.0.1";
+const SERVER: &str = "127.9.0.2";
+
+struct Network(IpAddr);
+
+impl PodSockets for Network {
+    fn original_destination(&self, _: PeerAddr, _: SocketAddr) -> Option<OriginalDst> {
+        Some(OriginalDst(SocketAddr::new(SERVER.parse().unwrap(), 8080)))
+    }
+
+    fn outbound_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        bound(self.0, target)
+    }
+
+    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
+        bound(source, target)
+    }
+}
+
+fn bound(source: IpAddr, target: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::new(source, 0).into())?;
+    Ok(socket)
+}
+
+fn serve(proxy: &Proxy, name: &str, ip: &str) {
+    let ip: IpAddr = ip.parse().unwrap();
+    let listener = |port| vec![std::net::TcpListener::bind(SocketAddr::new(ip, port)).unwrap()];
+    let listeners = PodListeners {
+        outbound: listener(15001),
+        inbound: listener(15006),
+        hbone: listener(15008),
+    };
+    let uid = model::WorkloadUid::of_pod("Kubernetes", "shop", name);
+    proxy
+        .add_pod(Pod {
+            uid,
+            sockets: Arc::new(Network(ip)),
+            listeners,
+        })
+        .unwrap();
+}
+
+fn main() {
+    let trust_domain = TrustDomain::default();
+    let (certificate, key) = generate_root(&trust_domain).unwrap();
+    let authority = LocalAuthority::from_pem(&certificate, &key).unwrap();
+    let identities = Identities::new(Arc::new(authority), trust_domain, Clock::system());
+    let (mut writer, knowledge) = mesh::new();
+    let mut contents = mesh::static_file::parse(&format!(
+        "workloads:\n\
+         - {{uid: Kubernetes//v1/Pod/shop/client, name: client, namespace: shop, workloadIps: [{CLIENT}], protocol: HBONE}}\n\
+         - {{uid: Kubernetes//v1/Pod/shop/server, name: server, namespace: shop, workloadIps: [{SERVER}], protocol: HBONE}}\n"
+    ))
+    .unwrap()
+    .0;
+    let no_identity = Match {
+        not_principals: vec![StringMatch::Presence],
+        ..Match::default()
+    };
+    contents.policies.push(Policy {
+        name: "strict".into(),
+        namespace: "shop".into(),
+        scope: Scope::Namespace,
+        action: Action::Deny,
+        rules: vec![vec![vec![no_identity]]],
+        dry_run: false,
+        origin: None,
+    });
+    writer.replace(contents, &[]);
+    let mut config = Config::default();
+    if let Some(shards) = std::env::args().nth(1) {
+        config.shards = shards.parse().unwrap();
+    }
+    let log = AccessLog::start(io::sink(), Format::Text).unwrap();
+    let start = || Proxy::start(config.clone(), knowledge.clone(), identities.clone(), log.clone()).unwrap();
+    let (near, far) = (start(), start());
+    serve(&near, "client", CLIENT);
+    serve(&far, "server", SERVER);
+    println!(
+        "client: {CLIENT}:15001 server: {SERVER}:8080 shards: {} each",
+        config.shards
+    );
+    let _ = io::stdin().read_to_end(&mut Vec::new());
+    println!(
+        "client's proxy: {:?}\nserver's proxy: {:?}",
+        near.counters(),
+        far.counters()
+    );
+}
