@@ -66,6 +66,8 @@ pub struct Status {
     pub knowledge: KnowledgeStatus,
     /// Every pod that the agent was told of.
     pub pods: Vec<PodStatus>,
+    /// What the hooks in the kernel did on this node since they were pinned, by reason.
+    pub counters: BTreeMap<String, u64>,
     /// Connections by what became of them, since the start.
     pub connections: BTreeMap<String, u64>,
     /// Access-log lines that were dropped because the output was too slow.
@@ -124,8 +126,8 @@ pub struct PodStatus {
     pub identity: Option<String>,
     /// Its certificate, once there is one.
     pub certificate: Option<CertificateStatus>,
-    /// Packets that the guard dropped, by reason.
-    pub dropped: BTreeMap<String, u64>,
+    /// What the hooks in the kernel did with its traffic, by reason; what was dropped among it.
+    pub counters: BTreeMap<String, u64>,
 }
 
 /// A certificate.

@@ -1,2 +1,42 @@
-//! Undercurrent: a service mesh without sidecars, in one binary.
-fn main() {}
+//! Undercurrent: a service mesh without sidecars, in one binary. This is where the roles are chosen and wired.
+
+mod app;
+mod node;
+
+use clap::{Parser, Subcommand};
+
+/// A service mesh without sidecars.
+#[derive(Parser)]
+#[command(name = "undercurrent", version, max_term_width = 110, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Subcommand)]
+enum Role {
+    /// The node agent: captures the traffic of this node's opted-in pods and carries it through the mesh.
+    Node(Box<node::NodeArgs>),
+    /// A whole mesh on this machine: nodes and pods as network namespaces.
+    Playground(playground::Args),
+    /// Programs to put into pods: an echo server and client that report what they saw.
+    App(app::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().role {
+        Role::Node(args) => node::run(*args),
+        Role::Playground(args) => playground::run(args),
+        Role::App(args) => app::run(args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::Cli::command().debug_assert();
+    }
+}

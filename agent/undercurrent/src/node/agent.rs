@@ -1,6 +1,7 @@
 //! What the local socket asks of this process.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, PoisonError},
     time::{Instant, SystemTime},
 };
@@ -23,7 +24,7 @@ pub struct NodeAgent {
     pub knowledge: mesh::Knowledge,
     pub problems: Problems,
     pub identities: identity::Identities,
-    pub capture: Arc<capture::Node>,
+    pub capture: capture::Node,
     pub proxy: Arc<l4::Proxy>,
     pub access_log: AccessLog,
     pub pods: Pods,
@@ -35,11 +36,16 @@ impl NodeAgent {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn pod_status(&self, pod: PodView, certificates: &[identity::CertificateInfo]) -> PodStatus {
+    fn pod_status(
+        pod: PodView,
+        certificates: &[identity::CertificateInfo],
+        counters: &capture::GuardCounters,
+    ) -> PodStatus {
         let certificate = pod.identity.as_ref().and_then(|identity| {
             let info = certificates.iter().find(|info| info.identity == *identity)?;
-            let not_after = info.not_after.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            Some(CertificateStatus { serial: info.serial.clone(), not_after })
+            let (serial, _, not_after) = info.held.as_ref()?;
+            let not_after = not_after.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+            Some(CertificateStatus { serial: serial.clone(), not_after })
         });
         PodStatus {
             namespace: pod.pod.namespace.to_string(),
@@ -49,7 +55,7 @@ impl NodeAgent {
             problem: pod.problem,
             identity: pod.identity.map(|identity| identity.to_string()),
             certificate,
-            dropped: self.capture.pod_counters(&pod.uid).into_iter().collect(),
+            counters: counters.pods.get(&pod.uid).map(named).unwrap_or_default(),
         }
     }
 }
@@ -73,13 +79,15 @@ impl admin::Agent for NodeAgent {
         let certificates = self.identities.list();
         let capabilities = self
             .capabilities
+            .hooks
             .iter()
-            .map(|one| CapabilityStatus {
-                name: one.name().to_owned(),
-                available: one.is_available(),
-                detail: one.detail(),
+            .map(|hook| CapabilityStatus {
+                name: hook.name.to_owned(),
+                available: hook.support == capture::Support::Available,
+                detail: hook.purpose.to_owned(),
             })
             .collect();
+        let counters = self.capture.counters();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.node_name.clone(),
@@ -92,8 +100,9 @@ impl admin::Agent for NodeAgent {
                 workloads: snapshot.workloads().count(),
                 rejected: self.problems(),
             },
-            pods: self.view.pods().into_iter().map(|pod| self.pod_status(pod, &certificates)).collect(),
-            connections: self.proxy.counters().into_iter().collect(),
+            pods: self.view.pods().into_iter().map(|pod| Self::pod_status(pod, &certificates, &counters)).collect(),
+            counters: named(&counters.total),
+            connections: self.proxy.counters().into_iter().map(|(name, count)| (name.to_string(), count)).collect(),
             access_log_dropped: self.access_log.dropped(),
         }
     }
@@ -107,4 +116,8 @@ impl admin::Agent for NodeAgent {
         let pods = self.pods.clone();
         Box::pin(async move { pods.removed(event).await })
     }
+}
+
+fn named(counts: &BTreeMap<capture::Reason, u64>) -> BTreeMap<String, u64> {
+    counts.iter().map(|(reason, count)| (reason.label().to_owned(), *count)).collect()
 }

@@ -7,7 +7,7 @@
 //! ```
 //! Under failure: without capture the role ends and says why; without a usable file it runs, is not ready, and refuses;
 //! SIGTERM drains and leaves capture in place, so that pods wait for the next agent instead of going out in plaintext.
-//! `--uninstall` is what takes capture down.
+//! `undercurrent uninstall` takes capture down.
 
 mod agent;
 mod config;
@@ -23,7 +23,7 @@ use telemetry::AccessLog;
 use tokio::signal::unix::{SignalKind, signal};
 
 pub use config::NodeArgs;
-use config::{AccessLogMode, CaptureMode};
+use config::AccessLogMode;
 
 /// The eBPF programs, aligned as their loader wants them.
 static EBPF_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("UNDERCURRENT_EBPF")));
@@ -46,13 +46,10 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 
 async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     let capabilities = capture::probe();
-    for missing in capabilities.missing() {
-        tracing::warn!("{missing}");
+    if !capabilities.can_capture() {
+        bail!("this kernel lacks what capture needs; nothing is captured, so the agent ends:\n{capabilities}");
     }
-    if !capabilities.ebpf_complete() {
-        bail!("this kernel lacks what capture needs; nothing is captured, so the agent ends: {capabilities}");
-    }
-    let node = start_capture(&args).await?;
+    let node = start_capture(&args)?;
     let (writer, knowledge) = mesh::new();
     let problems = static_source::follow(args.static_file.clone(), writer).context("cannot follow the static file")?;
     let identities = start_identities(&args, &knowledge)?;
@@ -94,6 +91,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         never = admin::serve_health(args.health, agent) => never.map(drop).context("the readiness endpoint")?,
         failure = proxy.failed() => bail!("the proxy failed: {failure}"),
         ended = reconciler => bail!("the pods' reconciler ended: {ended:?}"),
+        ended = kernel_log(&node) => bail!("the eBPF programs' log ended: {ended:?}"),
         () = identities.rotate() => bail!("the rotation of certificates ended"),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -104,20 +102,24 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn start_capture(args: &NodeArgs) -> anyhow::Result<Arc<capture::Node>> {
-    match args.capture {
-        CaptureMode::Auto | CaptureMode::Ebpf => {}
-    }
+fn start_capture(args: &NodeArgs) -> anyhow::Result<capture::Node> {
     let config = capture::NodeConfig {
         node: args.node.clone(),
         pin_dir: args.pin_dir.clone(),
         pods_cgroup: args.pods_cgroup.clone(),
         agent_cgroup: None,
         object: &EBPF_OBJECT.0,
-        log: args.ebpf_log,
+        kernel_log: args.ebpf_log,
     };
-    let node = capture::Node::start(config).await.context("cannot capture")?;
-    Ok(Arc::new(node))
+    capture::Node::start(config).context("cannot capture")
+}
+
+/// What the eBPF programs log, where that was asked for.
+async fn kernel_log(node: &capture::Node) -> std::io::Result<()> {
+    match node.kernel_log() {
+        Some(log) => log.run().await,
+        None => std::future::pending().await,
+    }
 }
 
 fn start_identities(args: &NodeArgs, knowledge: &mesh::Knowledge) -> anyhow::Result<identity::Identities> {

@@ -41,7 +41,7 @@ const EVENTS: usize = 256;
 /// What the reconciler works with.
 pub struct Parts {
     pub node_name: Arc<str>,
-    pub capture: Arc<capture::Node>,
+    pub capture: capture::Node,
     pub knowledge: Knowledge,
     pub identities: Identities,
     pub proxy: Arc<l4::Proxy>,
@@ -212,7 +212,7 @@ impl Reconciler {
                 self.parts.proxy.remove_pod(uid);
             }
             if let State::Captured { uid, .. } | State::Uncaptured(uid) = &pod.state {
-                self.parts.capture.forget(uid).await.map_err(|error| error.to_string())?;
+                self.parts.capture.forget(uid).await;
             }
         }
         self.records.drop_record(key).map_err(|error| format!("cannot drop the record of {key}: {error}"))
@@ -231,15 +231,23 @@ impl Reconciler {
             // The problem is kept for the status and was logged; the next round tries again.
             let _ = self.reconcile(&key).await;
         }
-        if self.parts.knowledge.snapshot().ready() {
-            self.view.lock().settled = self.pods.values().all(|pod| pod.problem.is_none());
+        match self.parts.capture.reconcile().await {
+            Ok(repaired) => repaired.iter().for_each(|what| tracing::warn!("repaired: {what}")),
+            Err(error) => tracing::error!(%error, "cannot see whether capture stands as it should"),
+        }
+        let settled = self.parts.knowledge.snapshot().ready() && self.pods.values().all(|pod| pod.problem.is_none());
+        if settled && !self.view.settled() {
+            self.view.lock().settled = true;
+            if let Err(error) = self.parts.capture.forget_untold().await {
+                tracing::error!(%error, "cannot forget pods that went while no agent ran");
+            }
         }
     }
 
     async fn reconcile(&mut self, key: &NamespacedName) -> Result<(), String> {
         let Some(pod) = self.pods.get(key) else { return Ok(()) };
         let outcome = match self.desired(&pod.record) {
-            Ok(desired) if pod.state == desired => self.refresh(&desired).await.map(|()| desired),
+            Ok(desired) if pod.state == desired => Ok(desired),
             Ok(desired) => self.change(&pod.record, &pod.state, &desired).await.map(|()| desired),
             Err(unknown) => Err(unknown),
         };
@@ -276,14 +284,6 @@ impl Reconciler {
         })
     }
 
-    /// Repairs what somebody may have changed behind our back.
-    async fn refresh(&self, state: &State) -> Result<(), String> {
-        match state {
-            State::Captured { uid, .. } => self.parts.capture.repair(uid).await.map_err(|error| error.to_string()),
-            State::Uncaptured(_) | State::Unknown => Ok(()),
-        }
-    }
-
     async fn change(&self, record: &PodRecord, before: &State, after: &State) -> Result<(), String> {
         let Parts { capture, proxy, identities, .. } = &self.parts;
         let spec = |uid: &WorkloadUid| PodSpec {
@@ -295,7 +295,6 @@ impl Reconciler {
             State::Unknown => Ok(()),
             State::Uncaptured(uid) => {
                 if let State::Captured { uid, .. } = before {
-                    // First the kernel, so that no new connection comes, then the proxy, which finishes the old ones.
                     capture.release(uid).await.map_err(|error| error.to_string())?;
                     proxy.retire_pod(uid);
                     tracing::info!(pod = %record.pod, "not captured any more");
@@ -310,7 +309,7 @@ impl Reconciler {
                     capture.capture(spec(uid), *non_tcp_forbidden).await.map_err(|error| error.to_string())?;
                 if !served {
                     let listeners = handle.listeners().map_err(|error| error.to_string())?;
-                    proxy.add_pod(l4::Pod {
+                    let pod = l4::Pod {
                         uid: uid.clone(),
                         sockets: Arc::new(Sockets(handle)),
                         listeners: l4::PodListeners {
@@ -318,7 +317,8 @@ impl Reconciler {
                             inbound: listeners.inbound,
                             hbone: listeners.hbone,
                         },
-                    });
+                    };
+                    proxy.add_pod(pod).map_err(|error| format!("the proxy does not take the pod: {error}"))?;
                     tracing::info!(pod = %record.pod, %identity, "captured");
                 }
                 Ok(())
@@ -350,8 +350,8 @@ impl Reconciler {
 struct Sockets(PodHandle);
 
 impl l4::PodSockets for Sockets {
-    fn original_destination(&self, peer: PeerAddr, _local: SocketAddr) -> Option<OriginalDst> {
-        self.0.original_destination(peer)
+    fn original_destination(&self, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst> {
+        self.0.original_destination(peer, local)
     }
 
     fn outbound_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
