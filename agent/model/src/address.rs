@@ -48,7 +48,14 @@ impl FromStr for Authority {
         }
         let error = || AuthorityError(text.chars().take(256).collect());
         let (host, port) = text.rsplit_once(':').ok_or_else(error)?;
+        if !port.bytes().all(|digit| digit.is_ascii_digit()) {
+            return Err(error());
+        }
         let port = port.parse().map_err(|_| error())?;
+        // `10.0.0.1:080` is no socket address to the standard library, and must not become a host of that name.
+        if let Ok(address) = host.parse::<IpAddr>() {
+            return Ok(Self::Address(SocketAddr::new(address, port)));
+        }
         let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '*');
         if host.is_empty() || host.len() > 253 || !host.chars().all(is_name) {
             return Err(error());
@@ -81,8 +88,14 @@ mod tests {
             "[::ffff:10.0.0.1]:80".parse(),
             Ok(Authority::Address("10.0.0.1:80".parse().unwrap()))
         );
+        assert_eq!(
+            "10.0.0.1:080".parse(),
+            Ok(Authority::Address("10.0.0.1:80".parse().unwrap()))
+        );
         assert_eq!("A.b:80".parse(), Ok(Authority::Host("a.b".into(), 80)));
-        for bad in ["", "10.0.0.1", "a.b", ":80", "a b:80", "a:99999", "::1:80", "a/b:80"] {
+        for bad in [
+            "", "10.0.0.1", "a.b", ":80", "a.b:", "a.b:+80", "a b:80", "a:99999", "::1:80", "a/b:80",
+        ] {
             assert!(bad.parse::<Authority>().is_err(), "{bad}");
         }
     }
