@@ -8,10 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use admin::{ClientError, PodAdded, PodIp, PodRemoved};
+use admin::{ClientError, PodAdded, PodIp, PodRemoved, Status};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 use crate::{
     cgroup::{self, Cgroup},
@@ -30,7 +29,7 @@ fn ask<T>(future: impl Future<Output = Result<T, ClientError>>) -> Result<T> {
 }
 
 /// What the agent says of itself.
-pub(crate) fn status(socket: &Path) -> Result<Value> {
+pub(crate) fn status(socket: &Path) -> Result<Status> {
     Ok(serde_json::from_str(&ask(admin::get(socket, "/status"))?)?)
 }
 

@@ -116,8 +116,9 @@ impl PodStatus {
     /// Whether it is as it should be: ready, or done.
     pub fn is_ready(&self, desired: &Desired) -> bool {
         let current = self.of.as_ref().is_some_and(|of| !desired.needs_restart(of));
+        let alive = self.pause.is_some_and(|pause| pause.is_alive());
         let well = match self.phase {
-            Phase::Running => self.containers.iter().all(|container| container.ready),
+            Phase::Running => alive && self.containers.iter().all(|container| container.ready),
             Phase::Succeeded => true,
             Phase::Pending | Phase::Failed => false,
         };

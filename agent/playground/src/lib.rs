@@ -33,6 +33,7 @@ mod process;
 mod progress;
 mod proxy;
 mod state;
+mod status;
 mod up;
 
 use std::{path::PathBuf, time::Duration};
@@ -42,6 +43,7 @@ use clap::Subcommand;
 use nix::sys::signal::Signal;
 
 pub use exec::{ExecArgs, LogsArgs, PacketsArgs};
+pub use status::StatusArgs;
 pub use up::UpArgs;
 
 use crate::{layout::Layout, state::State};
@@ -69,6 +71,8 @@ enum Command {
     Up(UpArgs),
     /// End and remove everything.
     Down,
+    /// What runs: nodes, agents, pods, who is in the mesh with which identity, and what the guard dropped.
+    Status(StatusArgs),
     /// Run a program in a pod; the exit code is the program's.
     Exec(ExecArgs),
     /// What a pod's containers wrote; or, for a node, its agent.
@@ -104,6 +108,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Up(up) => up::run(&layout, &up),
         Command::Down => down::run(&layout),
+        Command::Status(status) => status::run(&layout, &status),
         Command::Exec(exec) => std::process::exit(exec::run(&layout, &exec)?),
         Command::Logs(logs) => exec::logs(&layout, &logs),
         Command::CapturePackets(packets) => exec::capture_packets(&packets),

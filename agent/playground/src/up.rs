@@ -372,6 +372,14 @@ fn start_kubelet(layout: &Layout, state: &State, index: u8) -> Result<()> {
     if Process::read(&record).is_some_and(|process| process.is_alive()) {
         return Ok(());
     }
+    // What the one before told last holds no more: the new one starts every pod anew.
+    for entry in fs::read_dir(files.root.join("pods")).into_iter().flatten().flatten() {
+        let pod = files.pod(&entry.file_name().to_string_lossy());
+        if let Some(mut status) = PodStatus::read(&pod) {
+            status.phase = Phase::Pending;
+            status.write(&pod)?;
+        }
+    }
     let cgroup = agent::node_cgroup(&node)?.child("kubelet");
     cgroup.kill()?;
     cgroup.create()?;

@@ -10,12 +10,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use super::{
-    connect::Url,
-    grpc, http,
-    report::Called,
-    tcp, udp, websocket,
-};
+use super::{connect::Url, grpc, http, report::Called, tcp, udp, websocket};
 
 /// Options of `app call`.
 #[derive(clap::Args, Clone, Debug)]
@@ -45,10 +40,9 @@ pub(super) struct CallArgs {
     pub chunk: Option<usize>,
     /// TCP: `client` ends the sending side after the last byte and reads on to the end; `server` first reads to the end
     /// of what the server sends (mode farewell), and then sends.
-    #[arg(long, value_name = "SIDE", value_parser = ["client", "server"])]
+    #[arg(long = "half-close", value_name = "SIDE", value_parser = ["client", "server"])]
     half_close_of: Option<String>,
-    /// TCP: as `--half-close-of client`.
-    #[arg(long, hide = true)]
+    #[arg(skip)]
     pub half_close: bool,
     #[arg(skip)]
     pub wait_for_end_first: bool,
@@ -85,7 +79,8 @@ impl CallArgs {
 
     /// How many bytes are sent, and so come back from an echo.
     pub fn payload_length(&self) -> u64 {
-        self.bytes.unwrap_or(self.body.as_ref().map_or(0, |body| body.len() as u64))
+        self.bytes
+            .unwrap_or(self.body.as_ref().map_or(0, |body| body.len() as u64))
     }
 
     pub fn without_body(&self) -> Self {
@@ -105,7 +100,10 @@ fn size(text: &str) -> Result<u64, String> {
         Some(b'G') => (&text[..text.len() - 1], 30),
         _ => (text, 0),
     };
-    let number = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    let number = digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift));
     number.ok_or_else(|| format!("{text:?} is not a size"))
 }
 
@@ -155,7 +153,13 @@ pub(super) async fn run(mut args: CallArgs) -> Result<bool> {
         writeln!(
             out,
             "{}: {} calls, {} ok, {} failed, {:.1} s, p50 {:.2} ms, p99 {:.2} ms",
-            summary.url, summary.calls, summary.ok, summary.failed, summary.seconds, summary.p50_milliseconds, summary.p99_milliseconds
+            summary.url,
+            summary.calls,
+            summary.ok,
+            summary.failed,
+            summary.seconds,
+            summary.p50_milliseconds,
+            summary.p99_milliseconds
         )?;
         for (error, count) in &summary.errors {
             writeln!(out, "  {count} x {error}")?;
@@ -165,7 +169,11 @@ pub(super) async fn run(mut args: CallArgs) -> Result<bool> {
 }
 
 fn print(args: &CallArgs, called: &Called) {
-    let text = if args.json { serde_json::to_string(called).unwrap_or_default() } else { called.text() };
+    let text = if args.json {
+        serde_json::to_string(called).unwrap_or_default()
+    } else {
+        called.text()
+    };
     // A closed standard output is the reader's decision.
     let _ = writeln!(std::io::stdout(), "{text}");
 }
@@ -173,7 +181,12 @@ fn print(args: &CallArgs, called: &Called) {
 async fn once(args: &CallArgs) -> Called {
     let url = &args.url;
     let mut called = Called {
-        url: format!("{}://{}{}", url.scheme, url.authority, if url.path == "/" { "" } else { &url.path }),
+        url: format!(
+            "{}://{}{}",
+            url.scheme,
+            url.authority,
+            if url.path == "/" { "" } else { &url.path }
+        ),
         ..Called::default()
     };
     let start = Instant::now();
@@ -200,7 +213,9 @@ async fn attempt(args: &CallArgs, called: &mut Called) -> Result<()> {
     if url.scheme == "tcp" {
         return call.await;
     }
-    tokio::time::timeout(args.timeout(), call).await.context("no answer in time")?
+    tokio::time::timeout(args.timeout(), call)
+        .await
+        .context("no answer in time")?
 }
 
 async fn many(args: &CallArgs) -> Result<Summary> {
@@ -236,7 +251,12 @@ async fn many(args: &CallArgs) -> Result<Summary> {
         }
     }
     times.sort_by(f64::total_cmp);
-    let quantile = |part: f64| times.get(((times.len() as f64 - 1.0) * part) as usize).copied().unwrap_or_default();
+    let quantile = |part: f64| {
+        times
+            .get(((times.len() as f64 - 1.0) * part) as usize)
+            .copied()
+            .unwrap_or_default()
+    };
     (summary.p50_milliseconds, summary.p99_milliseconds) = (quantile(0.5), quantile(0.99));
     summary.seconds = start.elapsed().as_secs_f64();
     Ok(summary)

@@ -27,7 +27,9 @@ impl std::str::FromStr for Url {
             "tcp" | "udp" => None,
             _ => return Err(format!("{scheme}: is not http, h2c, grpc, ws, tcp or udp")),
         };
-        let has_port = authority.rsplit_once(':').is_some_and(|(host, port)| port.parse::<u16>().is_ok() && !host.ends_with(':'))
+        let has_port = authority
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| port.parse::<u16>().is_ok() && !host.ends_with(':'))
             && (!authority.starts_with('[') || authority.contains("]:"));
         let authority = match (has_port, default) {
             (true, _) => authority.to_owned(),
@@ -37,14 +39,21 @@ impl std::str::FromStr for Url {
         Ok(Self {
             scheme: scheme.to_owned(),
             authority,
-            path: if path.is_empty() { "/".to_owned() } else { path.to_owned() },
+            path: if path.is_empty() {
+                "/".to_owned()
+            } else {
+                path.to_owned()
+            },
         })
     }
 }
 
 /// Resolves a name; the first address of the wanted version.
 pub(super) async fn resolve(authority: &str) -> Result<Vec<SocketAddr>> {
-    let found: Vec<_> = lookup_host(authority).await.with_context(|| format!("cannot resolve {authority}"))?.collect();
+    let found: Vec<_> = lookup_host(authority)
+        .await
+        .with_context(|| format!("cannot resolve {authority}"))?
+        .collect();
     anyhow::ensure!(!found.is_empty(), "{authority} has no address");
     Ok(found)
 }
@@ -53,7 +62,9 @@ pub(super) async fn resolve(authority: &str) -> Result<Vec<SocketAddr>> {
 pub(super) async fn connect(authority: &str, timeout: Duration, called: &mut Called) -> Result<TcpStream> {
     let addresses = resolve(authority).await?;
     let connecting = TcpStream::connect(&addresses[..]);
-    let connected = tokio::time::timeout(timeout, connecting).await.context("connect: no answer in time")?;
+    let connected = tokio::time::timeout(timeout, connecting)
+        .await
+        .context("connect: no answer in time")?;
     let stream = connected.with_context(|| format!("connect to {authority}"))?;
     stream.set_nodelay(true).context("cannot set TCP_NODELAY")?;
     called.peer = stream.peer_addr().ok().map(canonical);

@@ -30,8 +30,12 @@ pub(super) fn is_call(request: &Request<Incoming>) -> bool {
 /// Answers a call with its own message.
 pub(super) async fn answer(request: Request<Incoming>, mut seen: Seen) -> Response<Body> {
     "grpc".clone_into(&mut seen.protocol);
-    let read = http_body_util::Limited::new(request.into_body(), LARGEST).collect().await;
-    let message = read.map_err(|error| error.to_string()).and_then(|body| unframe(body.to_bytes()).map_err(|error| error.to_string()));
+    let read = http_body_util::Limited::new(request.into_body(), LARGEST)
+        .collect()
+        .await;
+    let message = read
+        .map_err(|error| error.to_string())
+        .and_then(|body| unframe(body.to_bytes()).map_err(|error| error.to_string()));
     let payload = message.map(|message| field(&message, 1).unwrap_or_default());
     let (frames, status) = match payload {
         Ok(payload) => {
@@ -51,17 +55,25 @@ pub(super) async fn answer(request: Request<Incoming>, mut seen: Seen) -> Respon
     trailers.insert("grpc-status", HeaderValue::from_static(status));
     let frames = frames.into_iter().chain([Frame::trailers(trailers)]).map(Ok);
     let mut response = Response::new(StreamBody::new(stream::iter(frames)).boxed());
-    response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+    response
+        .headers_mut()
+        .insert("content-type", HeaderValue::from_static("application/grpc"));
     response
 }
 
 /// Calls: `grpc://host:port[/package.Service/Method]`.
 pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Result<()> {
     let stream = TokioIo::new(connect(&url.authority, args.timeout(), called).await?);
-    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.context("HTTP/2")?;
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream)
+        .await
+        .context("HTTP/2")?;
     tokio::spawn(connection);
     let payload = Payload::new(args.body.as_deref(), args.bytes).all();
-    let path = if url.path == "/" { "/undercurrent.app.Echo/Echo" } else { &url.path };
+    let path = if url.path == "/" {
+        "/undercurrent.app.Echo/Echo"
+    } else {
+        &url.path
+    };
     let request = Request::builder()
         .method("POST")
         .uri(format!("http://{}{path}", url.authority))
@@ -74,10 +86,18 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
     called.status = Some(response.status().as_u16());
     called.headers = headers(response.headers());
     let body = response.into_body().collect().await.context("the response's body")?;
-    let status = body.trailers().or(None).and_then(|trailers| trailers.get("grpc-status")).cloned();
+    let status = body
+        .trailers()
+        .or(None)
+        .and_then(|trailers| trailers.get("grpc-status"))
+        .cloned();
     let status = status.map(|status| String::from_utf8_lossy(status.as_bytes()).into_owned());
     let status = status.or_else(|| called.headers.get("grpc-status").cloned());
-    ensure!(status.as_deref() == Some("0"), "grpc-status {}", status.as_deref().unwrap_or("missing"));
+    ensure!(
+        status.as_deref() == Some("0"),
+        "grpc-status {}",
+        status.as_deref().unwrap_or("missing")
+    );
     let message = unframe(body.to_bytes())?;
     let echoed = field(&message, 1).unwrap_or_default();
     called.bytes_received = echoed.len() as u64;

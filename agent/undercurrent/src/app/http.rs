@@ -26,7 +26,9 @@ pub(super) type Body = BoxBody<Bytes, hyper::Error>;
 
 /// A body that is there already.
 pub(super) fn full(bytes: impl Into<Bytes>) -> Body {
-    Full::new(bytes.into()).map_err(|never: Infallible| match never {}).boxed()
+    Full::new(bytes.into())
+        .map_err(|never: Infallible| match never {})
+        .boxed()
 }
 
 /// Serves a connection to its end.
@@ -34,7 +36,9 @@ pub(super) async fn serve(stream: TcpStream, peer: SocketAddr, local: SocketAddr
     let service = service_fn(move |request| async move { Ok::<_, Infallible>(answer(request, peer, local).await) });
     let server = auto::Builder::new(TokioExecutor::new());
     // How a connection ends is the peer's business; each request was logged.
-    let _ = server.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
+    let _ = server
+        .serve_connection_with_upgrades(TokioIo::new(stream), service)
+        .await;
 }
 
 async fn answer(mut request: Request<Incoming>, peer: SocketAddr, local: SocketAddr) -> Response<Body> {
@@ -84,8 +88,12 @@ async fn answer(mut request: Request<Incoming>, peer: SocketAddr, local: SocketA
     }
     seen.log();
     let mut response = Response::new(full(format!("{}\n", seen.json())));
-    response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
-    let asked = path.strip_prefix("/status/").and_then(|code| StatusCode::from_bytes(code.as_bytes()).ok());
+    response
+        .headers_mut()
+        .insert("content-type", http::HeaderValue::from_static("application/json"));
+    let asked = path
+        .strip_prefix("/status/")
+        .and_then(|code| StatusCode::from_bytes(code.as_bytes()).ok());
     if let Some(status) = asked.filter(|status| status.as_u16() >= 200) {
         *response.status_mut() = status;
     }
@@ -94,20 +102,28 @@ async fn answer(mut request: Request<Incoming>, peer: SocketAddr, local: SocketA
 
 pub(super) fn headers(headers: &HeaderMap) -> std::collections::BTreeMap<String, String> {
     let text = |value: &http::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
-    headers.iter().map(|(name, value)| (name.to_string(), text(value))).collect()
+    headers
+        .iter()
+        .map(|(name, value)| (name.to_string(), text(value)))
+        .collect()
 }
 
 /// The request that the arguments describe, without a body.
 pub(super) fn request(url: &Url, args: &CallArgs, http2: bool) -> Result<http::request::Builder> {
     let has_body = args.body.is_some() || args.bytes.is_some();
-    let method = args.method.clone().unwrap_or_else(|| if has_body { "POST" } else { "GET" }.to_owned());
+    let method = args
+        .method
+        .clone()
+        .unwrap_or_else(|| if has_body { "POST" } else { "GET" }.to_owned());
     let mut builder = Request::builder().method(method.as_str());
     builder = match http2 {
         true => builder.uri(format!("http://{}{}", url.authority, url.path)),
         false => builder.uri(&url.path).header("host", &url.authority),
     };
     for header in &args.header {
-        let (name, value) = header.split_once(':').with_context(|| format!("{header:?} is not NAME: VALUE"))?;
+        let (name, value) = header
+            .split_once(':')
+            .with_context(|| format!("{header:?} is not NAME: VALUE"))?;
         builder = builder.header(name.trim(), value.trim());
     }
     Ok(builder.header("user-agent", "undercurrent-app"))
@@ -120,13 +136,19 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called, http2:
     let mut sent = Hash::new();
     sent.update(&payload);
     called.bytes_sent = sent.1;
-    let request = request(url, args, http2)?.body(full(payload)).context("the request can't be sent")?;
+    let request = request(url, args, http2)?
+        .body(full(payload))
+        .context("the request can't be sent")?;
     let response = if http2 {
-        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.context("HTTP/2")?;
+        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream)
+            .await
+            .context("HTTP/2")?;
         tokio::spawn(connection);
         sender.send_request(request).await
     } else {
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(stream).await.context("HTTP/1.1")?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
+            .await
+            .context("HTTP/1.1")?;
         tokio::spawn(connection);
         sender.send_request(request).await
     };

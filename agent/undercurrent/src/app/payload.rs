@@ -7,7 +7,9 @@ pub(super) struct Random(u64);
 
 impl Random {
     pub fn new() -> Self {
-        let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let time = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
         Self(time.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32) | 1)
     }
 
@@ -80,7 +82,12 @@ impl Hash {
     }
 
     pub fn hex(self) -> String {
-        self.0.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+        self.0
+            .finish()
+            .as_ref()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 

@@ -57,7 +57,10 @@ impl Seen {
 
     /// One line on standard output.
     pub fn log(&self) {
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let time = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs_f64();
         let mut line = serde_json::to_value(self).unwrap_or_default();
         if let Some(object) = line.as_object_mut() {
             object.insert("time".to_owned(), time.into());
@@ -123,19 +126,36 @@ impl Called {
         lines.push(format!("{}  {outcome}  ({:.1} ms)", self.url, self.milliseconds));
         let address = |address: Option<SocketAddr>| address.map_or("?".to_owned(), |address| address.to_string());
         if self.peer.is_some() {
-            lines.push(format!("  client socket: {} -> {}", address(self.local), address(self.peer)));
+            lines.push(format!(
+                "  client socket: {} -> {}",
+                address(self.local),
+                address(self.peer)
+            ));
         }
-        lines.push(format!("  bytes: {} sent, {} received", self.bytes_sent, self.bytes_received));
+        lines.push(format!(
+            "  bytes: {} sent, {} received",
+            self.bytes_sent, self.bytes_received
+        ));
         if let Some(matches) = self.hash_matches {
             lines.push(format!("  hash: {}", if matches { "equal" } else { "DIFFERENT" }));
         }
         if let Some(seen) = &self.server {
             let pod = if seen.pod.is_empty() { "server" } else { &seen.pod };
-            lines.push(format!("  {pod} saw: {} from {} at {}", seen.protocol, address(seen.peer), address(seen.local)));
+            lines.push(format!(
+                "  {pod} saw: {} from {} at {}",
+                seen.protocol,
+                address(seen.peer),
+                address(seen.local)
+            ));
             lines.extend(seen.headers.iter().map(|(name, value)| format!("    {name}: {value}")));
             lines.extend(seen.body.iter().map(|body| format!("    body: {body}")));
         }
-        lines.extend(self.received.iter().filter(|text| !text.is_empty()).map(|text| format!("  received: {text}")));
+        lines.extend(
+            self.received
+                .iter()
+                .filter(|text| !text.is_empty())
+                .map(|text| format!("  received: {text}")),
+        );
         lines.join("\n")
     }
 }

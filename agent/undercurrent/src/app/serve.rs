@@ -50,11 +50,13 @@ pub(super) async fn run(args: ServeArgs) -> Result<()> {
     let mut tasks = JoinSet::new();
     for port in args.http {
         let listener = listen(port)?;
-        tasks.spawn(accept(listener, |stream, peer, local| http::serve(stream, peer, local)));
+        tasks.spawn(accept(listener, http::serve));
     }
     for TcpPort { port, mode } in args.tcp {
         let listener = listen(port)?;
-        tasks.spawn(accept(listener, move |stream, peer, local| tcp::serve(stream, peer, local, mode)));
+        tasks.spawn(accept(listener, move |stream, peer, local| {
+            tcp::serve(stream, peer, local, mode)
+        }));
     }
     for port in args.udp {
         let socket = bind(port, Type::DGRAM, Protocol::UDP).with_context(|| format!("cannot bind UDP port {port}"))?;

@@ -124,7 +124,9 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
     if args.wait_for_end_first {
         let mut first = Vec::new();
         let read = stream.read_to_end(&mut first);
-        tokio::time::timeout(args.timeout(), read).await.context("no end of the server's data in time")??;
+        tokio::time::timeout(args.timeout(), read)
+            .await
+            .context("no end of the server's data in time")??;
         called.bytes_received += first.len() as u64;
         called.take(&first);
     }
@@ -152,7 +154,9 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
     if args.reset {
         reading.abort();
         let _ = reading.await;
-        return socket2::SockRef::from(writer.as_ref()).set_linger(Some(Duration::ZERO)).context("set SO_LINGER");
+        return socket2::SockRef::from(writer.as_ref())
+            .set_linger(Some(Duration::ZERO))
+            .context("set SO_LINGER");
     }
     let received = reading.await.context("the reader ended")?;
     called.bytes_received += received.count;
@@ -215,7 +219,9 @@ async fn read_line(stream: &mut TcpStream, timeout: Duration) -> Result<Vec<u8>>
         }
         Ok(line)
     };
-    tokio::time::timeout(timeout, read).await.context("the server does not speak first")?
+    tokio::time::timeout(timeout, read)
+        .await
+        .context("the server does not speak first")?
 }
 
 struct Received {

@@ -20,7 +20,9 @@ pub(super) async fn serve(socket: UdpSocket) -> Result<()> {
     let mut buffer = vec![0; LARGEST];
     loop {
         // An ICMP answer to an earlier datagram shows up here and concerns only that.
-        let Ok((count, peer)) = socket.recv_from(&mut buffer).await else { continue };
+        let Ok((count, peer)) = socket.recv_from(&mut buffer).await else {
+            continue;
+        };
         let mut seen = Seen::new("udp", peer, local);
         seen.bytes = count as u64;
         seen.log();

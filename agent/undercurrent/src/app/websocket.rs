@@ -76,7 +76,9 @@ async fn echo(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), seen: &mut See
 /// Calls: opens one, sends a message, takes it back, closes.
 pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Result<()> {
     let stream = TokioIo::new(connect(&url.authority, args.timeout(), called).await?);
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(stream).await.context("HTTP/1.1")?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
+        .await
+        .context("HTTP/1.1")?;
     tokio::spawn(connection.with_upgrades());
     let mut nonce = [0; 16];
     super::payload::Random::new().fill(&mut nonce);
@@ -91,9 +93,19 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
     let response = sender.send_request(request).await.context("request")?;
     called.status = Some(response.status().as_u16());
     called.headers = headers(response.headers());
-    ensure!(response.status() == StatusCode::SWITCHING_PROTOCOLS, "status {}", response.status());
-    let given = response.headers().get(header::SEC_WEBSOCKET_ACCEPT).map(|value| value.as_bytes().to_vec());
-    ensure!(given == Some(proof(key.as_bytes()).into_bytes()), "the server's proof is wrong");
+    ensure!(
+        response.status() == StatusCode::SWITCHING_PROTOCOLS,
+        "status {}",
+        response.status()
+    );
+    let given = response
+        .headers()
+        .get(header::SEC_WEBSOCKET_ACCEPT)
+        .map(|value| value.as_bytes().to_vec());
+    ensure!(
+        given == Some(proof(key.as_bytes()).into_bytes()),
+        "the server's proof is wrong"
+    );
     let mut stream = TokioIo::new(upgrade::on(response).await.context("upgrade")?);
     let (_, report) = read(&mut stream).await?;
     called.take(&report);
@@ -176,7 +188,11 @@ fn base64(bytes: &[u8]) -> String {
         let bits = chunk.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
         for index in 0..4 {
             let digit = (bits >> (18 - 6 * index)) & 0x3f;
-            text.push(if index <= chunk.len() { char::from(DIGITS[digit as usize]) } else { '=' });
+            text.push(if index <= chunk.len() {
+                char::from(DIGITS[digit as usize])
+            } else {
+                '='
+            });
         }
     }
     text
@@ -188,20 +204,25 @@ mod tests {
 
     #[test]
     fn the_proof_is_that_of_the_rfc() {
-        assert_eq!(proof(b"dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTKxaQ9kYGzzhZRbK+xOo=");
+        assert_eq!(proof(b"dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     }
 
     #[test]
     fn base64_is_padded() {
         let of = |text: &str| base64(text.as_bytes());
-        assert_eq!([of(""), of("f"), of("fo"), of("foo"), of("foob")], ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]);
+        assert_eq!(
+            [of(""), of("f"), of("fo"), of("foo"), of("foob")],
+            ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]
+        );
     }
 
     #[tokio::test]
     async fn a_message_reads_back() {
         for length in [0, 125, 126, 70_000] {
             let mut bytes = Vec::new();
-            write(&mut bytes, BINARY, &vec![3; length], Some([1, 2, 3, 4])).await.unwrap();
+            write(&mut bytes, BINARY, &vec![3; length], Some([1, 2, 3, 4]))
+                .await
+                .unwrap();
             assert_eq!(read(&mut &bytes[..]).await.unwrap(), (BINARY, vec![3; length]));
         }
     }
