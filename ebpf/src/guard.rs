@@ -25,10 +25,6 @@ use crate::{
     packet::{ACK, Direction, FIN, Packet, RST, SYN, Segment, parse},
 };
 
-/// Values of `FLOWS`: which side has sent its FIN.
-pub const FIN_OUT: u32 = 1;
-pub const FIN_IN: u32 = 2;
-
 /// The cgroup of sockets that belong to the kernel itself.
 const ROOT_CGROUP: u64 = 1;
 
@@ -116,16 +112,12 @@ fn is_recorded(segment: &Segment) -> bool {
     if segment.flags & SYN != 0 {
         return false;
     }
-    let Some(closing) = FLOWS.get_ptr_mut(&segment.flow) else {
-        return false;
-    };
+    // The agent removes what has ended otherwise.
     if segment.flags & RST != 0 {
-        let _ = FLOWS.remove(&segment.flow);
-    } else if segment.flags & FIN != 0 {
-        // SAFETY: the entry is valid while the program runs; both sides only add bits.
-        unsafe { *closing |= FIN_OUT };
+        return FLOWS.remove(&segment.flow).is_ok();
     }
-    true
+    // SAFETY: only the presence matters.
+    unsafe { FLOWS.get(&segment.flow).is_some() }
 }
 
 /// Bare RSTs and ACKs that no process caused to be sent. A pod can't make one of these: its raw and packet sockets have
@@ -169,7 +161,8 @@ fn matches_socket(sk: *mut bpf_sock, segment: &Segment) -> bool {
         )
     };
     let (pod, remote) = (&segment.flow.pod, &segment.flow.remote);
-    if ports != (u32::from(pod.port), remote.port) {
+    // A socket that was closed since it sent the packet has given its port back.
+    if (ports.0 != u32::from(pod.port) && ports.0 != 0) || ports.1 != remote.port {
         return false;
     }
     if pod.address.is_v4() {

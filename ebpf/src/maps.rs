@@ -37,7 +37,7 @@ pub static ADMITTED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(32768,
 #[map]
 pub static PROBES: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(8192, 0);
 
-/// Connections that are older than their pod's enrolment; the value gathers [`crate::guard::FIN_OUT`] and `FIN_IN`.
+/// Connections that are older than their pod's enrolment.
 #[map]
 pub static FLOWS: HashMap<Flow, u32> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 

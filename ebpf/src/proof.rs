@@ -17,9 +17,9 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 
 use crate::{
-    guard::{FIN_IN, is_own},
-    maps::{ADMITTED, FLOWS, INTERFACES, NODE_COOKIE, PROBES, agent_cgroup, count, pods_cgroup},
-    packet::{Direction, FIN, Packet, RST, Segment, parse},
+    guard::is_own,
+    maps::{ADMITTED, INTERFACES, NODE_COOKIE, PROBES, agent_cgroup, count, pods_cgroup},
+    packet::{Direction, Packet, Segment, parse},
 };
 
 /// On to the next program, or on its way when there is none.
@@ -61,20 +61,12 @@ fn inspect(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Result<
         return Err(Reason::Impersonation);
     }
     if segment.opens() {
-        let _ = FLOWS.remove(flow);
         if is_of_the_host(ctx) {
             let _ = PROBES.insert(flow, &0, u64::from(BPF_ANY));
         } else {
             // The ports of a probe that is over may be somebody else's now.
             let _ = PROBES.remove(flow);
         }
-    } else if segment.flags & RST != 0 {
-        let _ = FLOWS.remove(flow);
-    } else if segment.flags & FIN != 0
-        && let Some(closing) = FLOWS.get_ptr_mut(flow)
-    {
-        // SAFETY: the entry is valid while the program runs; both sides only add bits.
-        unsafe { *closing |= FIN_IN };
     }
     Ok(())
 }
