@@ -25,6 +25,9 @@ pub struct NodeArgs {
     /// The cgroup (v2) that holds all pods of this node, and no process of the node itself.
     #[arg(long, env = "UNDERCURRENT_PODS_CGROUP", value_name = "DIR", default_value = "/sys/fs/cgroup/kubepods.slice")]
     pub pods_cgroup: PathBuf,
+    /// How traffic is captured.
+    #[arg(long, env = "UNDERCURRENT_CAPTURE", value_enum, default_value_t = CaptureMode::Ebpf)]
+    pub capture: CaptureMode,
     /// Where eBPF links and maps are pinned, so that capture outlives the agent (in a bpffs).
     #[arg(long, env = "UNDERCURRENT_PIN_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/undercurrent")]
     pub pin_dir: PathBuf,
@@ -43,6 +46,13 @@ pub struct NodeArgs {
     /// Log the eBPF programs' decisions too (costs time on every packet).
     #[arg(long, env = "UNDERCURRENT_EBPF_LOG")]
     pub ebpf_log: bool,
+}
+
+/// How traffic is captured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum CaptureMode {
+    /// By eBPF programs on the pods' cgroup, in their network namespaces and on their veths.
+    Ebpf,
 }
 
 /// How connections are logged.
