@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -75,6 +75,9 @@ pub struct Lab {
 impl Lab {
     /// Brings up the playground with all pairs, and waits until it is ready.
     pub fn up(workspace: &Workspace, undercurrent: PathBuf, pairs: &[Pair]) -> Result<Self> {
+        if Path::new("/run/netns/uc-fabric").exists() {
+            bail!("a playground is up, and the lab would replace it: `undercurrent playground down` first");
+        }
         let directory = workspace.target("bench/lab");
         let manifests = directory.join("manifests");
         std::fs::create_dir_all(&manifests)?;
