@@ -39,7 +39,7 @@ pub(crate) struct Live {
     /// Its counters, and the means to end it.
     pub relay: hbone::Live,
     /// Why it was told to stop.
-    pub stopped: RefCell<Option<Failure>>,
+    pub stopped: RefCell<Option<Box<Failure>>>,
     pub known: RefCell<Known>,
     key: Cell<usize>,
 }
@@ -177,7 +177,7 @@ impl Connection {
     }
 
     fn record(&self, failure: Option<Failure>) {
-        let failure = self.stopped.take().or(failure);
+        let failure = self.stopped.take().map(|failure| *failure).or(failure);
         match &failure {
             Some(failure) => self.shard.counters.fail(failure.kind()),
             None => increment(&self.shard.counters.completed),
@@ -258,7 +258,7 @@ impl Drop for Connection {
 impl Live {
     /// Tells the connection to stop; the first reason stays.
     pub(crate) fn stop(&self, why: Failure) {
-        self.stopped.borrow_mut().get_or_insert(why);
+        self.stopped.borrow_mut().get_or_insert_with(|| Box::new(why));
         self.relay.cut();
     }
 

@@ -33,38 +33,32 @@ use crate::{
     headers,
     outbound::credentials,
     pod::is_own_port,
-    relay::relay,
+    relay::relay_plain,
     shard::{PodState, Shard},
-    socket,
+    socket::{self, ResetOnDrop},
 };
 
 /// Carries an accepted plaintext connection.
 pub(crate) fn carry_plaintext(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
     let connection = Connection::begin(shard, pod, Direction::Inbound, peer);
     connection.weigh();
-    tokio::task::spawn_local(run_plaintext(connection, client));
+    tokio::task::spawn_local(run_plaintext(connection, ResetOnDrop::new(client)));
 }
 
-async fn run_plaintext(connection: Connection, client: TcpStream) {
-    let opened = connection
-        .unless_stopped(Box::pin(open_plaintext(&connection, &client)))
-        .await;
-    match opened {
+async fn run_plaintext(connection: Connection, client: ResetOnDrop) {
+    let opening = Box::pin(open_plaintext(&connection, &client));
+    let failure = match connection.unless_stopped(opening).await {
         Some(Ok(application)) => {
             connection.establish();
-            let end = relay(client, application, &connection.relay).await;
-            connection.finish(end.err().and_then(Failure::of_relay));
+            let failure = relay_plain(client.keep(), application, connection.relay.clone()).await;
+            return connection.finish(failure);
         }
-        Some(Err(failure)) => {
-            // In this order: who sees the reset finds the record.
-            connection.finish(Some(failure));
-            socket::reset(client);
-        }
-        None => {
-            connection.finish(None);
-            socket::reset(client);
-        }
-    }
+        Some(Err(failure)) => Some(failure),
+        None => None,
+    };
+    // In this order: who sees the reset finds the record.
+    connection.finish(failure);
+    drop(client);
 }
 
 async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<TcpStream, Failure> {

@@ -13,7 +13,7 @@
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
 use identity::Credentials;
-use mesh::{Route, Snapshot};
+use mesh::Route;
 use model::{Authority, OriginalDst, PeerAddr, Service, Workload, WorkloadUid, canonical_socket};
 use telemetry::Direction;
 use tokio::net::TcpStream;
@@ -24,9 +24,9 @@ use crate::{
     failure::Failure,
     headers,
     pod::is_own_port,
-    relay::relay,
+    relay::{Relaying, relay_plain},
     shard::{PodState, Shard},
-    socket,
+    socket::{self, ResetOnDrop},
 };
 
 /// What the client is joined to.
@@ -39,47 +39,46 @@ enum Upstream {
 pub(crate) fn carry(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
     let connection = Connection::begin(shard, pod, Direction::Outbound, peer);
     connection.weigh();
-    tokio::task::spawn_local(run(connection, client));
+    tokio::task::spawn_local(run(connection, ResetOnDrop::new(client)));
 }
 
-async fn run(connection: Connection, client: TcpStream) {
-    // Boxed, so that what opening needs is given back before the relay, which may last for days.
-    let opened = connection.unless_stopped(Box::pin(open(&connection, &client))).await;
-    match opened {
-        Some(Ok(Upstream::Tunnel(stream))) => {
-            connection.establish();
-            let end = stream.relay_watched(client, connection.relay.clone()).await;
-            connection.finish(end.outcome.err().and_then(Failure::of_stream));
+async fn run(connection: Connection, client: ResetOnDrop) {
+    // Each part boxed, so that what opening needs is given back before the relay, which may last for days.
+    match Box::pin(begin(&connection, client)).await {
+        Ok(relaying) => {
+            let failure = relaying.await;
+            connection.finish(failure);
         }
-        Some(Ok(Upstream::Plain(server))) => {
-            connection.establish();
-            let end = relay(client, server, &connection.relay).await;
-            connection.finish(end.err().and_then(Failure::of_relay));
-        }
-        Some(Err(failure)) => {
+        Err((failure, client)) => {
             // In this order: who sees the reset finds the record.
-            connection.finish(Some(failure));
-            socket::reset(client);
-        }
-        None => {
-            connection.finish(None);
-            socket::reset(client);
+            connection.finish(failure);
+            drop(client);
         }
     }
+}
+
+/// Opens the way; gives the client back if there is none.
+async fn begin(connection: &Connection, client: ResetOnDrop) -> Result<Relaying, (Option<Failure>, ResetOnDrop)> {
+    let upstream = match connection.unless_stopped(Box::pin(open(connection, &client))).await {
+        Some(Ok(upstream)) => upstream,
+        Some(Err(failure)) => return Err((Some(failure), client)),
+        None => return Err((None, client)),
+    };
+    connection.establish();
+    let live = connection.relay.clone();
+    Ok(match upstream {
+        Upstream::Tunnel(stream) => {
+            let relaying = stream.relay_watched(client.keep(), live);
+            Box::pin(async move { relaying.await.outcome.err().and_then(Failure::of_stream) })
+        }
+        Upstream::Plain(server) => relay_plain(client.keep(), server, live),
+    })
 }
 
 async fn open(connection: &Connection, client: &TcpStream) -> Result<Upstream, Failure> {
     let dialled = original_destination(connection, client)?;
     connection.known.borrow_mut().destination = Some(dialled.0);
-    let snapshot = connection.shard.knowledge.snapshot();
-    let source = snapshot
-        .workload(&connection.pod.uid)
-        .ok_or_else(|| Failure::UnknownWorkload(connection.pod.uid.clone()))?;
-    connection.known.borrow_mut().source_workload = Some(source.clone());
-    if is_own_port(dialled.0.port()) && is_of(source, dialled.0) {
-        return Err(Failure::Loop(dialled.0));
-    }
-    try_endpoints(connection, &snapshot, source, dialled).await
+    try_endpoints(connection, dialled).await
 }
 
 fn original_destination(connection: &Connection, client: &TcpStream) -> Result<OriginalDst, Failure> {
@@ -102,31 +101,14 @@ fn is_of(workload: &Workload, address: SocketAddr) -> bool {
 }
 
 /// Tries endpoint after endpoint; where there is only one place to go, that one. The first failure is the one told.
-async fn try_endpoints(
-    connection: &Connection,
-    snapshot: &Snapshot,
-    source: &Arc<Workload>,
-    dialled: OriginalDst,
-) -> Result<Upstream, Failure> {
+async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<Upstream, Failure> {
     let shard = &connection.shard;
     let mut tried: Vec<WorkloadUid> = Vec::new();
     let mut first: Option<Failure> = None;
     loop {
-        let route = snapshot.resolve(dialled, shard.random(), &tried);
-        let endpoint = match &route {
-            Route::Tunnel {
-                workload,
-                service: Some(_),
-                ..
-            }
-            | Route::Plaintext {
-                workload,
-                service: Some(_),
-                ..
-            } => Some(workload.uid.clone()),
-            _ => None,
-        };
-        let failure = match follow(connection, source, route).await {
+        let (source, route) = resolve(connection, dialled, &tried)?;
+        let endpoint = endpoint_of_service(&route);
+        let failure = match follow(connection, &source, route).await {
             Ok(upstream) => return Ok(upstream),
             Err(failure) => failure,
         };
@@ -145,6 +127,33 @@ async fn try_endpoints(
             }
             _ => return Err(failure),
         }
+    }
+}
+
+/// The pod as it is known now, and its way to what it dialled.
+fn resolve(
+    connection: &Connection,
+    OriginalDst(dialled): OriginalDst,
+    tried: &[WorkloadUid],
+) -> Result<(Arc<Workload>, Route), Failure> {
+    let snapshot = connection.shard.knowledge.snapshot();
+    let unknown = || Failure::UnknownWorkload(connection.pod.uid.clone());
+    let source = snapshot.workload(&connection.pod.uid).ok_or_else(unknown)?;
+    connection.known.borrow_mut().source_workload = Some(source.clone());
+    if is_own_port(dialled.port()) && is_of(source, dialled) {
+        return Err(Failure::Loop(dialled));
+    }
+    let route = snapshot.resolve(OriginalDst(dialled), connection.shard.random(), tried);
+    Ok((source.clone(), route))
+}
+
+/// The endpoint that was chosen, where there may be others.
+fn endpoint_of_service(route: &Route) -> Option<WorkloadUid> {
+    match route {
+        Route::Tunnel { workload, service, .. } | Route::Plaintext { workload, service, .. } => {
+            service.as_ref().map(|_| workload.uid.clone())
+        }
+        Route::Passthrough { .. } | Route::Refused { .. } => None,
     }
 }
 

@@ -29,7 +29,7 @@ use tokio::{
 
 use hbone::Live;
 
-use crate::socket;
+use crate::{failure::Failure, socket::ResetOnDrop};
 
 /// The smallest and the first read; doubled while reads come full, so that a chatty connection stays in the cache.
 const FIRST_READ: usize = 16 * 1024;
@@ -62,32 +62,38 @@ pub(crate) enum RelayError {
     Cut,
 }
 
+/// A relay under way; resolves to what went wrong, if anything did. On the heap, and no larger than it needs: there are
+/// thousands of them.
+pub(crate) type Relaying = Pin<Box<dyn Future<Output = Option<Failure>>>>;
+
+/// Joins two plain connections.
+pub(crate) fn relay_plain(client: TcpStream, server: TcpStream, live: Live) -> Relaying {
+    Box::pin(async move { relay(client, server, &live).await.err().and_then(Failure::of_relay) })
+}
+
 /// Copies until both ends have closed, one of them fails, or `live` is cut. Any end but the first resets both. What
 /// moves is counted in `live`: the client's bytes as those to the peer.
-pub(crate) async fn relay(mut client: TcpStream, mut server: TcpStream, live: &Live) -> Result<(), RelayError> {
+async fn relay(client: TcpStream, server: TcpStream, live: &Live) -> Result<(), RelayError> {
+    let (mut client, mut server) = (ResetOnDrop::new(client), ResetOnDrop::new(server));
     let mut up = Half::new();
     let mut down = Half::new();
     let outcome = poll_fn(|cx| {
         if live.poll_cut(cx).is_ready() {
             return Poll::Ready(Err(RelayError::Cut));
         }
-        let went_up = up
-            .poll(&mut client, &mut server, cx)
-            .map_err(|failed| failed.of(End::Client, End::Server));
-        let went_down = down
-            .poll(&mut server, &mut client, cx)
-            .map_err(|failed| failed.of(End::Server, End::Client));
+        let went_up = up.poll(&mut client, &mut server, cx);
+        let went_down = down.poll(&mut server, &mut client, cx);
         live.count(std::mem::take(&mut up.bytes), std::mem::take(&mut down.bytes));
-        let (up, down) = (went_up?, went_down?);
+        let up = went_up.map_err(|failed| failed.of(End::Client, End::Server))?;
+        let down = went_down.map_err(|failed| failed.of(End::Server, End::Client))?;
         match (up, down) {
             (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok(())),
             _ => Poll::Pending,
         }
     })
     .await;
-    if outcome.is_err() {
-        socket::reset(client);
-        socket::reset(server);
+    if outcome.is_ok() {
+        drop((client.keep(), server.keep()));
     }
     outcome
 }
@@ -279,7 +285,8 @@ mod tests {
             } else {
                 (server, client)
             };
-            socket::reset(one);
+            one.set_zero_linger().unwrap();
+            drop(one);
             let error = other.read_to_end(&mut Vec::new()).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
             let expected = if client_resets { End::Client } else { End::Server };

@@ -359,7 +359,11 @@ pub(crate) async fn run(
                     shard.drain(grace).await;
                     break;
                 }
-                None => break,
+                // The proxy was dropped.
+                None => {
+                    shard.drain(Duration::ZERO).await;
+                    break;
+                }
             },
             Some(HandedOver { pod, kind, socket, peer }) = handed_over.recv() => {
                 // A pod that was removed meanwhile takes nothing: the socket closes.

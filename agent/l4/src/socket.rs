@@ -52,6 +52,42 @@ pub(crate) fn reset(socket: TcpStream) {
     let _ = socket.set_zero_linger();
 }
 
+/// A connection that is reset when it is dropped, by a panic too, unless it was kept.
+pub(crate) struct ResetOnDrop(Option<TcpStream>);
+
+impl ResetOnDrop {
+    pub(crate) fn new(socket: TcpStream) -> Self {
+        Self(Some(socket))
+    }
+
+    /// The socket, to be closed in whatever way the caller sees fit.
+    pub(crate) fn keep(mut self) -> TcpStream {
+        self.0.take().expect("taken only here, where self ends")
+    }
+}
+
+impl std::ops::Deref for ResetOnDrop {
+    type Target = TcpStream;
+
+    fn deref(&self) -> &TcpStream {
+        self.0.as_ref().expect("taken only in keep(), where self ends")
+    }
+}
+
+impl std::ops::DerefMut for ResetOnDrop {
+    fn deref_mut(&mut self) -> &mut TcpStream {
+        self.0.as_mut().expect("taken only in keep(), where self ends")
+    }
+}
+
+impl Drop for ResetOnDrop {
+    fn drop(&mut self) {
+        if let Some(socket) = self.0.take() {
+            reset(socket);
+        }
+    }
+}
+
 /// Sets on a listener what every socket that it accepts shall have: Linux hands these options down, which saves each
 /// connection the system calls. Keep-alive as ztunnel has it, so that a peer that vanished is noticed.
 pub(crate) fn prepare_listener(listener: &std::net::TcpListener, congestion_control: Option<&str>) -> io::Result<()> {

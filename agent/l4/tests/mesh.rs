@@ -8,7 +8,7 @@ use std::{io, net::SocketAddr, time::Duration};
 
 use l4::{Config, FailureKind};
 use lab::{Lab, LabPod, echo, eventually, expect_echo, expect_refused, expect_reset, new_address, policy};
-use model::{Action, Match, StringMatch, TunnelProtocol};
+use model::{Action, Authority, Match, StringMatch, TunnelProtocol};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -494,4 +494,100 @@ async fn who_reads_nothing_holds_the_sender_back() {
     let mut received = Vec::new();
     server.read_to_end(&mut received).await.unwrap();
     assert_eq!(received.len() as u64, sent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_ends_one_connection_and_no_other() {
+    let two = two();
+    echo(two.server.listen(8080).await);
+    let mut other = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut other, b"before").await;
+    for _ in 0..4 {
+        expect_refused(two.client.dial(two.server.at(lab::PANIC_PORT)).await).await;
+    }
+    two.lab.line(&["outbound", "a bug"]);
+    expect_echo(&mut other, b"after").await;
+    expect_echo(&mut two.client.dial(two.server.at(8080)).await.unwrap(), b"new").await;
+    eventually("all are counted", async || {
+        two.near.counters().failed(FailureKind::Panicked) == 4
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_proxy_resets_what_lives() {
+    let two = two();
+    echo(two.server.listen(8080).await);
+    let outside = TcpListener::bind(SocketAddr::new(new_address(), 0)).await.unwrap();
+    let address = outside.local_addr().unwrap();
+    echo(outside);
+    let mut tunnelled = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut tunnelled, b"hello").await;
+    let mut plain = two.client.dial(address).await.unwrap();
+    expect_echo(&mut plain, b"hello").await;
+    drop(two.near);
+    expect_reset(tunnelled).await;
+    expect_reset(plain).await;
+}
+
+/// As a peer that speaks HBONE itself: the status of a CONNECT, 200 included.
+async fn status_of(lab: &Lab, pod: &LabPod, authority: &str) -> u16 {
+    let client: model::Identity = "spiffe://cluster.local/ns/shop/sa/client".parse().unwrap();
+    let server = "spiffe://cluster.local/ns/shop/sa/server".parse().unwrap();
+    let credentials = lab.identities.credentials(&client).await.unwrap();
+    let pool = hbone::Pool::new(std::rc::Rc::new(hbone::Config::default()));
+    let key = hbone::TunnelKey {
+        source: client,
+        destination: vec![server],
+        address: pod.at(15008),
+    };
+    let request = hbone::ConnectRequest {
+        authority: authority.parse::<Authority>().unwrap(),
+        headers: Vec::new(),
+    };
+    let dial = || {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    };
+    match pool.open(&key, &credentials, dial, request).await {
+        Ok(_) => 200,
+        Err(hbone::OpenError::Refused { status }) => status,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_connect_is_answered_with_ztunnels_status() {
+    let mut two = two();
+    let service = two.lab.service("web", 80, 8080, &["server"]);
+    two.lab.service("other", 80, 8080, &[]);
+    two.lab.publish();
+    let _listener = two.server.listen(8080).await;
+    let ip = two.server.ip;
+    for (authority, status) in [
+        (format!("{ip}:8080"), 200),
+        ("web.shop.svc.cluster.local:80".to_owned(), 200),
+        // The application does not listen.
+        (format!("{ip}:8081"), 503),
+        // Not this pod; a service's address is not the pod's either.
+        (format!("{}:8080", two.client.ip), 400),
+        (service.to_string(), 400),
+        ("web.shop.svc.cluster.local:81".to_owned(), 503),
+        ("unknown.shop.svc.cluster.local:80".to_owned(), 503),
+        // Deviation from ztunnel: a service that the pod is no endpoint of.
+        ("other.shop.svc.cluster.local:80".to_owned(), 503),
+        (format!("{ip}:15001"), 503),
+        (format!("{ip}:15006"), 503),
+        (format!("{ip}:15008"), 503),
+    ] {
+        assert_eq!(
+            status_of(&two.lab, &two.server, &authority).await,
+            status,
+            "{authority}"
+        );
+    }
+    two.lab.contents.policies.push(deny_client());
+    two.lab.publish();
+    assert_eq!(status_of(&two.lab, &two.server, &format!("{ip}:8080")).await, 401);
 }

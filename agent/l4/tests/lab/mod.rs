@@ -42,6 +42,9 @@ pub fn new_address() -> IpAddr {
     ))
 }
 
+/// Who dials this port makes the proxy panic.
+pub const PANIC_PORT: u16 = 666;
+
 /// A pod's network, played.
 pub struct LoopbackNetwork {
     ip: IpAddr,
@@ -51,7 +54,9 @@ pub struct LoopbackNetwork {
 
 impl PodSockets for LoopbackNetwork {
     fn original_destination(&self, peer: PeerAddr, _local: SocketAddr) -> Option<OriginalDst> {
-        self.dialled.lock().unwrap().remove(&peer.0).map(OriginalDst)
+        let dialled = self.dialled.lock().unwrap().remove(&peer.0)?;
+        assert_ne!(dialled.port(), PANIC_PORT, "a bug that the test makes");
+        Some(OriginalDst(dialled))
     }
 
     fn inbound_destination(&self, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
@@ -303,7 +308,12 @@ pub fn policy(name: &str, action: model::Action, one: model::Match) -> Policy {
 /// Serves whoever comes: sends back what it gets, until its end.
 pub fn echo(listener: TcpListener) {
     tokio::spawn(async move {
-        while let Ok((mut socket, _)) = listener.accept().await {
+        loop {
+            // Fails while there are no file descriptors.
+            let Ok((mut socket, _)) = listener.accept().await else {
+                tokio::task::yield_now().await;
+                continue;
+            };
             tokio::spawn(async move {
                 let (mut reader, mut writer) = socket.split();
                 let _ = tokio::io::copy(&mut reader, &mut writer).await;
