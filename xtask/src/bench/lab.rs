@@ -167,10 +167,13 @@ struct AddressInfo {
 
 /// A program in a network namespace, outside of any pod: where a sidecar's process would be.
 pub fn in_netns(netns: &str, program: &str) -> Command {
-    let mut command = Command::new("ip");
+    // Not `ip netns exec`: it mounts a new /sys, without cgroups and bpffs.
+    let mut command = Command::new("nsenter");
     // Thousands of idle connections need as many descriptors as the process may have.
     let raise = "ulimit -n \"$(ulimit -H -n)\"; exec \"$0\" \"$@\"";
-    command.args(["netns", "exec", netns, "sh", "-c", raise, program]);
+    command
+        .arg(format!("--net=/run/netns/{netns}"))
+        .args(["sh", "-c", raise, program]);
     command
 }
 
