@@ -72,16 +72,7 @@ fn seconds(duration: &Duration) -> String {
 }
 
 impl HandshakeError {
-    /// From what the handshake returned, and the first bytes that the peer sent.
-    pub(crate) fn from_io(error: io::Error, first_bytes: &[u8]) -> Self {
-        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        match tls {
-            Some(tls) => Self::from_tls(tls, first_bytes),
-            None if error.kind() == io::ErrorKind::UnexpectedEof => Self::Closed,
-            None => Self::Io(Arc::new(error)),
-        }
-    }
-
+    /// From what rustls says, and the first bytes that the peer sent.
     pub(crate) fn from_tls(error: &rustls::Error, first_bytes: &[u8]) -> Self {
         use rustls::{Error, PeerIncompatible};
         if let Some(reason) = peer_identity_error(error) {

@@ -25,6 +25,7 @@ mod config;
 mod error;
 mod keepalive;
 mod pool;
+mod record;
 mod relay;
 mod serve;
 mod tls;

@@ -118,7 +118,6 @@ pub async fn serve<H: Handler>(
         peer_address,
         local_address,
     };
-    wire.gather();
     let left = config.handshake_timeout.saturating_sub(started.elapsed());
     drive(transport, wire, accepted, config, left, handler, &mut drain).await
 }

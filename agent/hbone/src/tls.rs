@@ -1,4 +1,7 @@
-//! The TLS handshake of each side, and what went wrong in it.
+//! TLS of a tunnel: the handshake by rustls, then records sealed and opened here.
+//!
+//! The handshake uses rustls' unbuffered API, because the buffered one may read past the peer's Finished and then keeps
+//! those bytes. What it leaves are secrets, and perhaps bytes that came right behind.
 
 use std::{
     future::poll_fn,
@@ -6,64 +9,45 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
+use bytes::{Buf, BytesMut};
 use identity::peer_identity;
 use model::Identity;
-use rustls::{ClientConfig, ServerConfig, pki_types::ServerName};
+use rustls::{
+    ClientConfig, Error, ExtractedSecrets, ServerConfig,
+    client::UnbufferedClientConnection,
+    pki_types::ServerName,
+    server::UnbufferedServerConnection,
+    unbuffered::{ConnectionState, EncodeError, UnbufferedStatus},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use crate::{
     error::HandshakeError,
-    wire::{Flush, Wire, WireHandle},
+    record::{Key, Opened, Opener, Schedule, Sealer},
+    wire::{Flush, Wire},
 };
+
+/// The most that a handshake may leave unread; the largest message rustls takes is 64 KiB.
+const LARGEST_FLIGHT: usize = 256 << 10;
 
 /// What h2 reads and writes.
 pub(crate) struct Transport {
-    tls: TlsStream<Wire>,
-    wire: WireHandle,
-}
-
-impl AsyncRead for Transport {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let read = Pin::new(&mut self.tls).poll_read(cx, buffer);
-        if let Poll::Ready(Err(error)) = &read {
-            self.wire.note(error);
-        }
-        read
-    }
-}
-
-impl AsyncWrite for Transport {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tls).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tls).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.tls.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_shutdown(cx)
-    }
+    wire: Wire,
+    opener: Opener,
+    /// Application data that came with the end of the handshake.
+    early: BytesMut,
+    /// Opened bytes at the front of the wire's in-buffer, and what follows them up to the next record.
+    content: usize,
+    rest: usize,
+    ended: bool,
+    closing: bool,
 }
 
 /// Opens: the configuration says who the peer must be.
@@ -71,22 +55,25 @@ pub(crate) async fn connect(
     socket: TcpStream,
     address: SocketAddr,
     config: Arc<ClientConfig>,
-) -> Result<(Transport, WireHandle), HandshakeError> {
-    let (wire, handle) = Wire::new(socket);
+) -> Result<(Transport, Wire), HandshakeError> {
+    let wire = Wire::new(socket);
+    let failed = |error: &Error| HandshakeError::from_tls(error, &wire.first_bytes());
     let name = ServerName::IpAddress(address.ip().into());
-    match TlsConnector::from(config).connect(name, wire).into_fallible().await {
-        Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
-            let wire = handle.clone();
-            let tls = stream.into();
-            Ok((Transport { tls, wire }, handle))
-        }
-        Ok(_) => Err(HandshakeError::NotHttp2),
-        Err((error, _wire)) => {
-            // The alert that tells the peer why.
-            let _ = poll_fn(|cx| handle.poll_flush(cx)).await;
-            Err(HandshakeError::from_io(error, &handle.first_bytes()))
-        }
+    let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| failed(&error))?;
+    let early = shake(&wire, |incoming| {
+        let (discard, step) = step(connection.process_tls_records(incoming));
+        (discard, step, connection.wants_write())
+    })
+    .await?;
+    if connection.alpn_protocol() != Some(b"h2") {
+        return Err(HandshakeError::NotHttp2);
     }
+    let (secrets, kernel) = connection
+        .dangerous_into_kernel_connection()
+        .map_err(|error| failed(&error))?;
+    let schedule = Schedule::Client(Box::new(kernel));
+    let transport = Transport::new(&wire, secrets, schedule, early).map_err(|error| failed(&error))?;
+    Ok((transport, wire))
 }
 
 /// Accepts: answers who the peer is.
@@ -94,22 +81,215 @@ pub(crate) async fn accept(
     socket: TcpStream,
     config: Arc<ServerConfig>,
     timeout: Duration,
-) -> Result<(Transport, WireHandle, Identity), HandshakeError> {
-    let (wire, handle) = Wire::new(socket);
-    let handshake = TlsAcceptor::from(config).accept(wire).into_fallible();
-    let error = match tokio::time::timeout(timeout, handshake).await {
-        Ok(Ok(stream)) => {
-            let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
-            let peer = peer_identity(certificates)?;
-            let wire = handle.clone();
-            let tls = stream.into();
-            return Ok((Transport { tls, wire }, handle, peer));
+) -> Result<(Transport, Wire, Identity), HandshakeError> {
+    let wire = Wire::new(socket);
+    let failed = |error: &Error| HandshakeError::from_tls(error, &wire.first_bytes());
+    let mut connection = UnbufferedServerConnection::new(config).map_err(|error| failed(&error))?;
+    let handshake = shake(&wire, |incoming| {
+        let (discard, step) = step(connection.process_tls_records(incoming));
+        (discard, step, connection.wants_write())
+    });
+    let early = match tokio::time::timeout(timeout, handshake).await {
+        Ok(Ok(early)) => early,
+        Ok(Err(error)) => {
+            if !matches!(error, HandshakeError::Closed | HandshakeError::Io(_)) {
+                wire.linger().await;
+            }
+            return Err(error);
         }
-        Ok(Err((error, _wire))) => HandshakeError::from_io(error, &handle.first_bytes()),
         Err(_elapsed) => return Err(HandshakeError::Timeout(timeout)),
     };
-    if !matches!(error, HandshakeError::Closed | HandshakeError::Io(_)) {
-        handle.linger().await;
+    let peer = peer_identity(connection.peer_certificates().unwrap_or_default())?;
+    let (secrets, kernel) = connection
+        .dangerous_into_kernel_connection()
+        .map_err(|error| failed(&error))?;
+    let schedule = Schedule::Server(Box::new(kernel));
+    let transport = Transport::new(&wire, secrets, schedule, early).map_err(|error| failed(&error))?;
+    Ok((transport, wire, peer))
+}
+
+/// What one step of a handshake wants next.
+enum Step {
+    Again,
+    Send(Vec<u8>),
+    /// Application data came.
+    Early(Vec<u8>),
+    Read,
+    Done,
+}
+
+/// One step, and how many bytes of the input are used up.
+fn step<Data>(status: UnbufferedStatus<'_, '_, Data>) -> (usize, Result<Step, Error>) {
+    let UnbufferedStatus { discard, state } = status;
+    let step = state.and_then(|state| match state {
+        ConnectionState::EncodeTlsData(mut data) => {
+            let mut message = Vec::new();
+            // The first answer is how much room it needs.
+            if let Err(EncodeError::InsufficientSize(size)) = data.encode(&mut message) {
+                message.resize(size.required_size, 0);
+                data.encode(&mut message)
+                    .map_err(|error| Error::General(error.to_string()))?;
+            }
+            Ok(Step::Send(message))
+        }
+        ConnectionState::TransmitTlsData(data) => {
+            data.done();
+            Ok(Step::Again)
+        }
+        ConnectionState::ReadTraffic(mut traffic) => {
+            let mut early = Vec::new();
+            while let Some(record) = traffic.next_record() {
+                early.extend_from_slice(record?.payload);
+            }
+            Ok(Step::Early(early))
+        }
+        ConnectionState::BlockedHandshake => Ok(Step::Read),
+        ConnectionState::WriteTraffic(_) => Ok(Step::Done),
+        _ => Err(Error::HandshakeNotComplete),
+    });
+    (discard, step)
+}
+
+/// Drives a handshake to its end; answers what application data came with it.
+async fn shake(
+    wire: &Wire,
+    mut process: impl FnMut(&mut [u8]) -> (usize, Result<Step, Error>, bool),
+) -> Result<BytesMut, HandshakeError> {
+    let broken = |error: io::Error| HandshakeError::Io(Arc::new(error));
+    let mut early = BytesMut::new();
+    loop {
+        let (left, step, mut has_more) = {
+            let mut incoming = wire.incoming();
+            let (discard, step, has_more) = process(&mut incoming);
+            incoming.advance(discard);
+            (incoming.len(), step, has_more)
+        };
+        match step {
+            Ok(Step::Again) => {}
+            Ok(Step::Send(message)) => wire.put(&message),
+            Ok(Step::Early(bytes)) => early.extend_from_slice(&bytes),
+            Ok(Step::Done) => {
+                poll_fn(|cx| wire.poll_flush(cx)).await.map_err(broken)?;
+                return Ok(early);
+            }
+            Ok(Step::Read) => {
+                if left > LARGEST_FLIGHT {
+                    return Err(HandshakeError::Tls(Error::PeerSentOversizedRecord));
+                }
+                poll_fn(|cx| wire.poll_flush(cx)).await.map_err(broken)?;
+                if poll_fn(|cx| wire.poll_fill(cx)).await.map_err(broken)? == 0 {
+                    return Err(HandshakeError::Closed);
+                }
+            }
+            Err(error) => {
+                // What is still to be sent ends with the alert that tells the peer why. rustls must not be asked for
+                // more than that: it would look at the input again.
+                while has_more {
+                    let (_, step, more) = process(&mut wire.incoming());
+                    if let Ok(Step::Send(message)) = step {
+                        wire.put(&message);
+                    }
+                    has_more = more;
+                }
+                let _ = poll_fn(|cx| wire.poll_flush(cx)).await;
+                return Err(HandshakeError::from_tls(&error, &wire.first_bytes()));
+            }
+        }
     }
-    Err(error)
+}
+
+impl Transport {
+    fn new(wire: &Wire, secrets: ExtractedSecrets, schedule: Schedule, early: BytesMut) -> Result<Self, Error> {
+        let sealer = Sealer::new(Key::new(secrets.tx.0, secrets.tx.1)?);
+        let opener = Opener::new(Key::new(secrets.rx.0, secrets.rx.1)?);
+        wire.seal_with(sealer, schedule);
+        Ok(Self {
+            wire: wire.clone(),
+            opener,
+            early,
+            content: 0,
+            rest: 0,
+            ended: false,
+            closing: false,
+        })
+    }
+
+    /// Copies what is opened, record after record, without reading the socket.
+    fn take(&mut self, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
+        let mut incoming = self.wire.incoming();
+        while buffer.remaining() > 0 && !self.ended {
+            if self.content > 0 {
+                let count = self.content.min(buffer.remaining());
+                buffer.put_slice(&incoming[..count]);
+                incoming.advance(count);
+                self.content -= count;
+            }
+            if self.content > 0 {
+                break;
+            }
+            incoming.advance(std::mem::take(&mut self.rest));
+            match self.wire.open(&mut self.opener, &mut incoming)? {
+                Opened::Partial => break,
+                Opened::Content { length, rest } => {
+                    incoming.advance(Opener::HEADER);
+                    (self.content, self.rest) = (length, rest);
+                }
+                Opened::Nothing(length) | Opened::UpdateRequested(length) => incoming.advance(length),
+                Opened::Closed => self.ended = true,
+            }
+        }
+        if incoming.is_empty() {
+            Wire::consumed(&mut incoming);
+        }
+        Ok(())
+    }
+}
+
+impl AsyncRead for Transport {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        if !self.early.is_empty() {
+            let count = self.early.len().min(buffer.remaining());
+            buffer.put_slice(&self.early.split_to(count));
+            return Poll::Ready(Ok(()));
+        }
+        loop {
+            self.take(buffer)?;
+            if buffer.filled().len() > before || self.ended || buffer.remaining() == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            // An end without close_notify is one for h2 too: streams that had not ended are broken.
+            if ready!(self.wire.poll_fill(cx))? == 0 {
+                self.ended = true;
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Transport {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.wire.poll_write(cx, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.wire.poll_write(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Does nothing: h2 flushes after every DATA frame, the tunnel's driver when h2 has nothing more to do.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        this.wire.poll_close(cx, &mut this.closing)
+    }
 }

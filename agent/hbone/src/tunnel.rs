@@ -29,7 +29,7 @@ use crate::{
     error::{HandshakeError, TunnelError},
     keepalive::KeepAlive,
     tls::{self, Transport},
-    wire::{Flush, WireHandle},
+    wire::{Flush, Wire},
 };
 
 /// A client's tunnel, shared by the pool, its driver and its streams.
@@ -158,7 +158,6 @@ pub(crate) async fn dial(
     let timeout = config.handshake_timeout;
     let shake = async {
         let (transport, wire) = tls::connect(socket, address, credentials.client_config(&key.destination)).await?;
-        wire.gather();
         let (requests, connection) = config
             .client()
             .handshake::<_, Bytes>(transport)
@@ -205,7 +204,7 @@ async fn connect(socket: socket2::Socket, key: &TunnelKey, config: &Config) -> R
 fn spawn_driver(
     tunnel: &Rc<Tunnel>,
     connection: Connection<Transport, Bytes>,
-    wire: WireHandle,
+    wire: Wire,
     config: Rc<Config>,
     ended: impl FnOnce(&Weak<Tunnel>) + 'static,
 ) {
@@ -240,7 +239,7 @@ fn spawn_driver(
 async fn drive(
     tunnel: Weak<Tunnel>,
     mut connection: Connection<Transport, Bytes>,
-    wire: WireHandle,
+    wire: Wire,
     config: &Config,
 ) -> Result<(), TunnelError> {
     let mut keepalive = KeepAlive::new(config.ping_interval, config.ping_timeout, connection.ping_pong());

@@ -1,29 +1,27 @@
-//! The tunnel's TCP socket, below TLS: few large reads, few large writes.
+//! The tunnel's TCP socket and its two buffers: few large reads, few large writes.
 //!
 //! ```text
-//!  h2 ── TLS ── Wire ── socket        reads:  up to 256 KiB at once, into a buffer lent by the thread while bytes wait
-//!                                     writes: gathered, sent by `Flush` after each turn of the tunnel's task
+//!  h2 ── Transport ── Wire ── socket     reads:  up to 256 KiB at once, into a buffer lent by the thread
+//!                                        writes: gathered, sent by `Flush` after each turn of the tunnel's task
 //! ```
-//! h2 flushes after every DATA frame; here a flush does nothing once the handshake is over. Whoever drives the tunnel
-//! calls [`Flush::poll_flush`] when h2 has nothing more to do.
+//! Buffers are the thread's, lent to a wire while bytes wait in it.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, RefCell, RefMut},
     io::{self, IoSlice},
     net::Shutdown,
-    pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, BytesMut};
 use socket2::SockRef;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::net::TcpStream;
 
-use crate::relay::read_some;
+use crate::{
+    record::{Opened, Opener, Schedule, Sealer},
+    relay::read_some,
+};
 
 /// What one read of the socket takes at most, and what is gathered before a write does not wait for the flush.
 const LARGEST: usize = 256 << 10;
@@ -40,19 +38,16 @@ pub(crate) trait Flush {
     fn take_tls_error(&self) -> Option<rustls::Error>;
 }
 
-/// The socket as TLS sees it.
-pub(crate) struct Wire(Rc<WireState>);
-
-/// The same socket as the tunnel's driver sees it.
+/// The socket, its buffers, and the key that seals what is sent. Shared by h2's transport and the tunnel's driver.
 #[derive(Clone)]
-pub(crate) struct WireHandle(Rc<WireState>);
+pub(crate) struct Wire(Rc<WireState>);
 
 struct WireState {
     socket: TcpStream,
     incoming: RefCell<BytesMut>,
     outgoing: RefCell<BytesMut>,
-    /// Whether writes wait for the driver's flush.
-    gathers: Cell<bool>,
+    /// There once the handshake is over.
+    sealing: RefCell<Option<(Sealer, Schedule)>>,
     received: Cell<u64>,
     first_bytes: Cell<[u8; FIRST_BYTES]>,
     tls_error: RefCell<Option<rustls::Error>>,
@@ -91,39 +86,103 @@ fn give_back(buffer: &mut BytesMut) {
 }
 
 impl Wire {
-    pub(crate) fn new(socket: TcpStream) -> (Self, WireHandle) {
+    pub(crate) fn new(socket: TcpStream) -> Self {
         // An error here shows at the first read, too.
         let _ = socket.set_nodelay(true);
-        let state = Rc::new(WireState {
+        Self(Rc::new(WireState {
             socket,
             incoming: RefCell::default(),
             outgoing: RefCell::default(),
-            gathers: Cell::new(false),
+            sealing: RefCell::default(),
             received: Cell::new(0),
             first_bytes: Cell::default(),
             tls_error: RefCell::default(),
-        });
-        (Self(state.clone()), WireHandle(state))
-    }
-}
-
-impl WireHandle {
-    /// From now on writes wait for [`Flush::poll_flush`].
-    pub(crate) fn gather(&self) {
-        self.0.gathers.set(true);
+        }))
     }
 
-    /// Keeps what a read of TLS failed with.
-    pub(crate) fn note(&self, error: &io::Error) {
-        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        if let Some(tls) = tls {
-            self.0.tls_error.replace(Some(tls.clone()));
-        }
+    /// From now on what is written is sealed.
+    pub(crate) fn seal_with(&self, sealer: Sealer, schedule: Schedule) {
+        self.0.sealing.replace(Some((sealer, schedule)));
     }
 
     /// The first bytes that the peer sent.
     pub(crate) fn first_bytes(&self) -> [u8; FIRST_BYTES] {
         self.0.first_bytes.get()
+    }
+
+    /// What was read and not consumed.
+    pub(crate) fn incoming(&self) -> RefMut<'_, BytesMut> {
+        self.0.incoming.borrow_mut()
+    }
+
+    /// Gives the in-buffer back to the thread; it must be empty.
+    pub(crate) fn consumed(incoming: &mut BytesMut) {
+        give_back(incoming);
+    }
+
+    /// Opens the record at the front of the in-buffer, and answers a request for a new key.
+    pub(crate) fn open(&self, opener: &mut Opener, incoming: &mut BytesMut) -> io::Result<Opened> {
+        let mut sealing = self.0.sealing.borrow_mut();
+        let Some((sealer, schedule)) = &mut *sealing else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let opened = opener.open(incoming, schedule);
+        let opened = match opened {
+            Ok(Opened::UpdateRequested(_)) => sealer.update(schedule, &mut self.outgoing()).and(opened),
+            opened => opened,
+        };
+        opened.map_err(|error| self.failed(error))
+    }
+
+    /// Gathers plaintext, as it is, before there is a key.
+    pub(crate) fn put(&self, bytes: &[u8]) {
+        self.outgoing().extend_from_slice(bytes);
+    }
+
+    /// Gathers what is to be sealed; waits while too much is gathered already.
+    pub(crate) fn poll_write(&self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        if self.0.outgoing.borrow().len() >= LARGEST {
+            ready!(self.poll_flush(cx))?;
+        }
+        let mut sealing = self.0.sealing.borrow_mut();
+        let Some((sealer, _)) = &mut *sealing else {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let mut outgoing = self.outgoing();
+        let mut written = 0;
+        for slice in slices {
+            sealer.write(slice, &mut outgoing).map_err(|error| self.failed(error))?;
+            written += slice.len();
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    /// Tells the peer that nothing more comes, sends all, and closes this direction.
+    pub(crate) fn poll_close(&self, cx: &mut Context<'_>, told: &mut bool) -> Poll<io::Result<()>> {
+        if !std::mem::replace(told, true)
+            && let Some((sealer, _)) = &mut *self.0.sealing.borrow_mut()
+        {
+            sealer.close(&mut self.outgoing()).map_err(|error| self.failed(error))?;
+        }
+        ready!(self.poll_flush(cx))?;
+        match SockRef::from(&self.0.socket).shutdown(Shutdown::Write) {
+            // The peer was faster.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
+            result => Poll::Ready(result),
+        }
+    }
+
+    fn outgoing(&self) -> RefMut<'_, BytesMut> {
+        let mut outgoing = self.0.outgoing.borrow_mut();
+        if outgoing.capacity() == 0 {
+            *outgoing = lend();
+        }
+        outgoing
+    }
+
+    fn failed(&self, error: rustls::Error) -> io::Error {
+        self.0.tls_error.replace(Some(error.clone()));
+        io::Error::new(io::ErrorKind::InvalidData, error)
     }
 
     /// Lets the peer read what was sent last, such as an alert, before the socket is closed with bytes unread: closing
@@ -151,28 +210,34 @@ impl WireHandle {
         };
         let _: Result<io::Result<()>, _> = tokio::time::timeout(PATIENCE, discard).await;
     }
-}
 
-impl WireState {
-    /// Fills `incoming`; ready with 0 at the end.
-    fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    /// Reads more behind what is in the in-buffer; ready with 0 at the end.
+    pub(crate) fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let state = &*self.0;
         loop {
-            ready!(self.socket.poll_read_ready(cx))?;
-            let mut incoming = self.incoming.borrow_mut();
-            if incoming.capacity() < LARGEST {
-                *incoming = lend();
+            if let Poll::Pending = state.socket.poll_read_ready(cx)? {
+                shrink(&mut state.incoming.borrow_mut());
+                return Poll::Pending;
             }
-            match read_some(&self.socket, &mut incoming, LARGEST) {
+            let mut incoming = state.incoming.borrow_mut();
+            if !incoming.try_reclaim(LARGEST) {
+                let mut larger = lend();
+                larger.extend_from_slice(&incoming);
+                *incoming = larger;
+            }
+            match read_some(&state.socket, &mut incoming, LARGEST) {
                 Ok(count) => {
-                    self.count(&incoming, count);
+                    state.count(&incoming, count);
                     return Poll::Ready(Ok(count));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => give_back(&mut incoming),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
     }
+}
 
+impl WireState {
     fn count(&self, incoming: &[u8], count: usize) {
         let before = self.received.get();
         if before == 0 {
@@ -184,25 +249,44 @@ impl WireState {
         self.received.set(before + count as u64);
     }
 
-    fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut outgoing = self.outgoing.borrow_mut();
+    /// Seals what is gathered.
+    fn seal(&self, outgoing: &mut BytesMut) -> Result<(), rustls::Error> {
+        if let Some((sealer, schedule)) = &mut *self.sealing.borrow_mut()
+            && sealer.finish(outgoing)?
+        {
+            sealer.update(schedule, outgoing)?;
+        }
+        Ok(())
+    }
+}
+
+/// Keeps a part of a record in a buffer of its size, until the rest comes.
+fn shrink(incoming: &mut BytesMut) {
+    if incoming.capacity() > 2 * incoming.len() {
+        let mut whole = std::mem::take(incoming);
+        if !whole.is_empty() {
+            *incoming = BytesMut::from(&whole[..]);
+        }
+        give_back(&mut whole);
+    }
+}
+
+impl Flush for Wire {
+    fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let state = &*self.0;
+        let mut outgoing = state.outgoing.borrow_mut();
+        state.seal(&mut outgoing).map_err(|error| self.failed(error))?;
         while outgoing.has_remaining() {
-            match self.socket.try_write(&outgoing) {
+            match state.socket.try_write(&outgoing) {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Ok(count) => outgoing.advance(count),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(self.socket.poll_write_ready(cx))?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(state.socket.poll_write_ready(cx))?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
         give_back(&mut outgoing);
         Poll::Ready(Ok(()))
-    }
-}
-
-impl Flush for WireHandle {
-    fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.poll_send(cx)
     }
 
     fn received(&self) -> u64 {
@@ -211,65 +295,5 @@ impl Flush for WireHandle {
 
     fn take_tls_error(&self) -> Option<rustls::Error> {
         self.0.tls_error.take()
-    }
-}
-
-impl AsyncRead for Wire {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let state = &self.0;
-        if state.incoming.borrow().is_empty() && ready!(state.poll_fill(cx))? == 0 {
-            return Poll::Ready(Ok(()));
-        }
-        let mut incoming = state.incoming.borrow_mut();
-        let count = incoming.len().min(buffer.remaining());
-        buffer.put_slice(&incoming[..count]);
-        incoming.advance(count);
-        if incoming.is_empty() {
-            give_back(&mut incoming);
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Wire {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
-    }
-
-    /// Takes all of it: an alert at the end of a failed handshake is offered only once.
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let state = &self.0;
-        if state.outgoing.borrow().len() >= LARGEST {
-            ready!(state.poll_send(cx))?;
-        }
-        let mut outgoing = state.outgoing.borrow_mut();
-        let before = outgoing.len();
-        if outgoing.capacity() == 0 {
-            *outgoing = lend();
-        }
-        for slice in slices {
-            outgoing.extend_from_slice(slice);
-        }
-        Poll::Ready(Ok(outgoing.len() - before))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.0.gathers.get() {
-            return Poll::Ready(Ok(()));
-        }
-        self.0.poll_send(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.0.poll_send(cx))?;
-        Poll::Ready(SockRef::from(&self.0.socket).shutdown(Shutdown::Write))
     }
 }

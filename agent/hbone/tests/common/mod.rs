@@ -103,16 +103,18 @@ impl Handler for DialTarget {
             Ok(Authority::Host(_, port)) => return Decision::Refuse { status: port },
             Err(_) => return Decision::Refuse { status: 400 },
         };
-        let live = Live::default();
-        self.seen.lives.borrow_mut().push(live.clone());
-        self.seen.changed.notify_waiters();
         match TcpStream::connect(target).await {
-            Ok(application) => Decision::Accept {
-                application,
-                headers: vec![("baggage", "service.name=db".into())],
-                context: (),
-                live,
-            },
+            Ok(application) => {
+                let live = Live::default();
+                self.seen.lives.borrow_mut().push(live.clone());
+                self.seen.changed.notify_waiters();
+                Decision::Accept {
+                    application,
+                    headers: vec![("baggage", "service.name=db".into())],
+                    context: (),
+                    live,
+                }
+            }
             Err(_) => Decision::Refuse { status: 503 },
         }
     }
