@@ -2,6 +2,7 @@
 
 mod app;
 mod node;
+mod uninstall;
 
 use clap::{Parser, Subcommand};
 
@@ -17,6 +18,8 @@ struct Cli {
 enum Role {
     /// The node agent: captures the traffic of this node's opted-in pods and carries it through the mesh.
     Node(Box<node::NodeArgs>),
+    /// Take a node's capture down for good, once its agent has ended.
+    Uninstall(uninstall::UninstallArgs),
     /// A whole mesh on this machine: nodes and pods as network namespaces.
     Playground(playground::Args),
     /// Programs to put into pods: an echo server and client that report what they saw.
@@ -26,6 +29,7 @@ enum Role {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().role {
         Role::Node(args) => node::run(*args),
+        Role::Uninstall(args) => uninstall::run(&args),
         Role::Playground(args) => playground::run(args),
         Role::App(args) => app::run(args),
     }

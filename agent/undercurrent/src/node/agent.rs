@@ -7,7 +7,8 @@ use std::{
 };
 
 use admin::{
-    CapabilityStatus, CaptureStatus, CertificateStatus, Health, KnowledgeStatus, PodAdded, PodRemoved, PodStatus, Status,
+    CapabilityStatus, CaptureStatus, CertificateStatus, Health, KnowledgeStatus, PodAdded, PodRemoved, PodStatus,
+    Status,
 };
 use telemetry::AccessLog;
 
@@ -44,8 +45,13 @@ impl NodeAgent {
         let certificate = pod.identity.as_ref().and_then(|identity| {
             let info = certificates.iter().find(|info| info.identity == *identity)?;
             let (serial, _, not_after) = info.held.as_ref()?;
-            let not_after = not_after.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            Some(CertificateStatus { serial: serial.clone(), not_after })
+            let not_after = not_after
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs());
+            Some(CertificateStatus {
+                serial: serial.clone(),
+                not_after,
+            })
         });
         PodStatus {
             namespace: pod.pod.namespace.to_string(),
@@ -94,15 +100,28 @@ impl admin::Agent for NodeAgent {
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
             pending: self.pending(),
-            capture: CaptureStatus { mode: "ebpf".to_owned(), capabilities },
+            capture: CaptureStatus {
+                mode: "ebpf".to_owned(),
+                capabilities,
+            },
             knowledge: KnowledgeStatus {
                 generation: snapshot.generation(),
                 workloads: snapshot.workloads().count(),
                 rejected: self.problems(),
             },
-            pods: self.view.pods().into_iter().map(|pod| Self::pod_status(pod, &certificates, &counters)).collect(),
+            pods: self
+                .view
+                .pods()
+                .into_iter()
+                .map(|pod| Self::pod_status(pod, &certificates, &counters))
+                .collect(),
             counters: named(&counters.total),
-            connections: self.proxy.counters().into_iter().map(|(name, count)| (name.to_string(), count)).collect(),
+            connections: self
+                .proxy
+                .counters()
+                .into_iter()
+                .map(|(name, count)| (name.to_string(), count))
+                .collect(),
             access_log_dropped: self.access_log.dropped(),
         }
     }
@@ -119,5 +138,8 @@ impl admin::Agent for NodeAgent {
 }
 
 fn named(counts: &BTreeMap<capture::Reason, u64>) -> BTreeMap<String, u64> {
-    counts.iter().map(|(reason, count)| (reason.label().to_owned(), *count)).collect()
+    counts
+        .iter()
+        .map(|(reason, count)| (reason.label().to_owned(), *count))
+        .collect()
 }

@@ -20,16 +20,31 @@ pub struct NodeArgs {
     #[arg(long, env = "UNDERCURRENT_CA_KEY", value_name = "FILE")]
     pub ca_key: PathBuf,
     /// Where the agent keeps its socket and what must outlive a restart.
-    #[arg(long, env = "UNDERCURRENT_STATE_DIR", value_name = "DIR", default_value = "/var/run/undercurrent")]
+    #[arg(
+        long,
+        env = "UNDERCURRENT_STATE_DIR",
+        value_name = "DIR",
+        default_value = "/var/run/undercurrent"
+    )]
     pub state_dir: PathBuf,
     /// The cgroup (v2) that holds all pods of this node, and no process of the node itself.
-    #[arg(long, env = "UNDERCURRENT_PODS_CGROUP", value_name = "DIR", default_value = "/sys/fs/cgroup/kubepods.slice")]
+    #[arg(
+        long,
+        env = "UNDERCURRENT_PODS_CGROUP",
+        value_name = "DIR",
+        default_value = "/sys/fs/cgroup/kubepods.slice"
+    )]
     pub pods_cgroup: PathBuf,
     /// How traffic is captured.
     #[arg(long, env = "UNDERCURRENT_CAPTURE", value_enum, default_value_t = CaptureMode::Ebpf)]
     pub capture: CaptureMode,
     /// Where eBPF links and maps are pinned, so that capture outlives the agent (in a bpffs).
-    #[arg(long, env = "UNDERCURRENT_PIN_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/undercurrent")]
+    #[arg(
+        long,
+        env = "UNDERCURRENT_PIN_DIR",
+        value_name = "DIR",
+        default_value = "/sys/fs/bpf/undercurrent"
+    )]
     pub pin_dir: PathBuf,
     /// Threads that carry traffic [default: one per core, at most 4].
     #[arg(long, env = "UNDERCURRENT_SHARDS", value_name = "N")]
@@ -38,7 +53,12 @@ pub struct NodeArgs {
     #[arg(long, env = "UNDERCURRENT_ACCESS_LOG", value_enum, default_value_t = AccessLogMode::Text)]
     pub access_log: AccessLogMode,
     /// Where a kubelet asks for readiness (`/healthz/ready`).
-    #[arg(long, env = "UNDERCURRENT_HEALTH", value_name = "ADDRESS", default_value = "0.0.0.0:15021")]
+    #[arg(
+        long,
+        env = "UNDERCURRENT_HEALTH",
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:15021"
+    )]
     pub health: SocketAddr,
     /// How long connections may go on after the agent was told to end.
     #[arg(long, env = "UNDERCURRENT_DRAIN_SECONDS", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
@@ -67,5 +87,7 @@ pub enum AccessLogMode {
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
-    text.parse().map(Duration::from_secs).map_err(|_| "expected a number of seconds".to_owned())
+    text.parse()
+        .map(Duration::from_secs)
+        .map_err(|_| "expected a number of seconds".to_owned())
 }

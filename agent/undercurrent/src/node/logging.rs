@@ -12,9 +12,13 @@ pub fn start() -> anyhow::Result<()> {
     let registry = tracing_subscriber::registry().with(filter);
     let json = std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json");
     if json {
-        registry.with(fmt::layer().json().with_writer(std::io::stderr)).try_init()?;
+        registry
+            .with(fmt::layer().json().with_writer(std::io::stderr))
+            .try_init()?;
     } else {
-        registry.with(fmt::layer().with_ansi(false).with_writer(std::io::stderr)).try_init()?;
+        registry
+            .with(fmt::layer().with_ansi(false).with_writer(std::io::stderr))
+            .try_init()?;
     }
     Ok(())
 }

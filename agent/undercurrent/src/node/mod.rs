@@ -22,8 +22,8 @@ use anyhow::{Context, bail};
 use telemetry::AccessLog;
 use tokio::signal::unix::{SignalKind, signal};
 
-pub use config::NodeArgs;
 use config::AccessLogMode;
+pub use config::NodeArgs;
 
 /// The eBPF programs, aligned as their loader wants them.
 static EBPF_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("UNDERCURRENT_EBPF")));
@@ -96,7 +96,10 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    tracing::info!(seconds = args.drain.as_secs(), "told to end: draining; pods stay captured until an agent is back");
+    tracing::info!(
+        seconds = args.drain.as_secs(),
+        "told to end: draining; pods stay captured until an agent is back"
+    );
     proxy.drain(args.drain).await;
     access_log.flush(Duration::from_secs(1));
     Ok(())
@@ -123,11 +126,16 @@ async fn kernel_log(node: &capture::Node) -> std::io::Result<()> {
 }
 
 fn start_identities(args: &NodeArgs, knowledge: &mesh::Knowledge) -> anyhow::Result<identity::Identities> {
-    let read = |path: &std::path::Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+    let read =
+        |path: &std::path::Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
     let authority = identity::LocalAuthority::from_pem(&read(&args.ca_cert)?, &read(&args.ca_key)?)
         .with_context(|| format!("{} and {}", args.ca_cert.display(), args.ca_key.display()))?;
     let trust_domain = knowledge.snapshot().settings().trust_domain.clone();
-    Ok(identity::Identities::new(Arc::new(authority), trust_domain, identity::Clock::system()))
+    Ok(identity::Identities::new(
+        Arc::new(authority),
+        trust_domain,
+        identity::Clock::system(),
+    ))
 }
 
 fn start_access_log(mode: AccessLogMode) -> std::io::Result<AccessLog> {
@@ -141,8 +149,13 @@ fn start_access_log(mode: AccessLogMode) -> std::io::Result<AccessLog> {
 /// Every connection takes two descriptors: the soft limit is raised to the hard one.
 fn raise_file_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard {
+            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+        } else {
+            Ok(())
+        }
+    });
     if let Err(error) = raised {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }

@@ -85,7 +85,17 @@ impl Pods {
             return Err("the pod has no address".to_owned());
         }
         let pod = NamespacedName::new(event.pod_namespace, event.pod_name);
-        self.ask(|answer| Event::Added(PodRecord { pod, netns: event.netns, addresses }, answer)).await
+        self.ask(|answer| {
+            Event::Added(
+                PodRecord {
+                    pod,
+                    netns: event.netns,
+                    addresses,
+                },
+                answer,
+            )
+        })
+        .await
     }
 
     /// Resolves once nothing of the pod is left.
@@ -127,8 +137,16 @@ pub fn start(parts: Parts, directory: &Path) -> anyhow::Result<(Pods, View, Join
     }
     let (sender, events) = mpsc::channel(EVENTS);
     let view = View::default();
-    let pods = found.into_values().map(|record| (record.pod.clone(), Pod::new(record))).collect();
-    let reconciler = Reconciler { parts, records, pods, view: view.clone() };
+    let pods = found
+        .into_values()
+        .map(|record| (record.pod.clone(), Pod::new(record)))
+        .collect();
+    let reconciler = Reconciler {
+        parts,
+        records,
+        pods,
+        view: view.clone(),
+    };
     Ok((Pods(sender), view, tokio::spawn(reconciler.run(events))))
 }
 
@@ -150,12 +168,20 @@ struct Pod {
 enum State {
     Unknown,
     Uncaptured(WorkloadUid),
-    Captured { uid: WorkloadUid, identity: Identity, non_tcp_forbidden: bool },
+    Captured {
+        uid: WorkloadUid,
+        identity: Identity,
+        non_tcp_forbidden: bool,
+    },
 }
 
 impl Pod {
     fn new(record: PodRecord) -> Self {
-        Self { record, state: State::Unknown, problem: None }
+        Self {
+            record,
+            state: State::Unknown,
+            problem: None,
+        }
     }
 }
 
@@ -201,7 +227,9 @@ impl Reconciler {
         {
             self.remove(&key).await?;
         }
-        self.records.keep(&record).map_err(|error| format!("cannot keep the record of {key}: {error}"))?;
+        self.records
+            .keep(&record)
+            .map_err(|error| format!("cannot keep the record of {key}: {error}"))?;
         self.pods.entry(key.clone()).or_insert_with(|| Pod::new(record));
         self.reconcile(&key).await
     }
@@ -215,7 +243,9 @@ impl Reconciler {
                 self.parts.capture.forget(uid).await;
             }
         }
-        self.records.drop_record(key).map_err(|error| format!("cannot drop the record of {key}: {error}"))
+        self.records
+            .drop_record(key)
+            .map_err(|error| format!("cannot drop the record of {key}: {error}"))
     }
 
     async fn reconcile_all(&mut self) {
@@ -251,7 +281,9 @@ impl Reconciler {
             Ok(desired) => self.change(&pod.record, &pod.state, &desired).await.map(|()| desired),
             Err(unknown) => Err(unknown),
         };
-        let Some(pod) = self.pods.get_mut(key) else { return Ok(()) };
+        let Some(pod) = self.pods.get_mut(key) else {
+            return Ok(());
+        };
         let outcome = outcome.map(|state| pod.state = state);
         if let Err(error) = &outcome
             && pod.problem.as_ref() != Some(error)
@@ -270,9 +302,16 @@ impl Reconciler {
                 && workload.name == record.pod.name
                 && workload.node == self.parts.node_name
         };
-        let workload = record.addresses.iter().find_map(|ip| snapshot.workload_by_ip(*ip)).filter(named);
+        let workload = record
+            .addresses
+            .iter()
+            .find_map(|ip| snapshot.workload_by_ip(*ip))
+            .filter(named);
         let Some(workload) = workload else {
-            return Err(format!("the mesh does not know a pod {} of this node with this address (yet)", record.pod));
+            return Err(format!(
+                "the mesh does not know a pod {} of this node with this address (yet)",
+                record.pod
+            ));
         };
         if !workload.is_captured() {
             return Ok(State::Uncaptured(workload.uid.clone()));
@@ -285,7 +324,12 @@ impl Reconciler {
     }
 
     async fn change(&self, record: &PodRecord, before: &State, after: &State) -> Result<(), String> {
-        let Parts { capture, proxy, identities, .. } = &self.parts;
+        let Parts {
+            capture,
+            proxy,
+            identities,
+            ..
+        } = &self.parts;
         let spec = |uid: &WorkloadUid| PodSpec {
             uid: uid.clone(),
             netns: record.netns.clone(),
@@ -301,12 +345,21 @@ impl Reconciler {
                 }
                 capture.know(spec(uid)).await.map_err(|error| error.to_string())
             }
-            State::Captured { uid, identity, non_tcp_forbidden } => {
+            State::Captured {
+                uid,
+                identity,
+                non_tcp_forbidden,
+            } => {
                 // The certificate first: a pod that starts must be able to talk at once.
-                identities.credentials(identity).await.map_err(|error| error.to_string())?;
+                identities
+                    .credentials(identity)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 let served = matches!(before, State::Captured { uid: served, .. } if served == uid);
-                let handle =
-                    capture.capture(spec(uid), *non_tcp_forbidden).await.map_err(|error| error.to_string())?;
+                let handle = capture
+                    .capture(spec(uid), *non_tcp_forbidden)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 if !served {
                     let listeners = handle.listeners().map_err(|error| error.to_string())?;
                     let pod = l4::Pod {
@@ -318,7 +371,9 @@ impl Reconciler {
                             hbone: listeners.hbone,
                         },
                     };
-                    proxy.add_pod(pod).map_err(|error| format!("the proxy does not take the pod: {error}"))?;
+                    proxy
+                        .add_pod(pod)
+                        .map_err(|error| format!("the proxy does not take the pod: {error}"))?;
                     tracing::info!(pod = %record.pod, %identity, "captured");
                 }
                 Ok(())

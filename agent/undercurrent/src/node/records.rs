@@ -43,7 +43,12 @@ impl Records {
                 Err(error) => tracing::error!(file = %path.display(), %error, "a pod's record cannot be read"),
             }
         }
-        Ok((Self { directory: directory.to_owned() }, pods))
+        Ok((
+            Self {
+                directory: directory.to_owned(),
+            },
+            pods,
+        ))
     }
 
     /// Keeps a record.

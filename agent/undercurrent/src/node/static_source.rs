@@ -32,9 +32,16 @@ pub fn follow(path: PathBuf, writer: Writer) -> io::Result<Problems> {
         .add_watch(&directory, changes)
         .map_err(|error| io::Error::other(format!("cannot watch {}: {error}", directory.display())))?;
     let problems = Problems::default();
-    let mut source = Source { path, writer, last: None, problems: problems.clone() };
+    let mut source = Source {
+        path,
+        writer,
+        last: None,
+        problems: problems.clone(),
+    };
     source.reread();
-    thread::Builder::new().name("static-file".to_owned()).spawn(move || source.run(&inotify))?;
+    thread::Builder::new()
+        .name("static-file".to_owned())
+        .spawn(move || source.run(&inotify))?;
     Ok(problems)
 }
 
@@ -85,7 +92,11 @@ impl Source {
                 return vec![error];
             }
         };
-        let counts = (contents.workloads.len(), contents.services.len(), contents.policies.len());
+        let counts = (
+            contents.workloads.len(),
+            contents.services.len(),
+            contents.policies.len(),
+        );
         rejected.extend(self.writer.replace(contents, &rejected));
         for object in &rejected {
             tracing::warn!(file = %self.path.display(), "not taken over: {object}");
@@ -121,14 +132,24 @@ mod tests {
             thread::yield_now();
         }
         assert_eq!(knowledge.snapshot().generation(), 1);
-        assert!(knowledge.snapshot().workload_by_ip("10.0.0.1".parse().unwrap()).is_some());
+        assert!(
+            knowledge
+                .snapshot()
+                .workload_by_ip("10.0.0.1".parse().unwrap())
+                .is_some()
+        );
 
         fs::write(directory.path().join("new"), GOOD.replace("10.0.0.1", "10.0.0.2")).unwrap();
         fs::rename(directory.path().join("new"), &path).unwrap();
         while knowledge.snapshot().generation() == 1 {
             thread::yield_now();
         }
-        assert!(knowledge.snapshot().workload_by_ip("10.0.0.2".parse().unwrap()).is_some());
+        assert!(
+            knowledge
+                .snapshot()
+                .workload_by_ip("10.0.0.2".parse().unwrap())
+                .is_some()
+        );
         assert!(problems.lock().unwrap().is_empty());
     }
 }
