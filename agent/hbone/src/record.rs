@@ -9,7 +9,8 @@
 //! write in one turn is one record.
 //!
 //! Invariants: a nonce is used once (each seal and open counts); a key seals no more than [`KEY_LIMIT`] records before
-//! it is updated; what does not open ends the tunnel (`tampered_records_do_not_open`).
+//! it is updated (`keys_are_updated_by_each_side`); what does not open ends the tunnel
+//! (`a_tampered_record_ends_the_tunnel`).
 
 use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use bytes::BytesMut;
@@ -100,11 +101,17 @@ pub(crate) struct Sealer {
     key: Key,
     /// Content in the open record, which is the last in the buffer; 0 if none is open.
     open: usize,
+    /// Records after which the key is updated.
+    pub(crate) limit: u64,
 }
 
 impl Sealer {
     pub(crate) fn new(key: Key) -> Self {
-        Self { key, open: 0 }
+        Self {
+            key,
+            open: 0,
+            limit: KEY_LIMIT,
+        }
     }
 
     /// Appends content; what fills a record is sealed, the rest stays open.
@@ -129,7 +136,7 @@ impl Sealer {
         if self.open > 0 {
             self.seal(APPLICATION_DATA, buffer)?;
         }
-        Ok(self.key.sequence >= KEY_LIMIT)
+        Ok(self.key.sequence >= self.limit)
     }
 
     /// Tells the peer that nothing more comes.

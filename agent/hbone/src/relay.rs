@@ -495,10 +495,12 @@ fn read_shared(socket: &TcpStream, size: usize) -> io::Result<Bytes> {
 pub(crate) fn read_some(socket: &TcpStream, buffer: &mut BytesMut, size: usize) -> io::Result<usize> {
     let mut result = Err(io::ErrorKind::WouldBlock.into());
     let mut buffer = buffer.limit(size);
+    // The room there is, which may be less than `size`: a read that fills it says nothing about what the socket holds.
+    let room = buffer.chunk_mut().len();
     let _ = socket.try_io(Interest::READABLE, || {
         result = socket.try_read_buf(&mut buffer);
         match &result {
-            Ok(count) if *count > 0 && *count < size => Err(io::ErrorKind::WouldBlock.into()),
+            Ok(count) if *count > 0 && *count < room => Err(io::ErrorKind::WouldBlock.into()),
             _ => Ok(()),
         }
     });

@@ -293,3 +293,129 @@ impl AsyncWrite for Transport {
         this.wire.poll_close(cx, &mut this.closing)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Against rustls' own record layer.
+
+    use identity::{Authority as _, Clock, Credentials, LocalAuthority, generate_root};
+    use model::TrustDomain;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+
+    type Peer = tokio_rustls::client::TlsStream<TcpStream>;
+
+    /// Our server and a client of rustls.
+    async fn pair() -> (Transport, Wire, Peer) {
+        let domain = TrustDomain::default();
+        let (certificate, key) = generate_root(&domain).unwrap();
+        let authority = LocalAuthority::from_pem(&certificate, &key).unwrap();
+        let identity: Identity = "spiffe://cluster.local/ns/a/sa/b".parse().unwrap();
+        let issued = authority.issue(&identity).await.unwrap();
+        let credentials = Credentials::new(identity.clone(), &domain, issued, &Clock::system()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = async {
+            let socket = TcpStream::connect(address).await.unwrap();
+            let config = credentials.client_config(std::slice::from_ref(&identity));
+            let name = ServerName::IpAddress(address.ip().into());
+            TlsConnector::from(config).connect(name, socket).await.unwrap()
+        };
+        let server = async {
+            let socket = listener.accept().await.unwrap().0;
+            accept(socket, credentials.server_config(), Duration::from_secs(10))
+                .await
+                .unwrap()
+        };
+        let (client, (transport, wire, peer)) = tokio::join!(client, server);
+        assert_eq!(peer, identity);
+        (transport, wire, client)
+    }
+
+    async fn send(transport: &mut Transport, wire: &Wire, bytes: &[u8]) {
+        transport.write_all(bytes).await.unwrap();
+        poll_fn(|cx| wire.poll_flush(cx)).await.unwrap();
+    }
+
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length).map(|n| (n * 31 + n / 251) as u8).collect()
+    }
+
+    async fn exchange(transport: &mut Transport, wire: &Wire, peer: &mut Peer, length: usize) {
+        let sent = pattern(length);
+        let ours = async {
+            send(transport, wire, &sent).await;
+            let mut got = vec![0; length];
+            transport.read_exact(&mut got).await.unwrap();
+            assert!(got == sent);
+        };
+        let (mut reads, mut writes) = tokio::io::split(peer);
+        let theirs_sent = async {
+            writes.write_all(&sent).await.unwrap();
+            writes.flush().await.unwrap();
+        };
+        let theirs_read = async {
+            let mut got = vec![0; length];
+            reads.read_exact(&mut got).await.unwrap();
+            assert!(got == sent);
+        };
+        tokio::join!(ours, theirs_sent, theirs_read);
+    }
+
+    #[tokio::test]
+    async fn records_of_all_lengths_are_those_of_rustls() {
+        let (mut transport, wire, mut peer) = pair().await;
+        for length in [1, 2, 100, 16383, 16384, 16385, 40_000, 3 << 20] {
+            exchange(&mut transport, &wire, &mut peer, length).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn keys_are_updated_by_each_side() {
+        let (mut transport, wire, mut peer) = pair().await;
+        for _ in 0..5 {
+            // rustls asks for ours, too.
+            peer.get_mut().1.refresh_traffic_keys().unwrap();
+            exchange(&mut transport, &wire, &mut peer, 50_000).await;
+        }
+        wire.limit_key(2);
+        for _ in 0..20 {
+            exchange(&mut transport, &wire, &mut peer, 50_000).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_close_is_told_each_way() {
+        let (mut transport, _wire, mut peer) = pair().await;
+        transport.shutdown().await.unwrap();
+        // Not `UnexpectedEof`, which rustls says when there was no close_notify.
+        assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+        peer.shutdown().await.unwrap();
+        assert_eq!(transport.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_record_is_an_error() {
+        for bytes in [
+            &b"GET / HTTP/1.1\r\n\r\n"[..],
+            &[23, 3, 3, 0, 0],
+            &[23, 3, 3, 0xff, 0xff],
+            &[
+                23, 3, 3, 0, 17, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,
+            ],
+            &[20, 3, 3, 0, 1, 1],
+            &[21, 3, 3, 0, 2, 1, 0],
+        ] {
+            let (mut transport, wire, mut peer) = pair().await;
+            peer.get_mut().0.write_all(bytes).await.unwrap();
+            let error = transport.read(&mut [0; 10]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{bytes:?}");
+            assert!(wire.take_tls_error().is_some());
+        }
+    }
+}

@@ -105,6 +105,14 @@ impl Wire {
         self.0.sealing.replace(Some((sealer, schedule)));
     }
 
+    /// Updates the key after so many records.
+    #[cfg(test)]
+    pub(crate) fn limit_key(&self, records: u64) {
+        if let Some((sealer, _)) = &mut *self.0.sealing.borrow_mut() {
+            sealer.limit = records;
+        }
+    }
+
     /// The first bytes that the peer sent.
     pub(crate) fn first_bytes(&self) -> [u8; FIRST_BYTES] {
         self.0.first_bytes.get()
@@ -215,7 +223,7 @@ impl Wire {
     pub(crate) fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let state = &*self.0;
         loop {
-            if let Poll::Pending = state.socket.poll_read_ready(cx)? {
+            if state.socket.poll_read_ready(cx)?.is_pending() {
                 shrink(&mut state.incoming.borrow_mut());
                 return Poll::Pending;
             }

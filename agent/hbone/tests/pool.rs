@@ -254,6 +254,8 @@ enum Middle {
     Swallow,
     /// Closes the connection that they came on, and passes those of the next.
     CloseOnce,
+    /// Changes one of them.
+    Tamper,
 }
 
 /// A listener that passes connections on to `back`, for as long as `mode` says so.
@@ -274,13 +276,17 @@ async fn pass(mut near: TcpStream, mut far: TcpStream, mode: Rc<Cell<Middle>>) -
     let mut buffers = (vec![0; 65536], vec![0; 65536]);
     loop {
         let (to, bytes) = tokio::select! {
-            n = near.read(&mut buffers.0) => (&mut far, &buffers.0[..n?]),
-            n = far.read(&mut buffers.1) => (&mut near, &buffers.1[..n?]),
+            n = near.read(&mut buffers.0) => (&mut far, &mut buffers.0[..n?]),
+            n = far.read(&mut buffers.1) => (&mut near, &mut buffers.1[..n?]),
         };
         match mode.get() {
             _ if bytes.is_empty() => return Ok(()),
             Middle::Pass => to.write_all(bytes).await?,
             Middle::Swallow => {}
+            Middle::Tamper => {
+                *bytes.last_mut().unwrap() ^= 1;
+                to.write_all(bytes).await?;
+            }
             Middle::CloseOnce => {
                 mode.set(Middle::Pass);
                 return Ok(());
@@ -304,6 +310,32 @@ fn a_stale_tunnel_is_replaced_without_anybody_noticing() {
         mode.set(Middle::CloseOnce);
         pair.key.source = "spiffe://cluster.local/ns/shop/sa/other".parse().unwrap();
         assert!(pair.open().await.is_err());
+    });
+}
+
+#[test]
+fn a_tampered_record_ends_the_tunnel() {
+    run(async {
+        let mut pair = with_echo(Config::default(), Config::default()).await;
+        let mode = Rc::new(Cell::new(Middle::Pass));
+        pair.key.address = middle(pair.server.address, mode.clone()).await;
+        let stream = pair.open().await.unwrap();
+        let (mut client, captured) = socket_pair().await;
+        let relay = tokio::task::spawn_local(stream.relay(captured));
+        client.write_all(b"ping").await.unwrap();
+        client.read_exact(&mut [0; 4]).await.unwrap();
+        mode.set(Middle::Tamper);
+        client.write_all(b"pong").await.unwrap();
+        assert!(
+            within("a reset, not tampered bytes", client.read(&mut [0]))
+                .await
+                .is_err()
+        );
+        assert!(relay.await.unwrap().outcome.is_err());
+        let seen = &pair.server.seen;
+        seen.until("the server's end", |seen| !seen.tunnel_ends.borrow().is_empty())
+            .await;
+        assert!(seen.tunnel_ends.borrow()[0].is_err());
     });
 }
 

@@ -273,7 +273,7 @@ fn random_bytes_never_panic() {
                         kind,
                         bytes[at + 1],
                         u32::from(bytes[at + 2] % 8),
-                        &bytes[at + 9..at + 20].to_vec(),
+                        &bytes[at + 9..at + 20],
                     );
                     bytes[at..at + 20].copy_from_slice(&piece);
                 }
