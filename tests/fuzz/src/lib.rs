@@ -106,16 +106,20 @@ impl Handler for Refuse {
 
 fn credentials() -> &'static Credentials {
     static CREDENTIALS: std::sync::OnceLock<Credentials> = std::sync::OnceLock::new();
-    CREDENTIALS.get_or_init(|| {
-        let domain = TrustDomain::default();
-        let (certificate, key) = generate_root(&domain).expect("a root");
-        let authority = LocalAuthority::from_pem(&certificate, &key).expect("an authority");
-        let identity: Identity = "spiffe://cluster.local/ns/a/sa/b".parse().expect("an identity");
-        run(async move {
-            let issued = authority.issue(&identity).await.expect("a certificate");
-            Credentials::new(identity, &domain, issued, &Clock::system()).expect("credentials")
-        })
-    })
+    CREDENTIALS.get_or_init(make_credentials)
+}
+
+fn make_credentials() -> Credentials {
+    let domain = TrustDomain::default();
+    let (certificate, key) = generate_root(&domain).expect("a root");
+    let authority = LocalAuthority::from_pem(&certificate, &key).expect("an authority");
+    let identity: Identity = "spiffe://cluster.local/ns/a/sa/b".parse().expect("an identity");
+    let issued = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime")
+        .block_on(authority.issue(&identity))
+        .expect("a certificate");
+    Credentials::new(identity, &domain, issued, &Clock::system()).expect("credentials")
 }
 
 fn run<T>(work: impl Future<Output = T>) -> T {
@@ -135,10 +139,44 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 mod tests {
     use super::*;
 
-    type Target = (&'static str, fn(&[u8]), &'static [&'static [u8]], u32);
+    type Target<'a> = (&'static str, fn(&[u8]), &'a [&'a [u8]], u32);
+
+    /// The first bytes that our own client sends.
+    fn client_hello() -> Vec<u8> {
+        let issued = std::sync::Arc::new(make_credentials());
+        let identity = issued.identity().clone();
+        run(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let key = hbone::TunnelKey {
+                source: identity.clone(),
+                destination: vec![identity],
+                address: listener.local_addr().expect("an address"),
+            };
+            let dial = || {
+                let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+                socket.set_nonblocking(true)?;
+                Ok(socket)
+            };
+            let request = hbone::ConnectRequest {
+                authority: Authority::Host("a".into(), 80),
+                headers: vec![],
+            };
+            let pool = hbone::Pool::new(Rc::new(Config::default()));
+            let mut hello = vec![0; 4096];
+            let read = async {
+                let mut socket = listener.accept().await.expect("a connection").0;
+                let count = socket.read(&mut hello).await.expect("a hello");
+                hello.truncate(count);
+            };
+            let (opened, ()) = tokio::join!(pool.open(&key, &issued, dial, request), read);
+            assert!(opened.is_err());
+            hello
+        })
+    }
 
     /// Each with examples of what is right, so that changing a few bytes goes deep.
-    const TARGETS: [Target; 5] = [
+    fn targets<'a>(hello: &'a [&'a [u8]]) -> Vec<Target<'a>> {
+        vec![
         ("authority", authority, &[b"10.0.0.1:80", b"[fd00::1]:15008", b"web.shop.svc.cluster.local:80"], 50_000),
         ("identity", identity, &[b"spiffe://cluster.local/ns/shop/sa/web"], 50_000),
         ("peer_certificate", peer_certificate, &[b"\x30\x82\x01\x00\x30\x81\xa6\xa0\x03\x02\x01\x02"], 50_000),
@@ -154,7 +192,9 @@ mod tests {
             &[b"\x16\x03\x01\0\x10\x01\0\0\x0c\x03\x03", b"GET / HTTP/1.1\r\n\r\n"],
             300,
         ),
-    ];
+            ("tunnel_socket", tunnel_socket, hello, 1000),
+        ]
+    }
 
     #[test]
     fn smoke() {
@@ -165,7 +205,8 @@ mod tests {
             state ^= state << 17;
             state as usize
         };
-        for (name, target, examples, iterations) in TARGETS {
+        let hello = client_hello();
+        for (name, target, examples, iterations) in targets(&[&hello]) {
             println!("{name}: {iterations} iterations");
             for _ in 0..iterations {
                 let mut data = examples[random() % examples.len()].to_vec();
