@@ -506,3 +506,26 @@ pub(crate) fn read_some(socket: &TcpStream, buffer: &mut BytesMut, size: usize) 
     });
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_read_that_fills_its_room_is_not_taken_for_the_last() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let writer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let reader = listener.accept().await.unwrap().0;
+        assert_eq!(writer.try_write(&[7; 100]).unwrap(), 100);
+        reader.readable().await.unwrap();
+        // Less room than is asked for, as behind the first part of a record.
+        let mut buffer = BytesMut::with_capacity(64);
+        buffer.extend_from_slice(&[0; 60]);
+        let room = buffer.capacity() - buffer.len();
+        assert_eq!(read_some(&reader, &mut buffer, 64).unwrap(), room);
+        let ready = poll_fn(|cx| Poll::Ready(reader.poll_read_ready(cx).is_ready())).await;
+        assert!(ready, "the rest would wait for ever");
+    }
+}
