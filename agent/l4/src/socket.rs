@@ -37,8 +37,6 @@ pub(crate) async fn connect(
     within: Duration,
 ) -> Result<TcpStream, ConnectError> {
     let socket = socket.map_err(ConnectError::Socket)?;
-    // Not essential: without it small writes are late, not lost.
-    let _ = socket.set_tcp_nodelay(true);
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(target);
     match tokio::time::timeout(within, connecting).await {
         Ok(connected) => connected.map_err(|source| ConnectError::Refused { target, source }),
