@@ -192,8 +192,14 @@ fn a_nested_namespace_is_no_way_out(mesh: &Mesh) -> Result<()> {
             "the kernel lets no pod make namespaces",
         );
     }
-    // The pod's own network works again afterwards.
-    a_captured_socket_reaches_its_peer_through_the_mesh(mesh)
+    // The node has learnt the nested link's address for the pod's: until it forgot that, the pod has harmed itself.
+    wait::until_true("the pod's own network works again", || {
+        let mut works = true;
+        for address in &inside {
+            works &= attacker(mesh).client(&["echo", address, "8001"])?["same"] == true;
+        }
+        Ok(works)
+    })
 }
 
 fn every_try_is_counted(mesh: &Mesh) -> Result<()> {
@@ -247,8 +253,10 @@ fn the_proxys_ports_cannot_be_dialled(mesh: &Mesh) -> Result<()> {
     for address in strings([own, far, near].concat().into_iter().chain(["127.0.0.1".parse()?])) {
         for port in ["15001", "15006", "15008"] {
             let result = attacker(mesh).client(&["refused", &address, port, "5"])?;
+            // At the most an alert of TLS from 15008, which is open to whoever has a certificate.
             let served = result["bytes"].as_u64().unwrap_or(0);
-            ensure!(served == 0, "{address}:{port} answered: {result}");
+            let may = if port == "15008" { 7 } else { 0 };
+            ensure!(served <= may, "{address}:{port} answered: {result}");
         }
     }
     // Nobody goes round in circles.

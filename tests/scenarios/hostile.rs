@@ -47,10 +47,10 @@ fn target(address: IpAddr, port: u16) -> String {
 }
 
 fn log(mesh: &Mesh) -> Result<Log> {
-    mesh.node("node-2").agent_log()
+    mesh.node("node-2").access_log()
 }
 
-/// One that came from a forger: warned of, with its address and these words.
+/// The line of the access log about a forger: with its address and these words.
 fn is_said(log: &Log, mesh: &Mesh, words: &[&str]) -> Result<()> {
     let from = mesh.pod("outside", "client").v4()?.to_string();
     log.line_with(&[&[from.as_str()], words].concat()).map(drop)

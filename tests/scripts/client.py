@@ -49,15 +49,17 @@ def echo(host, port, text="hello", count="1"):
     with dial(host, port) as conn:
         payload = text.encode() * int(count)
         thread = threading.Thread(target=lambda: (conn.sendall(payload), conn.shutdown(socket.SHUT_WR)), daemon=True)
+        truth = seen(conn)
         thread.start()
         data, end = rest(conn)
-        return {**seen(conn), "same": data == payload, "end": end}
+        return {**truth, "same": data == payload, "end": end}
 
 
 def speaks_first(host, port):
     with dial(host, port) as conn:
+        truth = seen(conn)
         data, end = rest(conn)
-        return {**seen(conn), "server": json.loads(data) if data else None, "end": end}
+        return {**truth, "server": json.loads(data) if data else None, "end": end}
 
 
 def bulk(host, port, size):

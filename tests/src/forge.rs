@@ -124,6 +124,13 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
+/// Runs to the end, or says what did not come in time.
+fn limited<T>(exchange: impl Future<Output = T>, late: impl FnOnce() -> String) -> Result<T> {
+    runtime()?
+        .block_on(async { timeout(LIMIT, exchange).await })
+        .with_context(late)
+}
+
 /// Sends one CONNECT, from inside a namespace.
 pub fn connect(from: &str, to: SocketAddr, offer: Offer, authority: &str, headers: &[(&str, &str)]) -> Result<Outcome> {
     let config = offer.config()?;
@@ -137,9 +144,7 @@ pub fn connect(from: &str, to: SocketAddr, offer: Offer, authority: &str, header
                 .await
                 .map_or_else(Outcome::Refused, Outcome::Status))
         };
-        runtime()?
-            .block_on(timeout(LIMIT, exchange))
-            .with_context(|| format!("{to} neither answers nor refuses"))?
+        limited(exchange, || format!("{to} neither answers nor refuses"))?
     })
 }
 
@@ -183,9 +188,7 @@ pub fn send_raw(from: &str, to: SocketAddr, bytes: &[u8]) -> Result<Vec<u8>> {
             let _ = tcp.read_to_end(&mut answer).await;
             Ok::<_, anyhow::Error>(answer)
         };
-        runtime()?
-            .block_on(timeout(LIMIT, exchange))
-            .with_context(|| format!("{to} does not close"))?
+        limited(exchange, || format!("{to} does not close"))?
     })
 }
 
@@ -202,9 +205,7 @@ pub fn send_inside(from: &str, to: SocketAddr, offer: Offer, bytes: &[u8]) -> Re
             let _ = stream.read_to_end(&mut answer).await;
             Ok::<_, anyhow::Error>(answer)
         };
-        runtime()?
-            .block_on(timeout(LIMIT, exchange))
-            .with_context(|| format!("{to} does not close"))?
+        limited(exchange, || format!("{to} does not close"))?
     })
 }
 

@@ -23,6 +23,8 @@ pub struct Mesh {
     manifests: Mutex<Manifests>,
     /// What there was before.
     before: Leftovers,
+    /// False while it may be somebody else's playground that is up.
+    is_ours: bool,
     _lock: Flock<File>,
 }
 
@@ -34,9 +36,11 @@ impl Mesh {
             binary,
             manifests: Mutex::new(Manifests::load()?),
             before: Leftovers::default(),
+            is_ours: false,
             _lock: lock()?,
         };
         mesh.down()?;
+        mesh.is_ours = true;
         mesh.before = Leftovers::now()?;
         mesh.bring_up()?;
         Ok(mesh)
@@ -48,14 +52,11 @@ impl Mesh {
             .manifests
             .lock()
             .map_err(|_| anyhow!("a scenario panicked while it changed manifests"))?;
-        self.playground(&[
-            "up",
-            "--nodes",
-            "2",
-            "--manifests",
-            &manifests.directory().to_string_lossy(),
-        ])
-        .map(drop)
+        // Another way of capturing, to see the same scenarios on it; `none` shows which of them can fail.
+        let capture = std::env::var("UNDERCURRENT_TESTS_CAPTURE").unwrap_or("ebpf".to_owned());
+        let directory = manifests.directory().to_string_lossy();
+        self.playground(&["up", "--nodes", "2", "--capture", &capture, "--manifests", &directory])
+            .map(drop)
     }
 
     /// Changes a manifest, and makes it so.
@@ -108,7 +109,12 @@ impl Mesh {
 
     pub(crate) fn environment(&self) -> impl Iterator<Item = (&'static str, &'static str)> + use<> {
         // Kept small, so that what a log says is what matters.
-        [("UNDERCURRENT_PLAYGROUND", STATE), ("RUST_LOG", "info")].into_iter()
+        [
+            ("UNDERCURRENT_PLAYGROUND", STATE),
+            ("RUST_LOG", "info"),
+            ("RUST_BACKTRACE", "0"),
+        ]
+        .into_iter()
     }
 
     /// A pod, by namespace and name.
@@ -120,22 +126,20 @@ impl Mesh {
         }
     }
 
+    /// As the playground's state file has them: they are known whether an agent runs or not.
     pub(crate) fn addresses(&self, pod: &Pod<'_>) -> Result<[IpAddr; 2]> {
-        for node in ["node-1", "node-2"] {
-            let status = self.node(node).status()?;
-            let found = status
-                .pods
-                .iter()
-                .find(|one| one.namespace == pod.namespace && one.name == pod.name);
-            if let Some(found) = found {
-                let of = |v4: bool| found.addresses.iter().copied().find(|address| address.is_ipv4() == v4);
-                let both = of(true)
-                    .zip(of(false))
-                    .with_context(|| format!("{} lacks an address", pod.key()))?;
-                return Ok(both.into());
-            }
-        }
-        Err(anyhow!("no agent knows of {}", pod.key()))
+        let state: serde_json::Value = serde_json::from_str(&fs::read_to_string(self.file("state.json"))?)?;
+        let slot = &state["pods"][pod.key()];
+        let number = |name: &str| {
+            slot[name]
+                .as_u64()
+                .with_context(|| format!("{} has no {name} in state.json", pod.key()))
+        };
+        let (node, host) = (number("node")?, number("host")?);
+        Ok([
+            format!("10.244.{node}.{host}").parse()?,
+            format!("fd00:10:244:{node}::{host:x}").parse()?,
+        ])
     }
 
     /// A node.
@@ -173,7 +177,9 @@ impl Drop for Mesh {
     fn drop(&mut self) {
         if std::env::var_os("UNDERCURRENT_KEEP").is_some() {
             println!("the mesh stays up: UNDERCURRENT_PLAYGROUND={STATE} undercurrent playground down");
-        } else if let Err(error) = self.down() {
+        } else if self.is_ours
+            && let Err(error) = self.down()
+        {
             eprintln!("cannot take the mesh down: {error:#}");
         }
     }

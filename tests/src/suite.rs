@@ -52,16 +52,19 @@ fn trial(scenario: Scenario, shared: Arc<Shared>) -> Trial {
         Some(why) => not_run(name, &why),
         None => shared
             .run(name, scenario.run)
-            .map_err(|error| Failed::from(format!("{error:?}"))),
+            .map_err(|error| Failed::from(explained(&error))),
     })
 }
 
 impl Shared {
     fn run(&self, name: &str, run: fn(&Mesh) -> Result<()>) -> Result<()> {
         let mut mesh = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Err(_)) = &*mesh {
+            anyhow::bail!("there is no mesh: see the first scenario");
+        }
         let mesh = mesh.get_or_insert_with(|| {
             let started = Instant::now();
-            let mesh = Mesh::up().map_err(|error| format!("{error:?}"));
+            let mesh = Mesh::up().map_err(|error| explained(&error));
             println!("(the mesh was made in {:.1} s)", started.elapsed().as_secs_f64());
             mesh
         });
@@ -81,6 +84,12 @@ impl Shared {
             Err(error).with_context(|| format!("logs are in {}", logs.display()))
         })
     }
+}
+
+/// An error with its causes, without a backtrace: the words say where it was.
+fn explained(error: &anyhow::Error) -> String {
+    let causes: Vec<_> = error.chain().map(ToString::to_string).collect();
+    causes.join("\n  because: ")
 }
 
 /// Says that a scenario can't run here: in CI that is a failure.
