@@ -2,11 +2,11 @@
 //! application that dialled the server pod.
 //!
 //! ```text
-//! cargo run --release -p l4 --example loopback -- [SHARDS [system]]
+//! cargo run --release -p l4 --example loopback -- [SHARDS]
 //! load serve --listen 127.9.0.2:8080          the server pod's application
 //! load requests --connect 127.9.0.1:15001     the client pod's
 //! ```
-//! `system` leaves the system's congestion control on the applications' connections. A STRICT policy and the access log (to nowhere) are on, as by default. Ends when stdin does.
+//! A STRICT policy and the access log (to nowhere) are on, as by default. Ends when stdin does.
 
 #![allow(clippy::unwrap_used)]
 
@@ -96,9 +96,6 @@ fn main() {
     let mut config = Config::default();
     if let Some(shards) = std::env::args().nth(1) {
         config.shards = shards.parse().unwrap();
-    }
-    if std::env::args().nth(2).as_deref() == Some("system") {
-        config.local_congestion_control = None;
     }
     let log = AccessLog::start(io::sink(), Format::Text).unwrap();
     let start = || Proxy::start(config.clone(), knowledge.clone(), identities.clone(), log.clone()).unwrap();

@@ -20,9 +20,6 @@ pub struct Config {
     /// Half-open HBONE handshakes per pod and shard; when there are more, the oldest of the source with the most is
     /// dropped.
     pub half_open: usize,
-    /// The congestion control of connections that never leave the node (application to proxy and back). `None` leaves
-    /// the system's. Reno is the cheapest: nothing is lost between two sockets of one machine, and pacing only costs.
-    pub local_congestion_control: Option<&'static str>,
 }
 
 impl Default for Config {
@@ -35,7 +32,6 @@ impl Default for Config {
             credentials_timeout: Duration::from_secs(5),
             attempts: 3,
             half_open: 256,
-            local_congestion_control: Some("reno"),
         }
     }
 }

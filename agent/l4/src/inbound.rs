@@ -106,9 +106,6 @@ fn own_workload<'a>(connection: &Connection, snapshot: &'a Snapshot) -> Result<&
 
 async fn dial_application(connection: &Connection, target: SocketAddr) -> Result<TcpStream, Failure> {
     let socket = connection.pod.sockets.inbound_socket(target, connection.client.ip());
-    if let (Ok(socket), Some(name)) = (&socket, connection.shard.config.local_congestion_control) {
-        socket::set_congestion_control(socket, name);
-    }
     Ok(socket::connect(socket, target, connection.shard.config.connect_timeout).await?)
 }
 

@@ -57,7 +57,6 @@ pub struct ShardFailure {
 pub struct Proxy {
     shards: Vec<ShardHandle>,
     failure: watch::Receiver<Option<ShardFailure>>,
-    congestion_control: Option<&'static str>,
     /// The next pod's home, in turn.
     next_home: AtomicUsize,
 }
@@ -104,7 +103,6 @@ impl Proxy {
         Ok(Self {
             shards,
             failure,
-            congestion_control: config.local_congestion_control,
             next_home: AtomicUsize::default(),
         })
     }
@@ -119,12 +117,13 @@ impl Proxy {
             sockets,
             listeners,
         } = pod;
-        for listener in listeners.outbound.iter().chain(&listeners.inbound) {
-            prepare_listener(listener, self.congestion_control)?;
-        }
-        for listener in &listeners.hbone {
-            // A tunnel leaves the node: its congestion control is the system's.
-            prepare_listener(listener, None)?;
+        let PodListeners {
+            outbound,
+            inbound,
+            hbone,
+        } = &listeners;
+        for listener in outbound.iter().chain(inbound).chain(hbone) {
+            prepare_listener(listener)?;
         }
         let home = self.next_home.fetch_add(1, Relaxed) % self.shards.len();
         let others = (0..self.shards.len()).filter(|index| *index != home);

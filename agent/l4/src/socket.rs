@@ -88,20 +88,11 @@ impl Drop for ResetOnDrop {
 
 /// Sets on a listener what every socket that it accepts shall have: Linux hands these options down, which saves each
 /// connection the system calls. Keep-alive as ztunnel has it, so that a peer that vanished is noticed.
-pub(crate) fn prepare_listener(listener: &std::net::TcpListener, congestion_control: Option<&str>) -> io::Result<()> {
+pub(crate) fn prepare_listener(listener: &std::net::TcpListener) -> io::Result<()> {
     let listener = SockRef::from(listener);
     listener.set_nonblocking(true)?;
     listener.set_tcp_nodelay(true)?;
-    listener.set_tcp_keepalive(&keepalive())?;
-    if let Some(name) = congestion_control {
-        set_congestion_control(&listener, name);
-    }
-    Ok(())
-}
-
-/// Sets the congestion control; a kernel that does not have it keeps its own, which is correct too, only slower.
-pub(crate) fn set_congestion_control(socket: &socket2::Socket, name: &str) {
-    let _ = socket.set_tcp_congestion(name.as_bytes());
+    listener.set_tcp_keepalive(&keepalive())
 }
 
 /// Keep-alive on a socket that leaves the pod.

@@ -591,3 +591,30 @@ async fn a_connect_is_answered_with_ztunnels_status() {
     two.lab.publish();
     assert_eq!(status_of(&two.lab, &two.server, &format!("{ip}:8080")).await, 401);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_and_tunnels_are_shared_out_among_the_shards() {
+    let mut lab = Lab::new();
+    let three = || Config {
+        shards: 3,
+        ..Config::default()
+    };
+    let (near, far) = (lab.proxy_with(three()), lab.proxy_with(three()));
+    let (client, server) = (lab.pod(&near, "client"), lab.pod(&far, "server"));
+    lab.publish();
+    echo(server.listen(8080).await);
+    let mut live = Vec::new();
+    for _ in 0..9 {
+        let mut socket = client.dial(server.at(8080)).await.unwrap();
+        expect_echo(&mut socket, b"hello").await;
+        live.push(socket);
+    }
+    for proxy in [&near, &far] {
+        let mut shards = [0; 3];
+        for connection in proxy.connections().await {
+            assert!(connection.established && connection.bytes == 10);
+            shards[connection.shard] += 1;
+        }
+        assert_eq!(shards, [3, 3, 3]);
+    }
+}
