@@ -63,10 +63,17 @@ impl Checks {
 
     fn formatting(&mut self) {
         let mut ours = build::cargo(&self.workspace);
-        ours.args(["fmt", "--all", "--check"]);
+        ours.args(["fmt", "--all", "--check", "--", "--color=never"]);
         self.attempt("formatting", |steps| steps.run("fmt", "check formatting", &mut ours));
         let mut ebpf = build::cargo(&self.workspace);
-        ebpf.args(["fmt", "--check", "--manifest-path", "ebpf/Cargo.toml"]);
+        ebpf.args([
+            "fmt",
+            "--check",
+            "--manifest-path",
+            "ebpf/Cargo.toml",
+            "--",
+            "--color=never",
+        ]);
         self.attempt("formatting of ebpf", |steps| {
             steps.run("fmt-ebpf", "check formatting of ebpf", &mut ebpf)
         });
