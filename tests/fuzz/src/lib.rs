@@ -1,6 +1,9 @@
 //! What each fuzz target does with its bytes: one function a target, named like it.
 //!
-//! To fuzz, with coverage: `cargo +nightly fuzz run -s none TARGET` in `tests/fuzz`.
+//! To fuzz, with coverage: `cargo +nightly fuzz run -s none TARGET` in `tests/fuzz`; or with any compiler,
+//! `RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
+//! -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table"
+//! cargo build --release --bins --target x86_64-unknown-linux-gnu`, and then run `target/*/release/TARGET`.
 //! As a smoke run of a bounded number of iterations, without: `cargo test --manifest-path tests/fuzz/Cargo.toml`.
 //!
 //! A new target: a function here, a file of three lines in `fuzz_targets/`, a `[[bin]]`, a line in `smoke` below.
