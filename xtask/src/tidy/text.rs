@@ -59,7 +59,7 @@ pub fn check(path: &str, content: &str, personal: &[String]) -> Vec<Finding> {
         return findings;
     }
     let rust = path.ends_with(".rs");
-    if rust && !content.trim_start().starts_with("//!") {
+    if rust && !has_header(content) {
         findings.push(Finding::error(
             path,
             "has no header (`//!`): say what it is, and what it does not know",
@@ -97,6 +97,15 @@ pub fn check(path: &str, content: &str, personal: &[String]) -> Vec<Finding> {
     findings
 }
 
+/// A header comes first, but for attributes of the whole file.
+fn has_header(content: &str) -> bool {
+    let first = content
+        .lines()
+        .map(str::trim)
+        .find(|line| !line.is_empty() && !line.starts_with("#!["));
+    first.is_some_and(|line| line.starts_with("//!"))
+}
+
 /// Not written by hand: lock files, licences, snapshots, corpora.
 fn generated(path: &str) -> bool {
     path.ends_with("Cargo.lock")
@@ -119,6 +128,7 @@ mod tests {
     #[test]
     fn a_plain_file_passes() {
         assert_eq!(whats("a.rs", "//! A.\nfn a() {}\n"), Vec::<String>::new());
+        assert_eq!(whats("a.rs", "#![no_main]\n\n//! A.\n"), Vec::<String>::new());
         assert_eq!(whats("a.md", "words\n"), Vec::<String>::new());
     }
 
