@@ -11,16 +11,16 @@ use crate::{
     cgroup::{self, Cgroup},
     files::absent_is_fine,
     layout::{FABRIC, Layout, node_netns, pod_netns},
-    netns, preflight,
+    netns, owner, preflight,
     process::Process,
     progress::Progress,
-    state::{State, lock},
+    state::State,
     up::bpffs_is_mounted,
 };
 
 pub(crate) fn run(layout: &Layout) -> Result<()> {
     preflight::root()?;
-    let held = lock(layout)?;
+    let held = owner::hold(layout)?;
     let mut progress = Progress::new();
     progress.step("taking the playground down");
     let state = State::load(layout).ok().flatten();
@@ -51,6 +51,7 @@ pub(crate) fn run(layout: &Layout) -> Result<()> {
     for node in &nodes {
         root.child(node).remove()?;
     }
+    root.child("fabric").remove()?;
     root.remove_if_empty();
     for name in namespaces {
         netns::delete(&name)?;
@@ -65,8 +66,7 @@ pub(crate) fn run(layout: &Layout) -> Result<()> {
     }
     absent_is_fine(fs::remove_dir_all(&layout.root))
         .with_context(|| format!("cannot remove {}", layout.root.display()))?;
-    drop(held);
-    absent_is_fine(fs::remove_file(layout.lock())).context("cannot remove the lock")?;
+    owner::release(held)?;
     progress.done();
     Ok(())
 }

@@ -1,7 +1,6 @@
 //! `exec`, `logs`, `capture-packets`: looking into what runs.
 
 use std::{
-    ffi::OsString,
     fs::File,
     io::{Read, Seek, Write},
     os::unix::process::{CommandExt, ExitStatusExt},
@@ -12,9 +11,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::{
     agent::node_cgroup,
+    cgroup,
     desired::{Desired, PodStatus},
     kubelet::pod_environment,
     launch::{Launch, spawn_in_pod},
@@ -103,20 +104,14 @@ pub(crate) fn command_in_pod(layout: &Layout, args: &ExecArgs) -> Result<(i32, C
 /// Runs `exec`; the exit code is the program's.
 pub(crate) fn run(layout: &Layout, args: &ExecArgs) -> Result<i32> {
     let (pause, command) = command_in_pod(layout, args)?;
+    let mut child = spawn_in_pod(pause, command)?;
     // Ctrl-C is for the program in the pod, which has it from the terminal as we do; we only wait for it.
-    let mut child = ignoring_interrupts(|| spawn_in_pod(pause, command))?;
-    let status = child.wait().context("cannot wait for the program")?;
-    Ok(code(status))
-}
-
-fn ignoring_interrupts<T>(spawn: impl FnOnce() -> Result<T>) -> Result<T> {
-    use nix::sys::signal::{SigSet, Signal};
-    let spawned = spawn()?;
     let mut interrupts = SigSet::empty();
     interrupts.add(Signal::SIGINT);
     interrupts.add(Signal::SIGQUIT);
     interrupts.thread_block().context("cannot block signals")?;
-    Ok(spawned)
+    let status = child.wait().context("cannot wait for the program")?;
+    Ok(code(status))
 }
 
 fn code(status: ExitStatus) -> i32 {
@@ -206,11 +201,12 @@ pub struct PacketsArgs {
     pub count: Option<u64>,
     /// What tcpdump takes: options and a filter, such as `-X tcp port 15008`.
     #[arg(last = true, value_name = "TCPDUMP ARGUMENTS")]
-    pub rest: Vec<OsString>,
+    pub rest: Vec<String>,
 }
 
-/// The tcpdump on the bridge between the nodes, where every packet between them passes.
-pub(crate) fn tcpdump(args: &PacketsArgs) -> Result<Command> {
+/// The tcpdump on the bridge between the nodes, where every packet between them passes; in a cgroup of ours, so that
+/// `down` ends it.
+pub(crate) fn tcpdump(layout: &Layout, args: &PacketsArgs) -> Result<Command> {
     preflight::root()?;
     if !netns::exists(FABRIC) {
         bail!("the playground is not up: there is no network namespace {FABRIC}");
@@ -218,22 +214,27 @@ pub(crate) fn tcpdump(args: &PacketsArgs) -> Result<Command> {
     if !preflight::has_program("tcpdump") {
         bail!("this needs the program `tcpdump` (Debian: apt install tcpdump)");
     }
-    let mut command = Command::new("tcpdump");
-    command.args(["-n", "-i", BRIDGE, "-Z", "root"]);
-    if let Some(file) = &args.write {
-        command.arg("-U").arg("-w").arg(file);
-    } else {
-        command.arg("-l");
+    let mut words: Vec<_> = ["tcpdump", "-n", "-i", BRIDGE, "-Z", "root"].map(str::to_owned).into();
+    match &args.write {
+        Some(file) => words.extend([
+            "-U".to_owned(),
+            "-w".to_owned(),
+            std::path::absolute(file)?.display().to_string(),
+        ]),
+        None => words.push("-l".to_owned()),
     }
     if let Some(count) = args.count {
-        command.arg("-c").arg(count.to_string());
+        words.extend(["-c".to_owned(), count.to_string()]);
     }
-    command.args(&args.rest);
-    Ok(command)
+    words.extend(args.rest.iter().cloned());
+    let cgroup = cgroup::root()?.child("fabric");
+    cgroup.create()?;
+    let mut launch = Launch::new(&cgroup.0);
+    launch.netns = Some(FABRIC);
+    Ok(launch.command(&layout.binary(), &words))
 }
 
 /// Runs `capture-packets`.
-pub(crate) fn capture_packets(args: &PacketsArgs) -> Result<()> {
-    let mut command = tcpdump(args)?;
-    netns::inside(FABRIC, || Err(command.exec()).context("cannot run tcpdump"))
+pub(crate) fn capture_packets(layout: &Layout, args: &PacketsArgs) -> Result<()> {
+    Err(tcpdump(layout, args)?.exec()).context("cannot run tcpdump")
 }

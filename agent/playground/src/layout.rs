@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! STATE/                       default /var/lib/undercurrent/playground
-//!   state.json  lock           what was allotted to whom; held while it changes
+//!   state.json                 what was allotted to whom
 //!   ca.pem ca-key.pem          the mesh's authority
 //!   mesh.yaml                  what every agent reads
 //!   bin/undercurrent           the binary that `up` was called with
@@ -37,10 +37,6 @@ impl Layout {
     }
     pub fn state(&self) -> PathBuf {
         self.root.join("state.json")
-    }
-    pub fn lock(&self) -> PathBuf {
-        // Beside the directory, which `down` removes.
-        self.root.with_extension("lock")
     }
     pub fn ca_cert(&self) -> PathBuf {
         self.root.join("ca.pem")

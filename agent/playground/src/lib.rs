@@ -17,6 +17,7 @@
 mod agent;
 mod capabilities;
 mod cgroup;
+mod demo;
 mod desired;
 mod down;
 mod exec;
@@ -27,6 +28,7 @@ mod launch;
 mod layout;
 mod netns;
 mod network;
+mod owner;
 mod pause;
 mod preflight;
 mod process;
@@ -42,6 +44,7 @@ use anyhow::{Result, bail};
 use clap::Subcommand;
 use nix::sys::signal::Signal;
 
+pub use demo::DemoArgs;
 pub use exec::{ExecArgs, LogsArgs, PacketsArgs};
 pub use status::StatusArgs;
 pub use up::UpArgs;
@@ -71,6 +74,8 @@ enum Command {
     Up(UpArgs),
     /// End and remove everything.
     Down,
+    /// The samples on two nodes, and what to see of them: every claim is checked.
+    Demo(DemoArgs),
     /// What runs: nodes, agents, pods, who is in the mesh with which identity, and what the guard dropped.
     Status(StatusArgs),
     /// Run a program in a pod; the exit code is the program's.
@@ -104,14 +109,15 @@ enum Command {
 
 /// Runs a command of the playground. `exec` ends the process with the program's exit code.
 pub fn run(args: Args) -> Result<()> {
-    let layout = Layout::new(args.state);
+    let layout = Layout::new(std::path::absolute(&args.state)?);
     match args.command {
         Command::Up(up) => up::run(&layout, &up),
         Command::Down => down::run(&layout),
+        Command::Demo(demo) => demo::run(&layout, &demo),
         Command::Status(status) => status::run(&layout, &status),
         Command::Exec(exec) => std::process::exit(exec::run(&layout, &exec)?),
         Command::Logs(logs) => exec::logs(&layout, &logs),
-        Command::CapturePackets(packets) => exec::capture_packets(&packets),
+        Command::CapturePackets(packets) => exec::capture_packets(&layout, &packets),
         Command::KillAgent { node } => {
             known_node(&layout, &node)?;
             if !agent::stop(&layout, &node, Signal::SIGKILL, AGENT_TIME)? {

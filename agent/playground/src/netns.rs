@@ -46,6 +46,12 @@ pub(crate) fn delete(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Deletes a link of the namespace that we are in, with its other end, if it is there.
+pub(crate) fn delete_link(name: &str) {
+    // If it is there and stays, whoever makes it anew says so.
+    let _ = ip(&["link", "del", name]);
+}
+
 /// Runs `ip`.
 fn ip(arguments: &[&str]) -> Result<()> {
     let output = Command::new("ip")

@@ -2,14 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File, OpenOptions},
+    fs,
     net::IpAddr,
     path::PathBuf,
 };
 
 use anyhow::{Context, Result, bail};
 use k8s::{IpFamily, Objects};
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -17,7 +16,7 @@ use crate::{
     layout::{Layout, node_addresses, node_name, pod_addresses, pod_netns, service_addresses},
 };
 
-/// What was allotted. It changes only under [`lock`].
+/// What was allotted. It changes only under [`crate::owner::hold`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct State {
@@ -52,18 +51,6 @@ impl PodSlot {
             None => node_addresses(self.node),
         }
     }
-}
-
-/// Held while the playground changes. Gives it up when dropped.
-pub(crate) fn lock(layout: &Layout) -> Result<Flock<File>> {
-    let path = layout.lock();
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    }
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|(_, error)| anyhow::anyhow!("another playground command is at work ({}: {error})", path.display()))
 }
 
 impl State {

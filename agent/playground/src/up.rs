@@ -28,11 +28,11 @@ use crate::{
     launch::Launch,
     layout::{Layout, node_name, node_netns, pod_id},
     network::ensure_nodes,
-    preflight,
+    owner, preflight,
     process::{Process, last_lines, spawn_detached},
     progress::Progress,
     proxy,
-    state::{State, key, lock},
+    state::{State, key},
 };
 
 /// Options of `up`.
@@ -57,7 +57,7 @@ pub struct UpArgs {
 
 pub(crate) fn run(layout: &Layout, args: &UpArgs) -> Result<()> {
     preflight::check()?;
-    let _held = lock(layout)?;
+    let _held = owner::hold(layout)?;
     let mut progress = Progress::new();
     progress.step("reading the manifests");
     let mut objects = read(&args.manifests)?;

@@ -142,6 +142,9 @@ impl Run {
     /// Runs the pod until it is to end, or its sandbox did.
     fn attempt(&self) -> Result<()> {
         self.tell(Phase::Pending, None, "its network is being made", &[]);
+        // As a kubelet does: the sandbox that is gone is deleted (CNI DEL) before another is added under its name. The
+        // agent would otherwise hold on to the old one's network.
+        self.tell_agent_it_is_gone()?;
         let sandbox = Sandbox::create(self)?;
         self.tell(
             Phase::Pending,
@@ -204,6 +207,16 @@ impl Run {
         .context("the node's agent does not take the pod")
     }
 
+    /// Tells the agent that the pod's network is gone, or never was.
+    fn tell_agent_it_is_gone(&self) -> Result<()> {
+        let (Some(socket), false) = (&self.node.agent_socket, self.desired.pod.spec.host_network) else {
+            return Ok(());
+        };
+        let metadata = &self.desired.pod.metadata;
+        agent::pod_removed(socket, &metadata.namespace, &metadata.name)
+            .context("the node's agent was not told that the pod's network is gone")
+    }
+
     /// SIGTERM, then what is left is ended with the sandbox.
     fn terminate(&self, runners: &mut [Runner<'_>]) {
         for runner in &mut *runners {
@@ -219,14 +232,8 @@ impl Run {
     fn tear_down(&self) -> Result<()> {
         self.cgroup.remove()?;
         if !self.desired.pod.spec.host_network {
-            if let Some(socket) = &self.node.agent_socket {
-                let metadata = &self.desired.pod.metadata;
-                if let Err(error) = agent::pod_removed(socket, &metadata.namespace, &metadata.name) {
-                    eprintln!(
-                        "{}: the agent was not told that it is gone: {error:#}",
-                        self.desired.id()
-                    );
-                }
+            if let Err(error) = self.tell_agent_it_is_gone() {
+                eprintln!("{}: {error:#}", self.desired.id());
             }
             netns::delete(&self.netns)?;
         }

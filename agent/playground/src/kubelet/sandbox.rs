@@ -31,10 +31,12 @@ impl Sandbox {
         let metadata = &run.desired.pod.metadata;
         if !run.desired.pod.spec.host_network {
             let addresses = &run.desired.addresses;
+            let veth = pod_veth(&metadata.namespace, &metadata.name);
+            // A namespace lives on while anybody has a socket in it, and so does the link that leads there.
+            netns::delete_link(&veth);
             netns::delete(&run.netns)?;
             netns::create(&run.netns)?;
             netns::sysctl(&run.netns, POD_SYSCTLS)?;
-            let veth = pod_veth(&metadata.namespace, &metadata.name);
             // The kubelet is in the node's namespace, and so is what `ip` makes here.
             netns::batch(None, &pod_link_plan(&veth, &run.netns, &run.node.addresses, addresses))
                 .context("cannot make the pod's link")?;

@@ -133,9 +133,11 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
     if args.never_read {
         return never_read(&mut stream, args, called).await;
     }
+    // Where nothing is sent, the connection's end is what tells whether there was one.
+    let half_close = args.half_close || (args.payload_length() == 0 && args.hold.is_none() && !args.reset);
     let mut payload = Payload::new(args.body.as_deref(), args.bytes);
     let (reader, mut writer) = stream.into_split();
-    let expected = (!args.half_close).then_some(args.payload_length());
+    let expected = (!half_close).then_some(args.payload_length());
     let reading = tokio::spawn(receive(reader, expected, args.bytes.is_some(), args.timeout()));
     let mut sent = Hash::new();
     let mut buffer = vec![0; args.chunk.unwrap_or(BUFFER).max(1)];
@@ -148,7 +150,7 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
         writer.write_all(&buffer[..count]).await.context("send")?;
     }
     called.bytes_sent = sent.1;
-    if args.half_close {
+    if half_close {
         writer.shutdown().await.context("shut down the sending side")?;
     }
     if args.reset {
