@@ -50,7 +50,10 @@ pub fn guard(ctx: TcContext) -> i32 {
         Ok(()) => PASS,
         Err(reason) => {
             count(ifindex, reason);
-            debug!(&ctx, "guard dropped a packet on interface {}: reason {}", ifindex, reason as u32);
+            debug!(
+                &ctx,
+                "guard dropped a packet on interface {}: reason {}", ifindex, reason as u32
+            );
             DROP
         }
     }

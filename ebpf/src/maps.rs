@@ -1,6 +1,6 @@
 //! Maps and constants, shared by the hooks. All maps are pinned by the agent; the constants are set when it loads.
 
-use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, Pod, Reason, Restore};
+use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient, Pod, Reason, Restore};
 use aya_ebpf::{
     Global,
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
@@ -32,6 +32,11 @@ pub static ORIGINAL: LruHashMap<OriginalKey, Endpoint> = LruHashMap::with_max_en
 /// Connections that the agent opened inside a pod to the pod's application, from the client's address.
 #[map]
 pub static ADMITTED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(32768, 0);
+
+/// Clients that come in plaintext. The agent dials the application from the same address, and must not choose a port
+/// that such a client uses: both connections would have the same ends.
+#[map]
+pub static PLAINTEXT: LruHashMap<PlaintextClient, u32> = LruHashMap::with_max_entries(8192, 0);
 
 /// Connections that processes of the host opened to a pod.
 #[map]

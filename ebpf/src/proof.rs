@@ -43,7 +43,10 @@ pub fn proof(ctx: TcContext) -> i32 {
         Ok(()) => PASS,
         Err(reason) => {
             count(ifindex, reason);
-            debug!(&ctx, "dropped a packet to interface {}: reason {}", ifindex, reason as u32);
+            debug!(
+                &ctx,
+                "dropped a packet to interface {}: reason {}", ifindex, reason as u32
+            );
             DROP
         }
     }

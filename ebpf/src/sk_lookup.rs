@@ -11,9 +11,9 @@
 //! The listeners are found by the pod's address and not by a port, so it does not matter who holds which port. No
 //! listener: refused (the kernel answers with RST).
 
-use abi::{Address, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, Reason, is_capture_port};
+use abi::{Address, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, PlaintextClient, Reason, is_capture_port};
 use aya_ebpf::{
-    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},
+    bindings::{BPF_ANY, BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},
     macros::sk_lookup,
     programs::SkLookupContext,
 };
@@ -21,7 +21,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context,
-    maps::{ADMITTED, LISTENERS, PROBES, count},
+    maps::{ADMITTED, LISTENERS, PLAINTEXT, PROBES, count},
 };
 
 const AF_INET: u32 = 2;
@@ -59,6 +59,7 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
         if local.port == HBONE_PORT {
             ListenerKind::Hbone
         } else {
+            remember_client(&local.address, &remote.address);
             ListenerKind::Inbound
         }
     };
@@ -70,9 +71,24 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
         Ok(()) => sk_action::SK_PASS,
         Err(error) => {
             count(0, Reason::NoListener);
-            debug!(&ctx, "no listener of kind {} for port {}: {}", kind as u32, local.port, error);
+            debug!(
+                &ctx,
+                "no listener of kind {} for port {}: {}", kind as u32, local.port, error
+            );
             sk_action::SK_DROP
         }
+    }
+}
+
+#[inline(always)]
+fn remember_client(pod: &Address, client: &Address) {
+    let key = PlaintextClient {
+        pod: *pod,
+        client: *client,
+    };
+    // SAFETY: only the presence matters; asking keeps the entry young.
+    if unsafe { PLAINTEXT.get(&key).is_none() } {
+        let _ = PLAINTEXT.insert(&key, &0, u64::from(BPF_ANY));
     }
 }
 
@@ -83,7 +99,9 @@ fn ends(lookup: *mut bpf_sk_lookup) -> (Endpoint, Endpoint) {
     // order in the field's first two bytes.
     unsafe {
         let local_port = core::ptr::read_volatile(&raw const (*lookup).local_port) as u16;
-        let remote_port = u16::from_be(core::ptr::read_volatile((&raw const (*lookup).remote_port).cast::<u16>()));
+        let remote_port = u16::from_be(core::ptr::read_volatile(
+            (&raw const (*lookup).remote_port).cast::<u16>(),
+        ));
         let family = core::ptr::read_volatile(&raw const (*lookup).family);
         let local4 = core::ptr::read_volatile(&raw const (*lookup).local_ip4);
         let remote4 = core::ptr::read_volatile(&raw const (*lookup).remote_ip4);

@@ -49,9 +49,13 @@ fn remember(ops: *mut bpf_sock_ops) {
         if sk.is_null() {
             return;
         }
-        let dialled =
-            bpf_sk_storage_get((&raw const DIALLED).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0)
-                .cast::<Endpoint>();
+        let dialled = bpf_sk_storage_get(
+            (&raw const DIALLED).cast_mut().cast(),
+            sk.cast(),
+            core::ptr::null_mut(),
+            0,
+        )
+        .cast::<Endpoint>();
         if dialled.is_null() {
             return;
         }

@@ -76,25 +76,59 @@ pub fn probe() -> Capabilities {
     let classifier = ProgramType::SchedClassifier;
     let hooks = vec![
         hook("connect4/6", "sends the pods' connections to the agent", || {
-            helper(connect, BpfHelper::BPF_FUNC_get_netns_cookie, "bpf_get_netns_cookie for connect", "5.7")?;
-            helper(connect, BpfHelper::BPF_FUNC_set_retval, "bpf_set_retval for connect", "5.18")
+            helper(
+                connect,
+                BpfHelper::BPF_FUNC_get_netns_cookie,
+                "bpf_get_netns_cookie for connect",
+                "5.7",
+            )?;
+            helper(
+                connect,
+                BpfHelper::BPF_FUNC_set_retval,
+                "bpf_set_retval for connect",
+                "5.18",
+            )
         }),
-        hook("getpeername4/6", "shows applications the peer that they dialled", || {
-            // Loaded for connect; the same kernel brought its attach type and the helper asked for above.
-            program(connect, "cgroup/getpeername", "5.8")
-        }),
+        hook(
+            "getpeername4/6",
+            "shows applications the peer that they dialled",
+            || {
+                // Loaded for connect; the same kernel brought its attach type and the helper asked for above.
+                program(connect, "cgroup/getpeername", "5.8")
+            },
+        ),
         hook("sock_ops", "remembers where connections were meant to go", || {
-            helper(ProgramType::SockOps, BpfHelper::BPF_FUNC_get_netns_cookie, "bpf_get_netns_cookie for sock_ops", "5.15")
+            helper(
+                ProgramType::SockOps,
+                BpfHelper::BPF_FUNC_get_netns_cookie,
+                "bpf_get_netns_cookie for sock_ops",
+                "5.15",
+            )
         }),
         hook("sk_lookup", "gives connections to the agent's listeners", || {
-            helper(ProgramType::SkLookup, BpfHelper::BPF_FUNC_sk_assign, "sk_lookup programs", "5.9")
+            helper(
+                ProgramType::SkLookup,
+                BpfHelper::BPF_FUNC_sk_assign,
+                "sk_lookup programs",
+                "5.9",
+            )
         }),
         hook("tcx egress", "proves that a probe comes from the host", || {
-            helper(classifier, BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id, "bpf_skb_ancestor_cgroup_id", "4.19")?;
+            helper(
+                classifier,
+                BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id,
+                "bpf_skb_ancestor_cgroup_id",
+                "4.19",
+            )?;
             tcx()
         }),
         hook("tcx ingress", "lets out no TCP but the agent's", || {
-            helper(classifier, BpfHelper::BPF_FUNC_skb_cgroup_id, "bpf_skb_cgroup_id", "4.18")?;
+            helper(
+                classifier,
+                BpfHelper::BPF_FUNC_skb_cgroup_id,
+                "bpf_skb_cgroup_id",
+                "4.18",
+            )?;
             tcx()
         }),
     ];

@@ -36,7 +36,9 @@ impl Cgroup {
             return Err(problem("is the root cgroup; a cgroup of its own is needed"));
         }
         let file = File::open(path).tried(|| format!("opening the cgroup {}", path.display()))?;
-        let metadata = file.metadata().tried(|| format!("reading the cgroup {}", path.display()))?;
+        let metadata = file
+            .metadata()
+            .tried(|| format!("reading the cgroup {}", path.display()))?;
         Ok(Self {
             path: path.to_owned(),
             // On 64-bit machines a cgroup's id is its inode number.

@@ -25,7 +25,10 @@ impl GuardCounters {
     /// A pod's count for a reason.
     pub fn of_pod(&self, uid: &WorkloadUid, reason: Reason) -> u64 {
         let counts = self.pods.get(uid);
-        counts.and_then(|counts| counts.get(&reason)).copied().unwrap_or_default()
+        counts
+            .and_then(|counts| counts.get(&reason))
+            .copied()
+            .unwrap_or_default()
     }
 }
 
@@ -40,7 +43,12 @@ pub(crate) fn gather(maps: &Maps, pods: &HashMap<WorkloadUid, PodState>) -> Guar
     for ((ifindex, reason), count) in maps.counters() {
         *counters.total.entry(reason).or_default() += count;
         if let Some(uid) = owners.get(&ifindex) {
-            *counters.pods.entry((*uid).clone()).or_default().entry(reason).or_default() += count;
+            *counters
+                .pods
+                .entry((*uid).clone())
+                .or_default()
+                .entry(reason)
+                .or_default() += count;
         }
     }
     counters

@@ -55,7 +55,13 @@ pub(crate) fn list(states: u32) -> io::Result<Vec<TcpSocket>> {
     let socket = netlink::connect(NETLINK_SOCK_DIAG)?;
     let mut found = Vec::new();
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        let request = request(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, family, states, &[0; ID]);
+        let request = request(
+            SOCK_DIAG_BY_FAMILY,
+            NLM_F_REQUEST | NLM_F_DUMP,
+            family,
+            states,
+            &[0; ID],
+        );
         exchange(&socket, &request, |message| found.extend(parse(message)))?;
     }
     Ok(found)
@@ -64,7 +70,13 @@ pub(crate) fn list(states: u32) -> io::Result<Vec<TcpSocket>> {
 /// Aborts a socket: its owner gets ECONNABORTED.
 pub(crate) fn destroy(target: &TcpSocket) -> io::Result<()> {
     let socket = netlink::connect(NETLINK_SOCK_DIAG)?;
-    let request = request(SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, target.family, u32::MAX, &target.id);
+    let request = request(
+        SOCK_DESTROY,
+        NLM_F_REQUEST | NLM_F_ACK,
+        target.family,
+        u32::MAX,
+        &target.id,
+    );
     exchange(&socket, &request, |_| ())
 }
 

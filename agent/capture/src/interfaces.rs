@@ -52,10 +52,7 @@ pub(crate) fn look(home: &Netns, pod: &Netns) -> io::Result<PodNetwork> {
         .filter(|interface| interface.kind == Kind::Veth && interface.link_netns == pod_id)
         .filter_map(|interface| Some((interface.link?, interface.index)))
         .collect();
-    Ok(PodNetwork {
-        interfaces,
-        host_sides,
-    })
+    Ok(PodNetwork { interfaces, host_sides })
 }
 
 /// The interfaces of the namespace that the thread is in.

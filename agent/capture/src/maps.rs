@@ -6,17 +6,30 @@ use std::{
     sync::Arc,
 };
 
-use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, Pod, Reason, Restore};
+use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient, Pod, Reason, Restore};
 use aya::{
     Ebpf,
     maps::{HashMap, IterableMap, Map, MapData, MapError, PerCpuHashMap, SockHash},
 };
 
-use crate::error::{CaptureError, Tried, map_error};
+use crate::{
+    error::{CaptureError, Tried, map_error},
+    sys,
+};
 
 /// All maps of the object that are pinned; its constants and its log are not.
 pub(crate) const PINNED: &[&str] = &[
-    "PODS", "INTERFACES", "LISTENERS", "DIALLED", "ORIGINAL", "ADMITTED", "PROBES", "FLOWS", "COUNTERS", "RESTORE",
+    "PODS",
+    "INTERFACES",
+    "LISTENERS",
+    "DIALLED",
+    "ORIGINAL",
+    "ADMITTED",
+    "PLAINTEXT",
+    "PROBES",
+    "FLOWS",
+    "COUNTERS",
+    "RESTORE",
 ];
 
 /// The maps, as the agent uses them.
@@ -27,7 +40,7 @@ pub(crate) struct Maps {
     flows: HashMap<MapData, Flow, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
     restore: HashMap<MapData, u64, Restore>,
-    original: Original,
+    lookups: Lookups,
 }
 
 impl Maps {
@@ -36,7 +49,7 @@ impl Maps {
             let map = ebpf.take_map(name).ok_or(CaptureError::Missing(name))?;
             T::try_from(map).map_err(map_error(name))
         }
-        let original: HashMap<MapData, OriginalKey, Endpoint> = map(ebpf, "ORIGINAL")?;
+        let lookups = Lookups::of(&map(ebpf, "ORIGINAL")?, &map(ebpf, "PLAINTEXT")?)?;
         Ok(Self {
             pods: map(ebpf, "PODS")?,
             interfaces: map(ebpf, "INTERFACES")?,
@@ -44,12 +57,12 @@ impl Maps {
             flows: map(ebpf, "FLOWS")?,
             counters: map(ebpf, "COUNTERS")?,
             restore: map(ebpf, "RESTORE")?,
-            original: Original::of(original)?,
+            lookups,
         })
     }
 
-    pub(crate) fn original(&self) -> Original {
-        self.original.clone()
+    pub(crate) fn lookups(&self) -> Lookups {
+        self.lookups.clone()
     }
 
     pub(crate) fn pod(&self, cookie: u64) -> Option<Pod> {
@@ -95,7 +108,9 @@ impl Maps {
         key: ListenerKey,
         listener: &std::net::TcpListener,
     ) -> Result<(), CaptureError> {
-        self.listeners.insert(key, listener.as_raw_fd(), 0).map_err(map_error("LISTENERS"))
+        self.listeners
+            .insert(key, listener.as_raw_fd(), 0)
+            .map_err(map_error("LISTENERS"))
     }
 
     pub(crate) fn remove_listener(&mut self, key: &ListenerKey) {
@@ -162,26 +177,42 @@ fn is_there(error: &MapError) -> bool {
     matches!(error, MapError::SyscallError(error) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists)
 }
 
-/// `ORIGINAL`, for those who accept: no lock, one system call.
+/// The maps of those who accept and dial: no lock, one system call.
 #[derive(Clone)]
-pub(crate) struct Original(Arc<OwnedFd>);
+pub(crate) struct Lookups(Arc<LookupFds>);
 
-impl Original {
-    fn of(map: HashMap<MapData, OriginalKey, Endpoint>) -> Result<Self, CaptureError> {
-        // aya keeps the typed map; the descriptor alone is enough here, and needs no lock.
-        let fd = map
-            .map()
-            .fd()
-            .as_fd()
-            .try_clone_to_owned()
-            .tried(|| "duplicating a map's descriptor".into())?;
-        Ok(Self(Arc::new(fd)))
+struct LookupFds {
+    original: OwnedFd,
+    plaintext: OwnedFd,
+}
+
+impl Lookups {
+    fn of(
+        original: &HashMap<MapData, OriginalKey, Endpoint>,
+        plaintext: &HashMap<MapData, PlaintextClient, u32>,
+    ) -> Result<Self, CaptureError> {
+        let fd = |map: &MapData| {
+            map.fd()
+                .as_fd()
+                .try_clone_to_owned()
+                .tried(|| "duplicating a map's descriptor".into())
+        };
+        Ok(Self(Arc::new(LookupFds {
+            original: fd(original.map())?,
+            plaintext: fd(plaintext.map())?,
+        })))
     }
 
-    pub(crate) fn take(&self, key: &OriginalKey) -> Option<Endpoint> {
-        crate::sys::map_take(self.0.as_fd(), key)
+    /// Takes the original destination of a connection.
+    pub(crate) fn take_original(&self, key: &OriginalKey) -> Option<Endpoint> {
+        sys::map_take(&self.0.original, key)
             .inspect_err(|error| tracing::warn!(%error, "looking up an original destination"))
             .ok()
             .flatten()
+    }
+
+    /// Whether a client lately came to a pod in plaintext.
+    pub(crate) fn comes_in_plaintext(&self, key: &PlaintextClient) -> bool {
+        sys::map_get::<_, u32>(&self.0.plaintext, key).is_ok_and(|found| found.is_some())
     }
 }

@@ -190,10 +190,7 @@ impl Node {
 
     /// The log of the programs, once, if it was asked for: somebody must run it.
     pub fn kernel_log(&self) -> Option<KernelLog> {
-        self.kernel_log
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.kernel_log.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Ends all capture and leaves nothing: no link, no pin, no rule, no route, no changed setting.
@@ -245,7 +242,10 @@ impl Inner {
         let netns = self.open_netns(spec)?;
         self.refuse_taken_addresses(spec)?;
         let cookie = netns.cookie();
-        let captured = self.pods.get(&spec.uid).is_some_and(|known| known.netns.cookie() == cookie && known.is_captured());
+        let captured = self
+            .pods
+            .get(&spec.uid)
+            .is_some_and(|known| known.netns.cookie() == cookie && known.is_captured());
         if captured {
             return Ok(());
         }
@@ -263,7 +263,11 @@ impl Inner {
 
     /// A pod of the same name in another namespace: restarted, and nobody said so.
     pub(crate) fn forget_former_namespace(&mut self, spec: &PodSpec, cookie: u64) {
-        if self.pods.get(&spec.uid).is_some_and(|known| known.netns.cookie() != cookie) {
+        if self
+            .pods
+            .get(&spec.uid)
+            .is_some_and(|known| known.netns.cookie() != cookie)
+        {
             self.forget(&spec.uid);
         }
     }
@@ -281,9 +285,15 @@ impl Inner {
 
     /// The address is the key by which `sk_lookup` finds a pod's listeners.
     pub(crate) fn refuse_taken_addresses(&self, spec: &PodSpec) -> Result<(), CaptureError> {
-        let mut others = self.pods.values().filter(|other| other.spec.uid != spec.uid && other.is_captured());
+        let mut others = self
+            .pods
+            .values()
+            .filter(|other| other.spec.uid != spec.uid && other.is_captured());
         let taken = others.find_map(|other| {
-            let address = spec.addresses.iter().find(|address| other.spec.addresses.contains(address))?;
+            let address = spec
+                .addresses
+                .iter()
+                .find(|address| other.spec.addresses.contains(address))?;
             Some((*address, other.spec.uid.to_string()))
         });
         match taken {

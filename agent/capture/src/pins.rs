@@ -110,7 +110,10 @@ pub(crate) fn attach(
         return Ok(false);
     }
     let link = sys::link_create(program, target, kind)?;
-    let fresh = path.with_file_name(format!("{UNFINISHED}{}", path.file_name().unwrap_or_default().display()));
+    let fresh = path.with_file_name(format!(
+        "{UNFINISHED}{}",
+        path.file_name().unwrap_or_default().display()
+    ));
     let _ = fs::remove_file(&fresh);
     sys::pin(&link, &fresh)?;
     fs::rename(&fresh, path)?;
@@ -179,15 +182,9 @@ fn mount_bpffs(root: &Path) -> Result<(), CaptureError> {
              --net`), and a mount made here would not outlive the agent"
         ));
     }
-    mount(
-        Some("bpf"),
-        DEFAULT_MOUNT,
-        Some("bpf"),
-        MsFlags::empty(),
-        None::<&str>,
-    )
-    .map_err(io::Error::from)
-    .tried(|| format!("mounting bpffs at {DEFAULT_MOUNT}"))
+    mount(Some("bpf"), DEFAULT_MOUNT, Some("bpf"), MsFlags::empty(), None::<&str>)
+        .map_err(io::Error::from)
+        .tried(|| format!("mounting bpffs at {DEFAULT_MOUNT}"))
 }
 
 /// Whether the path, or the nearest directory above it that exists, is on bpffs.

@@ -33,9 +33,17 @@ impl Addresses {
     pub(crate) fn of(spec: &PodSpec) -> Result<Self, CaptureError> {
         let wrong = || CaptureError::Addresses(spec.addresses.clone());
         let one = |is_v4: bool| {
-            let mut found = spec.addresses.iter().map(IpAddr::to_canonical).filter(|ip| ip.is_ipv4() == is_v4);
+            let mut found = spec
+                .addresses
+                .iter()
+                .map(IpAddr::to_canonical)
+                .filter(|ip| ip.is_ipv4() == is_v4);
             let first = found.next();
-            if found.next().is_some() { Err(wrong()) } else { Ok(first) }
+            if found.next().is_some() {
+                Err(wrong())
+            } else {
+                Ok(first)
+            }
         };
         let addresses = Self {
             ip4: one(true)?,
@@ -73,11 +81,14 @@ pub(crate) fn plan(
     let mut guarded: Vec<u32> = Vec::new();
     for address in addresses.iter() {
         let holder = holder(spec, network, address)?;
-        let host_side = network.host_sides.get(&holder.index).ok_or_else(|| CaptureError::NoVeth {
-            netns: spec.netns.clone(),
-            interface: holder.name.clone(),
-            problem: format!("{:?}, no host side here", holder.kind),
-        })?;
+        let host_side = network
+            .host_sides
+            .get(&holder.index)
+            .ok_or_else(|| CaptureError::NoVeth {
+                netns: spec.netns.clone(),
+                interface: holder.name.clone(),
+                problem: format!("{:?}, no host side here", holder.kind),
+            })?;
         if !guarded.contains(host_side) {
             guarded.push(*host_side);
         }
@@ -187,7 +198,10 @@ mod tests {
             &[(2, 102), (3, 103)],
         );
         let plan = plan(&spec(&["10.0.0.1", "fd00::1"]), 7, &network, true).unwrap();
-        assert_eq!(plan.interfaces.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [102, 103]);
+        assert_eq!(
+            plan.interfaces.iter().map(|(index, _)| *index).collect::<Vec<_>>(),
+            [102, 103]
+        );
         assert_eq!(plan.pod.flags, CAPTURED | FORBID_NON_TCP);
         assert_eq!(plan.pod.ifindex, 102);
         assert!(plan.ip4 && plan.ip6);

@@ -74,7 +74,7 @@ impl Inner {
         };
         let repaired = self.apply(spec, &netns, &plan, &listeners)?;
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
-        let handle = PodHandle::new(spec.uid.clone(), netns.clone(), self.maps.original(), listeners.clone());
+        let handle = PodHandle::new(spec.uid.clone(), netns.clone(), self.maps.lookups(), listeners.clone());
         let captured = Captured {
             plan,
             forbid_non_tcp,
@@ -122,7 +122,11 @@ impl Inner {
             repaired.push("steer");
         }
         self.maps.set_pod(cookie, &plan.pod)?;
-        if plan.interfaces.iter().any(|(index, _)| !Hook::Guard.pin(&directory, *index).exists()) {
+        if plan
+            .interfaces
+            .iter()
+            .any(|(index, _)| !Hook::Guard.pin(&directory, *index).exists())
+        {
             self.keep_connections(netns, plan)?;
             for (index, _) in &plan.interfaces {
                 attach_tcx(&directory, Hook::Guard, *index, &self.programs)?;
@@ -151,7 +155,11 @@ impl Inner {
         let mut restore = Restore {
             netns: [0; 240],
             tcp_fwmark_accept: before.tcp_fwmark_accept,
-            rp_filter_all: if before.rp_filter_all == 1 { 1 } else { Restore::UNTOUCHED },
+            rp_filter_all: if before.rp_filter_all == 1 {
+                1
+            } else {
+                Restore::UNTOUCHED
+            },
         };
         // A longer path can't be restored after a crash of the agent, only while it runs.
         let path = spec.netns.as_os_str().as_bytes();
@@ -177,7 +185,10 @@ impl Inner {
                 tracing::debug!(%error, "aborting an attempt to connect");
             }
         }
-        for socket in list(diag::state::CONNECTED)?.iter().filter(|socket| is_the_pods(socket)) {
+        for socket in list(diag::state::CONNECTED)?
+            .iter()
+            .filter(|socket| is_the_pods(socket))
+        {
             if addresses(&plan.pod).any(|address| address == socket.local.address) {
                 self.maps.keep_flow(Flow {
                     pod: socket.local,
@@ -370,8 +381,14 @@ fn attach_tcx(directory: &Path, hook: Hook, index: u32, programs: &Programs) -> 
         Hook::Guard => (&programs.guard, AttachType::TcxIngress),
     };
     let path = hook.pin(directory, index);
-    pins::attach(&path, program, Target::Interface(index), kind, Attached::Interface(index))
-        .tried(|| format!("attaching {}", path.display()))
+    pins::attach(
+        &path,
+        program,
+        Target::Interface(index),
+        kind,
+        Attached::Interface(index),
+    )
+    .tried(|| format!("attaching {}", path.display()))
 }
 
 fn attach_steer(directory: &Path, netns: &Netns, programs: &Programs) -> Result<bool, CaptureError> {
@@ -381,7 +398,13 @@ fn attach_steer(directory: &Path, netns: &Netns, programs: &Programs) -> Result<
             .and_then(|file| file.metadata())
             .map(|metadata| std::os::unix::fs::MetadataExt::ino(&metadata) as u32)?;
         let target = Target::File(netns.as_fd());
-        pins::attach(&path, &programs.steer, target, AttachType::SkLookup, Attached::Netns(inode))
+        pins::attach(
+            &path,
+            &programs.steer,
+            target,
+            AttachType::SkLookup,
+            Attached::Netns(inode),
+        )
     };
     attach().tried(|| format!("attaching {}", path.display()))
 }

@@ -55,7 +55,7 @@ pub(crate) fn load(
         // DIALLED, the sockets' storage, is only for the programs.
         .allow_unsupported_maps();
     for name in PINNED {
-        loader.map_pin_path(*name, pins.maps().join(name));
+        loader.map_pin_path(name, pins.maps().join(name));
     }
     // The library wants the object aligned, whatever the caller did.
     let aligned = Aligned::new(object);

@@ -5,14 +5,17 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
 };
 
-use abi::{Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey};
+use abi::{Address, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey, PlaintextClient};
 use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_socket};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{maps::Original, netns::Netns, routes::same_family, sys};
+use crate::{maps::Lookups, netns::Netns, routes::same_family, sys};
 
 const BACKLOG: i32 = 4096;
 
@@ -94,17 +97,20 @@ pub struct PodHandle(Arc<Inner>);
 struct Inner {
     uid: WorkloadUid,
     netns: Netns,
-    original: Original,
+    lookups: Lookups,
     listeners: Arc<Listeners>,
+    /// Where [`PodHandle::bind_beside_plaintext`] goes on.
+    next_port: AtomicU16,
 }
 
 impl PodHandle {
-    pub(crate) fn new(uid: WorkloadUid, netns: Netns, original: Original, listeners: Arc<Listeners>) -> Self {
+    pub(crate) fn new(uid: WorkloadUid, netns: Netns, lookups: Lookups, listeners: Arc<Listeners>) -> Self {
         Self(Arc::new(Inner {
             uid,
             netns,
-            original,
+            lookups,
             listeners,
+            next_port: AtomicU16::new(0),
         }))
     }
 
@@ -127,7 +133,7 @@ impl PodHandle {
             source: Endpoint::from_socket(canonical_socket(peer.0)),
             capture_port: u32::from(local.port()),
         };
-        let found = self.0.original.take(&key)?;
+        let found = self.0.lookups.take_original(&key)?;
         Some(OriginalDst(found.to_socket()))
     }
 
@@ -156,9 +162,37 @@ impl PodHandle {
         } else {
             socket.set_ip_transparent_v6(true)?;
         }
+        // It never leaves the loopback device. Saying so lets the kernel use a port again that is in TIME_WAIT
+        // (`tcp_tw_reuse=2`, the default): else a client could have 28,000 connections a minute, and no more.
+        socket.bind_device(Some(b"lo"))?;
+        let client = PlaintextClient {
+            pod: Address::from_ip(target.ip()),
+            client: Address::from_ip(source),
+        };
+        if self.0.lookups.comes_in_plaintext(&client) && self.bind_beside_plaintext(&socket, source)? {
+            return Ok(socket);
+        }
         sys::set_bind_address_no_port(&socket)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
         Ok(socket)
+    }
+
+    /// Binds to a port that a client with the usual settings does not have. The client's own connection to the pod, and
+    /// the agent's to the application, would otherwise now and then have the same ends, and one of them die. False:
+    /// the next few are all taken.
+    fn bind_beside_plaintext(&self, socket: &Socket, source: IpAddr) -> io::Result<bool> {
+        const TRIES: u16 = 32;
+        /// Above Linux's default range for clients, 32768 to 60999.
+        const FIRST: u16 = 61000;
+        const COUNT: u16 = u16::MAX - FIRST;
+        for _ in 0..TRIES {
+            let port = FIRST + self.0.next_port.fetch_add(1, Ordering::Relaxed) % COUNT;
+            match socket.bind(&SocketAddr::new(source, port).into()) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                result => return result.map(|()| true),
+            }
+        }
+        Ok(false)
     }
 }
 

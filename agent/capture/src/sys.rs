@@ -13,6 +13,7 @@ use std::{
     path::Path,
 };
 
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
@@ -173,9 +174,7 @@ pub(crate) fn link_attached(link: impl AsFd) -> io::Result<Attached> {
     };
     // struct bpf_link_info: type, id, prog_id, padding, then what the type has.
     Ok(match u32_at(0) {
-        BPF_LINK_TYPE_CGROUP => {
-            Attached::Cgroup(u64::from(u32_at(16)) | u64::from(u32_at(20)) << 32)
-        }
+        BPF_LINK_TYPE_CGROUP => Attached::Cgroup(u64::from(u32_at(16)) | u64::from(u32_at(20)) << 32),
         BPF_LINK_TYPE_NETNS => Attached::Netns(u32_at(16)),
         BPF_LINK_TYPE_TCX => Attached::Interface(u32_at(16)),
         other => Attached::Other(other),
@@ -184,13 +183,22 @@ pub(crate) fn link_attached(link: impl AsFd) -> io::Result<Attached> {
 
 /// Takes an entry out of a map.
 pub(crate) fn map_take<K: aya::Pod, V: aya::Pod>(map: impl AsFd, key: &K) -> io::Result<Option<V>> {
+    map_read(BPF_MAP_LOOKUP_AND_DELETE_ELEM, map, key)
+}
+
+/// Reads an entry of a map.
+pub(crate) fn map_get<K: aya::Pod, V: aya::Pod>(map: impl AsFd, key: &K) -> io::Result<Option<V>> {
+    map_read(BPF_MAP_LOOKUP_ELEM, map, key)
+}
+
+fn map_read<K: aya::Pod, V: aya::Pod>(command: libc::c_int, map: impl AsFd, key: &K) -> io::Result<Option<V>> {
     let mut value = std::mem::MaybeUninit::<V>::uninit();
     let attr = Attr::new()
         .fd(0, map.as_fd())
         .u64(8, std::ptr::from_ref(key) as u64)
         .u64(16, value.as_mut_ptr() as u64);
     // SAFETY: key and value are of the map's sizes (both are types of `abi`), and live until the call is over.
-    match unsafe { attr.call(BPF_MAP_LOOKUP_AND_DELETE_ELEM) } {
+    match unsafe { attr.call(command) } {
         // SAFETY: the kernel has written the whole value; any bytes are a valid `Pod`.
         Ok(_) => Ok(Some(unsafe { value.assume_init() })),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -213,7 +221,11 @@ pub(crate) fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
             &raw mut length,
         )
     };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Binding to port 0 leaves the choice of the port to connect, which knows the destination.
@@ -230,7 +242,11 @@ pub(crate) fn set_bind_address_no_port(socket: impl AsFd) -> io::Result<()> {
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Whether the kernel has tcx: asks what is attached to the loopback device, which is always there.

@@ -1,5 +1,7 @@
 //! No TCP gets out of a captured pod but through the agent, whatever root in it tries.
 
+#![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test fails by panicking")]
+
 mod lab;
 
 use std::net::SocketAddr;
@@ -87,7 +89,14 @@ impl Prison {
         outside.must(WATCH);
         outside.must("u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('10.78.0.2', 9))");
         let gateway = lab.run(None, "ip -o link show dev v-a");
-        let gateway = gateway.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap().replace(':', "");
+        let gateway = gateway
+            .split("link/ether ")
+            .nth(1)
+            .unwrap()
+            .split(' ')
+            .next()
+            .unwrap()
+            .replace(':', "");
         inmate.must(&format!("GATEWAY = '{gateway}'"));
         inmate.must(FORGE);
         inmate.must("p = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)); p.bind(('eth0', 0))");
@@ -112,7 +121,9 @@ impl Prison {
     fn dropped(&mut self, what: &str, reason: Reason) {
         let before = self.count(reason);
         self.inmate.must(what);
-        until(&format!("{what} is dropped: {reason:?}"), || (self.count(reason) > before).then_some(()));
+        until(&format!("{what} is dropped: {reason:?}"), || {
+            (self.count(reason) > before).then_some(())
+        });
         self.nothing_got_out(what);
     }
 
@@ -120,16 +131,22 @@ impl Prison {
     fn is_captured(&mut self, what: &str) {
         self.inmate.must(what);
         let (stream, peer) = accept(&self.listeners.outbound[0]);
-        let original = self.handle.original_destination(model::PeerAddr(peer), stream.local_addr().unwrap());
-        let there: [SocketAddr; 2] = [format!("{OUTSIDE4}:8080").parse().unwrap(), format!("[{OUTSIDE6}]:8080").parse().unwrap()];
+        let original = self
+            .handle
+            .original_destination(model::PeerAddr(peer), stream.local_addr().unwrap());
+        let there: [SocketAddr; 2] = [
+            format!("{OUTSIDE4}:8080").parse().unwrap(),
+            format!("[{OUTSIDE6}]:8080").parse().unwrap(),
+        ];
         assert!(there.contains(&original.expect(what).0), "{what}");
         self.nothing_got_out(what);
     }
 
     /// A datagram, which is allowed, overtakes nothing: what was sent before it would have been seen.
     fn nothing_got_out(&mut self, what: &str) {
-        self.inmate
-            .must(&format!("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'FENCE', ('{OUTSIDE4}', 9))"));
+        self.inmate.must(&format!(
+            "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'FENCE', ('{OUTSIDE4}', 9))"
+        ));
         assert_eq!(self.outside.must("seen()"), "[]", "{what}");
     }
 }
@@ -147,8 +164,16 @@ fn whatever_connects_is_captured() {
             for mark in [0x539, 0x111, 1337, 1] {
                 dial(&format!("s.setsockopt(socket.SOL_SOCKET, 36, {mark})"), family, there);
             }
-            dial("s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'eth0')", family, there);
-            dial("s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('', 15001 + 10000))", family, there);
+            dial(
+                "s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'eth0')",
+                family,
+                there,
+            );
+            dial(
+                "s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('', 15001 + 10000))",
+                family,
+                there,
+            );
         }
         for (socket, there) in [("early4", OUTSIDE4), ("early6", OUTSIDE6)] {
             prison.is_captured(&format!("{socket}.connect(('{there}', 8080))"));
@@ -166,7 +191,11 @@ fn whatever_connects_is_captured() {
             cgroup.display()
         ));
         prison.is_captured("s = socket.create_connection(('10.78.0.2', 8080))");
-        if prison.inmate.tell("s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)").is_ok() {
+        if prison
+            .inmate
+            .tell("s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)")
+            .is_ok()
+        {
             prison.is_captured("s.connect(('10.78.0.2', 8080))");
         }
     });
@@ -185,25 +214,73 @@ fn tcp_made_by_hand_is_dropped() {
         }
         for (what, reason) in [
             ("frame(0x0800, checksummed(ip4(6, tcp())))", Reason::ForeignSocket),
-            ("frame(0x0800, checksummed(ip4(6, tcp()[:20].replace(b'ESCAPE', b''))))", Reason::ForeignSocket),
-            ("frame(0x0800, checksummed(ip4(6, struct.pack('!HHIIBBHHH', 1, 2, 3, 0, 0x50, 4, 0, 0, 0))))", Reason::ForeignSocket),
-            ("frame(0x0800, checksummed(ip4(6, tcp(), options=b'\\1' * 8)))", Reason::ForeignSocket),
+            (
+                "frame(0x0800, checksummed(ip4(6, tcp()[:20].replace(b'ESCAPE', b''))))",
+                Reason::ForeignSocket,
+            ),
+            (
+                "frame(0x0800, checksummed(ip4(6, struct.pack('!HHIIBBHHH', 1, 2, 3, 0, 0x50, 4, 0, 0, 0))))",
+                Reason::ForeignSocket,
+            ),
+            (
+                "frame(0x0800, checksummed(ip4(6, tcp(), options=b'\\1' * 8)))",
+                Reason::ForeignSocket,
+            ),
             ("frame(0x86dd, ip6(6, tcp()))", Reason::ForeignSocket),
-            ("frame(0x86dd, ip6(0, options6(60) + options6(6) + tcp()))", Reason::ForeignSocket),
-            ("frame(0x0800, checksummed(ip4(6, tcp())), b'\\x81\\0\\0\\5')", Reason::Vlan),
-            ("frame(0x0800, checksummed(ip4(6, tcp())), b'\\x88\\xa8\\0\\5\\x81\\0\\0\\5')", Reason::Vlan),
-            ("frame(0x8847, b'\\0\\0\\1\\xff' + checksummed(ip4(6, tcp())))", Reason::UnknownEtherType),
-            ("frame(0x8864, b'\\x11\\0\\0\\1\\0\\x40\\0\\x21' + ip4(6, tcp()))", Reason::UnknownEtherType),
+            (
+                "frame(0x86dd, ip6(0, options6(60) + options6(6) + tcp()))",
+                Reason::ForeignSocket,
+            ),
+            (
+                "frame(0x0800, checksummed(ip4(6, tcp())), b'\\x81\\0\\0\\5')",
+                Reason::Vlan,
+            ),
+            (
+                "frame(0x0800, checksummed(ip4(6, tcp())), b'\\x88\\xa8\\0\\5\\x81\\0\\0\\5')",
+                Reason::Vlan,
+            ),
+            (
+                "frame(0x8847, b'\\0\\0\\1\\xff' + checksummed(ip4(6, tcp())))",
+                Reason::UnknownEtherType,
+            ),
+            (
+                "frame(0x8864, b'\\x11\\0\\0\\1\\0\\x40\\0\\x21' + ip4(6, tcp()))",
+                Reason::UnknownEtherType,
+            ),
             ("frame(100, ip4(6, tcp()))", Reason::UnknownEtherType),
-            ("frame(0x0800, checksummed(ip4(6, tcp()[:16], fragment=0x2000)))", Reason::Fragment),
-            ("frame(0x0800, checksummed(ip4(6, tcp(), fragment=2)))", Reason::Fragment),
-            ("frame(0x86dd, ip6(44, b'\\6\\0\\0\\1\\0\\0\\0\\7' + tcp()))", Reason::Fragment),
-            ("frame(0x86dd, ip6(44, b'\\x3c\\0\\0\\1\\0\\0\\0\\7' + options6(6)))", Reason::Fragment),
-            ("frame(0x86dd, ip6(0, options6(60) * 7 + options6(6) + tcp()))", Reason::ExtensionHeaders),
+            (
+                "frame(0x0800, checksummed(ip4(6, tcp()[:16], fragment=0x2000)))",
+                Reason::Fragment,
+            ),
+            (
+                "frame(0x0800, checksummed(ip4(6, tcp(), fragment=2)))",
+                Reason::Fragment,
+            ),
+            (
+                "frame(0x86dd, ip6(44, b'\\6\\0\\0\\1\\0\\0\\0\\7' + tcp()))",
+                Reason::Fragment,
+            ),
+            (
+                "frame(0x86dd, ip6(44, b'\\x3c\\0\\0\\1\\0\\0\\0\\7' + options6(6)))",
+                Reason::Fragment,
+            ),
+            (
+                "frame(0x86dd, ip6(0, options6(60) * 7 + options6(6) + tcp()))",
+                Reason::ExtensionHeaders,
+            ),
             ("frame(0x86dd, ip6(135, options6(6) + tcp()))", Reason::ExtensionHeaders),
-            ("frame(0x0800, checksummed(ip4(4, ip4(6, tcp()))))", Reason::Encapsulation),
-            ("frame(0x0800, checksummed(ip4(41, ip6(6, tcp()))))", Reason::Encapsulation),
-            ("frame(0x0800, checksummed(ip4(47, b'\\0\\0\\x08\\0' + ip4(6, tcp()))))", Reason::Encapsulation),
+            (
+                "frame(0x0800, checksummed(ip4(4, ip4(6, tcp()))))",
+                Reason::Encapsulation,
+            ),
+            (
+                "frame(0x0800, checksummed(ip4(41, ip6(6, tcp()))))",
+                Reason::Encapsulation,
+            ),
+            (
+                "frame(0x0800, checksummed(ip4(47, b'\\0\\0\\x08\\0' + ip4(6, tcp()))))",
+                Reason::Encapsulation,
+            ),
             ("frame(0x86dd, ip6(51, options6(6) + tcp()))", Reason::Encapsulation),
             ("frame(0x0800, checksummed(ip4(6, tcp()))[:24])", Reason::Malformed),
             ("frame(0x0800, b'\\x41' + ip4(6, tcp())[1:])", Reason::Malformed),
@@ -229,7 +306,9 @@ fn a_nested_namespace_has_no_way_out() {
             "nsenter -n -t {n.pid} ip link set n1 up",
             "nsenter -n -t {n.pid} ip route add default via 10.99.0.1",
         ] {
-            prison.inmate.must(&format!("subprocess.run(f'{command}'.split(), check=True)"));
+            prison
+                .inmate
+                .must(&format!("subprocess.run(f'{command}'.split(), check=True)"));
         }
         let nested = |prison: &mut Prison, code: &str| prison.inmate.must(&format!("nested({code:?})"));
         let answer = nested(&mut prison, "socket.create_connection(('10.78.0.2', 8080))");
@@ -237,51 +316,73 @@ fn a_nested_namespace_has_no_way_out() {
         let before = prison.count(Reason::NoSocket);
         let raw = "socket.socket(socket.AF_INET, socket.SOCK_RAW, 6).sendto(struct.pack('!HHIIBBHHH', 1, 8080, 1, 0, 0x50, 2, 512, 0, 0) + b'ESCAPE', ('10.78.0.2', 0))";
         assert_eq!(nested(&mut prison, raw), "done");
-        until("the forwarded packet is dropped", || (prison.count(Reason::NoSocket) > before).then_some(()));
+        until("the forwarded packet is dropped", || {
+            (prison.count(Reason::NoSocket) > before).then_some(())
+        });
         prison.nothing_got_out("nested");
     });
 }
 
 #[test]
 fn a_process_of_another_cgroup_in_the_pod_has_no_way_out() {
-    lab::test("a_process_of_another_cgroup_in_the_pod_has_no_way_out", |lab| async move {
-        let mut prison = Prison::new(lab).await;
-        for cgroup in ["elsewhere", "kubelet"] {
-            let before = prison.count(Reason::ForeignSocket);
-            let mut stranger = prison.lab.actor(Some("a"), cgroup);
-            stranger.must("s = socket.socket(); s.setblocking(False)");
-            assert!(stranger.tell("s.connect(('10.78.0.2', 8080))").unwrap_err().starts_with("EINPROGRESS"));
-            until("its SYN is dropped", || (prison.count(Reason::ForeignSocket) > before).then_some(()));
-        }
-        prison.nothing_got_out("another cgroup");
-    });
+    lab::test(
+        "a_process_of_another_cgroup_in_the_pod_has_no_way_out",
+        |lab| async move {
+            let mut prison = Prison::new(lab).await;
+            for cgroup in ["elsewhere", "kubelet"] {
+                let before = prison.count(Reason::ForeignSocket);
+                let mut stranger = prison.lab.actor(Some("a"), cgroup);
+                stranger.must("s = socket.socket(); s.setblocking(False)");
+                assert!(
+                    stranger
+                        .tell("s.connect(('10.78.0.2', 8080))")
+                        .unwrap_err()
+                        .starts_with("EINPROGRESS")
+                );
+                until("its SYN is dropped", || {
+                    (prison.count(Reason::ForeignSocket) > before).then_some(())
+                });
+            }
+            prison.nothing_got_out("another cgroup");
+        },
+    );
 }
 
 #[test]
 fn a_pod_that_bends_the_agents_packets_gets_nothing_out() {
-    lab::test("a_pod_that_bends_the_agents_packets_gets_nothing_out", |lab| async move {
-        let mut prison = Prison::new(lab).await;
-        prison.outside.must("l = socket.create_server(('10.78.0.2', 8081))");
-        if prison.inmate.tell("subprocess.run('iptables -t nat -A OUTPUT -p tcp --dport 8080 -j DNAT --to 10.78.0.2:8081'.split(), check=True)").is_err() {
+    lab::test(
+        "a_pod_that_bends_the_agents_packets_gets_nothing_out",
+        |lab| async move {
+            let mut prison = Prison::new(lab).await;
+            prison.outside.must("l = socket.create_server(('10.78.0.2', 8081))");
+            if prison.inmate.tell("subprocess.run('iptables -t nat -A OUTPUT -p tcp --dport 8080 -j DNAT --to 10.78.0.2:8081'.split(), check=True)").is_err() {
             eprintln!("not run: redirected packets: no iptables here");
             return;
         }
-        let target: SocketAddr = format!("{OUTSIDE4}:8080").parse().unwrap();
-        let socket = prison.handle.outbound_socket(target).unwrap();
-        assert!(socket.connect(&target.into()).is_err(), "nonblocking");
-        until("the redirected SYN is dropped", || (prison.count(Reason::Altered) > 0).then_some(()));
-        prison.nothing_got_out("redirected");
-        // The agent's connection to the application, sent out instead of in.
-        prison.inmate.must("subprocess.run('iptables -t nat -F'.split(), check=True)");
-        prison.inmate.must("subprocess.run('ip addr add 10.77.1.77/32 dev eth0'.split(), check=True)");
-        prison.inmate.must("subprocess.run('ip addr del 10.77.1.2/32 dev eth0'.split(), check=True)");
-        prison.inmate.must("subprocess.run('ip rule del pref 32764'.split(), check=True)");
-        let before = prison.count(Reason::Altered);
-        let target = SocketAddr::new(prison.pod.ip4(), 80);
-        let socket = prison.handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
-        let _ = socket.connect(&target.into());
-        until("it is dropped", || (prison.count(Reason::Altered) > before).then_some(()));
-    });
+            let target: SocketAddr = format!("{OUTSIDE4}:8080").parse().unwrap();
+            let socket = prison.handle.outbound_socket(target).unwrap();
+            assert!(socket.connect(&target.into()).is_err(), "nonblocking");
+            until("the redirected SYN is dropped", || {
+                (prison.count(Reason::Altered) > 0).then_some(())
+            });
+            prison.nothing_got_out("redirected");
+            // The agent's connection to the application can't be made to leave: it is bound to the loopback device.
+            for command in [
+                "iptables -t nat -F",
+                "ip addr add 10.77.1.77/32 dev eth0",
+                "ip addr del 10.77.1.2/32 dev eth0",
+                "ip rule del pref 32764",
+            ] {
+                prison
+                    .inmate
+                    .must(&format!("subprocess.run('{command}'.split(), check=True)"));
+            }
+            let target = SocketAddr::new(prison.pod.ip4(), 80);
+            let socket = prison.handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+            let _ = socket.connect(&target.into());
+            prison.nothing_got_out("the way in, turned round");
+        },
+    );
 }
 
 #[test]
@@ -311,7 +412,12 @@ fn stolen_ports_do_not_matter() {
             }
         }
         for port in [15001, 15006, 15008, 15121, 15135] {
-            assert!(thief.tell(&format!("t{port}.accept()")).unwrap_err().starts_with("EAGAIN"));
+            assert!(
+                thief
+                    .tell(&format!("t{port}.accept()"))
+                    .unwrap_err()
+                    .starts_with("EAGAIN")
+            );
         }
         // And the other way round: nobody shares what the agent has.
         let honest = lab.pod("b", 3);
@@ -334,7 +440,11 @@ fn what_is_not_tcp_passes_until_it_is_forbidden() {
         let mut outside = lab.outside();
         outside.must("u = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); u.bind(('::', 9))");
         app.must("u4 = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u6 = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)");
-        let ping = |app: &mut Actor, there: &str| app.must(&format!("subprocess.call(['ping', '-qc1', '-W1', '{there}'], stdout=-3)"));
+        let ping = |app: &mut Actor, there: &str| {
+            app.must(&format!(
+                "subprocess.call(['ping', '-qc1', '-W1', '{there}'], stdout=-3)"
+            ))
+        };
         let has_ping = app.must("__import__('shutil').which('ping') is not None") == "True";
         for (socket, there) in [("u4", OUTSIDE4), ("u6", OUTSIDE6)] {
             app.must(&format!("{socket}.sendto(b'hello', ('{there}', 9))"));

@@ -1,5 +1,7 @@
 //! Enrolment, release, restart, crash, uninstall.
 
+#![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test fails by panicking")]
+
 mod lab;
 
 use std::{
@@ -25,7 +27,10 @@ impl Connections {
         let (mut app, mut outside) = (lab.in_pod(pod), lab.outside());
         app.must(SERVE);
         outside.must(SERVE);
-        for (name, own, there) in [("4", pod.ip4().to_string(), OUTSIDE4), ("6", pod.ip6().to_string(), OUTSIDE6)] {
+        for (name, own, there) in [
+            ("4", pod.ip4().to_string(), OUTSIDE4),
+            ("6", pod.ip6().to_string(), OUTSIDE6),
+        ] {
             app.must(&format!("out{name} = socket.create_connection(('{there}', 8080))"));
             outside.must(&format!("in{name}, _ = l.accept()"));
             outside.must(&format!("out{name} = socket.create_connection(('{own}', 8080))"));
@@ -58,31 +63,37 @@ impl Connections {
         self.app.must("out4.close(); in4.close()");
         self.outside.must("out6.close(); in6.close()");
         for (actor, name) in [(&mut self.outside, "4"), (&mut self.app, "6")] {
-            assert_eq!(actor.must(&format!("out{name}.recv(1), in{name}.recv(1)")), "(b'', b'')");
+            assert_eq!(
+                actor.must(&format!("out{name}.recv(1), in{name}.recv(1)")),
+                "(b'', b'')"
+            );
         }
     }
 }
 
 #[test]
 fn older_connections_live_on_through_enrolment_restart_and_release() {
-    lab::test("older_connections_live_on_through_enrolment_restart_and_release", |lab| async move {
-        let node = lab.node();
-        let pod = lab.pod("a", 2);
-        node.know(pod.spec.clone()).await.unwrap();
-        let mut connections = Connections::open(&lab, &pod);
-        let (_, listeners) = captured(&node, &pod).await;
-        connections.speak();
-        drop((node, listeners));
-        connections.speak();
-        let node = lab.node();
-        captured(&node, &pod).await;
-        connections.speak();
-        node.reconcile().await.unwrap();
-        connections.speak();
-        node.release(pod.uid()).await.unwrap();
-        connections.speak();
-        connections.close();
-    });
+    lab::test(
+        "older_connections_live_on_through_enrolment_restart_and_release",
+        |lab| async move {
+            let node = lab.node();
+            let pod = lab.pod("a", 2);
+            node.know(pod.spec.clone()).await.unwrap();
+            let mut connections = Connections::open(&lab, &pod);
+            let (_, listeners) = captured(&node, &pod).await;
+            connections.speak();
+            drop((node, listeners));
+            connections.speak();
+            let node = lab.node();
+            captured(&node, &pod).await;
+            connections.speak();
+            node.reconcile().await.unwrap();
+            connections.speak();
+            node.release(pod.uid()).await.unwrap();
+            connections.speak();
+            connections.close();
+        },
+    );
 }
 
 #[test]
@@ -97,11 +108,16 @@ fn an_older_connection_that_ends_does_not_come_back() {
         connections.close();
         connections.outside.must("in4.close()");
         until("the connection has ended", || {
-            let states = lab.run(Some("a"), &format!("ss -Htn state connected exclude time-wait sport = :{port}"));
+            let states = lab.run(
+                Some("a"),
+                &format!("ss -Htn state connected exclude time-wait sport = :{port}"),
+            );
             states.trim().is_empty().then_some(())
         });
         // The same ends again, by hand.
-        connections.app.must("r = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)");
+        connections
+            .app
+            .must("r = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)");
         let mut send = |flags: u8| {
             connections.app.must(&format!(
                 "r.sendto(struct.pack('!HHIIBBHHH', {port}, 8080, 1, 0, 0x50, {flags}, 512, 0, 0), ('{OUTSIDE4}', 0))"
@@ -128,9 +144,16 @@ fn an_attempt_to_connect_under_way_is_aborted() {
         lab.run(Some("out"), "ip route add blackhole 10.77.1.2/32");
         let mut app = lab.in_pod(&pod);
         app.must("s = socket.socket(); s.setblocking(False)");
-        assert!(app.tell(&format!("s.connect(('{OUTSIDE4}', 8080))")).unwrap_err().starts_with("EINPROGRESS"));
+        assert!(
+            app.tell(&format!("s.connect(('{OUTSIDE4}', 8080))"))
+                .unwrap_err()
+                .starts_with("EINPROGRESS")
+        );
         let (_, listeners) = captured(&node, &pod).await;
-        assert_eq!(app.must("errno.errorcode[s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)]"), "ECONNABORTED");
+        assert_eq!(
+            app.must("errno.errorcode[s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)]"),
+            "ECONNABORTED"
+        );
         app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
         accept(&listeners.outbound[0]);
     });
@@ -138,34 +161,41 @@ fn an_attempt_to_connect_under_way_is_aborted() {
 
 #[test]
 fn without_the_agent_nothing_passes_and_the_next_one_takes_over() {
-    lab::test("without_the_agent_nothing_passes_and_the_next_one_takes_over", |lab| async move {
-        let node = lab.node();
-        let pod = lab.pod("a", 2);
-        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
-        app.must(SERVE);
-        let (handle, listeners) = captured(&node, &pod).await;
-        let links = lab.links();
-        drop((node, handle, listeners));
-        assert_eq!(lab.links(), links, "pins stay");
-        for (own, there) in [(pod.ip4(), OUTSIDE4), (pod.ip6(), OUTSIDE6)] {
-            let refused = |answer: Result<String, String>| assert!(answer.unwrap_err().starts_with("ECONNREFUSED"));
-            refused(app.tell(&format!("socket.create_connection(('{there}', 8080))")));
-            for port in [8080, 15001, 15006, 15008] {
-                refused(outside.tell(&format!("socket.create_connection(('{own}', {port}))")));
+    lab::test(
+        "without_the_agent_nothing_passes_and_the_next_one_takes_over",
+        |lab| async move {
+            let node = lab.node();
+            let pod = lab.pod("a", 2);
+            let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+            app.must(SERVE);
+            let (handle, listeners) = captured(&node, &pod).await;
+            let links = lab.links();
+            drop((node, handle, listeners));
+            assert_eq!(lab.links(), links, "pins stay");
+            for (own, there) in [(pod.ip4(), OUTSIDE4), (pod.ip6(), OUTSIDE6)] {
+                let refused = |answer: Result<String, String>| assert!(answer.unwrap_err().starts_with("ECONNREFUSED"));
+                refused(app.tell(&format!("socket.create_connection(('{there}', 8080))")));
+                for port in [8080, 15001, 15006, 15008] {
+                    refused(outside.tell(&format!("socket.create_connection(('{own}', {port}))")));
+                }
             }
-        }
-        let mut kubelet = lab.kubelet();
-        kubelet.must(&format!("socket.create_connection(('{}', 8080))", pod.ip4()));
+            let mut kubelet = lab.kubelet();
+            kubelet.must(&format!("socket.create_connection(('{}', 8080))", pod.ip4()));
 
-        let node = lab.node();
-        assert!(node.counters().get(Reason::NoListener) >= 10);
-        let (handle, listeners) = captured(&node, &pod).await;
-        assert_eq!(lab.links(), links, "adopted");
-        app.must(&format!("s = socket.create_connection(('{OUTSIDE6}', 8080))"));
-        let (stream, peer) = accept(&listeners.outbound[0]);
-        assert!(handle.original_destination(PeerAddr(peer), stream.local_addr().unwrap()).is_some());
-        assert_eq!(app.must("s.getpeername()[0]"), OUTSIDE6);
-    });
+            let node = lab.node();
+            assert!(node.counters().get(Reason::NoListener) >= 10);
+            let (handle, listeners) = captured(&node, &pod).await;
+            assert_eq!(lab.links(), links, "adopted");
+            app.must(&format!("s = socket.create_connection(('{OUTSIDE6}', 8080))"));
+            let (stream, peer) = accept(&listeners.outbound[0]);
+            assert!(
+                handle
+                    .original_destination(PeerAddr(peer), stream.local_addr().unwrap())
+                    .is_some()
+            );
+            assert_eq!(app.must("s.getpeername()[0]"), OUTSIDE6);
+        },
+    );
 }
 
 #[test]
@@ -245,7 +275,8 @@ fn uninstall_leaves_nothing() {
         capture::uninstall(&lab.pin_dir()).expect("nothing there is no failure");
         let mut outside = lab.outside();
         outside.must(SERVE);
-        lab.in_pod(&pod).must(&format!("socket.create_connection(('{OUTSIDE4}', 8080))"));
+        lab.in_pod(&pod)
+            .must(&format!("socket.create_connection(('{OUTSIDE4}', 8080))"));
     });
 }
 
@@ -256,25 +287,28 @@ fn tcx(lab: &Lab) -> String {
 
 #[test]
 fn a_pod_that_is_gone_leaves_nothing_at_the_next_start() {
-    lab::test("a_pod_that_is_gone_leaves_nothing_at_the_next_start", |lab| async move {
-        let node = lab.node();
-        let without = lab.links();
-        let (gone, stays) = (lab.pod("a", 2), lab.pod("b", 3));
-        captured(&node, &stays).await;
-        let with_one: BTreeSet<_> = lab.links().into_iter().collect();
-        captured(&node, &gone).await;
-        drop(node);
-        lab.run(None, &format!("ip netns del {}.a", lab.id()));
-        until("the namespace is gone", || {
+    lab::test(
+        "a_pod_that_is_gone_leaves_nothing_at_the_next_start",
+        |lab| async move {
             let node = lab.node();
-            let left: BTreeSet<_> = lab.links().into_iter().collect();
+            let without = lab.links();
+            let (gone, stays) = (lab.pod("a", 2), lab.pod("b", 3));
+            captured(&node, &stays).await;
+            let with_one: BTreeSet<_> = lab.links().into_iter().collect();
+            captured(&node, &gone).await;
             drop(node);
-            (left == with_one).then_some(())
-        });
-        let node = lab.node();
-        node.forget_untold().await.unwrap();
-        assert_eq!(lab.links(), without);
-    });
+            lab.run(None, &format!("ip netns del {}.a", lab.id()));
+            until("the namespace is gone", || {
+                let node = lab.node();
+                let left: BTreeSet<_> = lab.links().into_iter().collect();
+                drop(node);
+                (left == with_one).then_some(())
+            });
+            let node = lab.node();
+            node.forget_untold().await.unwrap();
+            assert_eq!(lab.links(), without);
+        },
+    );
 }
 
 #[test]
@@ -336,7 +370,12 @@ fn ordinary_traffic_of_the_agent_is_not_dropped() {
             outside.must("s.close()");
         }
         let counters = node.counters();
-        for reason in [Reason::ForeignSocket, Reason::NoSocket, Reason::Altered, Reason::Malformed] {
+        for reason in [
+            Reason::ForeignSocket,
+            Reason::NoSocket,
+            Reason::Altered,
+            Reason::Malformed,
+        ] {
             assert_eq!(counters.get(reason), 0, "{reason:?}");
         }
     });

@@ -150,6 +150,16 @@ pub struct ListenerKey {
     pub kind: u32,
 }
 
+/// The key of `PLAINTEXT`: a client that lately came to a pod in plaintext.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct PlaintextClient {
+    /// The pod's address.
+    pub pod: Address,
+    /// The client's.
+    pub client: Address,
+}
+
 /// The key of the per-CPU map `COUNTERS`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -190,7 +200,17 @@ mod user {
     }
 
     plain!(
-        Address, Endpoint, Config, Pod, Interface, Flow, OriginalKey, ListenerKey, CounterKey, Restore
+        Address,
+        Endpoint,
+        Config,
+        Pod,
+        Interface,
+        Flow,
+        OriginalKey,
+        ListenerKey,
+        PlaintextClient,
+        CounterKey,
+        Restore
     );
 }
 

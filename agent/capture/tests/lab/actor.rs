@@ -33,7 +33,10 @@ pub struct Actor {
 impl Actor {
     pub fn start(place: impl FnOnce(Command) -> Command) -> Self {
         let mut command = Command::new("python3");
-        command.args(["-u", "-c", LOOP]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(["-u", "-c", LOOP])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = place(command).spawn().unwrap();
         Self {
             stdin: child.stdin.take().unwrap(),

@@ -38,7 +38,9 @@ impl Boxes {
             boxes.run(Some(netns), "ip link set lo up");
         }
         let (node, out) = (boxes.netns("node"), boxes.netns("out"));
-        sh(&format!("ip -n {node} link add eth0 type veth peer name eth0 netns {out}"));
+        sh(&format!(
+            "ip -n {node} link add eth0 type veth peer name eth0 netns {out}"
+        ));
         for (netns, number) in [(&node, 1), (&out, 2)] {
             sh(&format!("ip -n {netns} addr add 10.78.0.{number}/24 dev eth0"));
             sh(&format!("ip -n {netns} addr add fd78::{number}/64 dev eth0 nodad"));
@@ -46,7 +48,10 @@ impl Boxes {
         }
         sh(&format!("ip -n {out} route add 10.77.0.0/16 via 10.78.0.1"));
         sh(&format!("ip -n {out} route add fd77::/64 via fd78::1"));
-        boxes.run(Some("node"), "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
+        boxes.run(
+            Some("node"),
+            "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
+        );
         boxes
     }
 
@@ -75,7 +80,9 @@ impl Boxes {
         fs::create_dir_all(self.cgroup(&format!("pods/{name}"))).unwrap();
         let (pod, node, veth) = (self.netns(name), self.netns("node"), format!("v-{name}"));
         sh(&format!("ip netns add {pod}"));
-        sh(&format!("ip -n {node} link add {veth} type veth peer name eth0 netns {pod}"));
+        sh(&format!(
+            "ip -n {node} link add {veth} type veth peer name eth0 netns {pod}"
+        ));
         sh(&format!("ip -n {node} addr add 10.77.0.1/32 dev {veth}"));
         sh(&format!("ip -n {node} addr add fe80::1/64 dev {veth} nodad"));
         sh(&format!("ip -n {node} link set {veth} up"));

@@ -39,7 +39,10 @@ pub fn test<F: Future<Output = ()>>(name: &str, body: impl FnOnce(Lab) -> F) {
         let lab = Lab {
             boxes: Boxes::existing(id),
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.block_on(body(lab));
         return;
     }
@@ -229,7 +232,10 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 
 /// Captures a pod and returns its handle and listeners.
 pub async fn captured(node: &Node, pod: &TestPod) -> (PodHandle, capture::PodListeners) {
-    let handle = node.capture(pod.spec.clone(), false).await.unwrap_or_else(|error| panic!("{error}"));
+    let handle = node
+        .capture(pod.spec.clone(), false)
+        .await
+        .unwrap_or_else(|error| panic!("{error}"));
     let listeners = handle.listeners().unwrap();
     (handle, listeners)
 }
