@@ -61,11 +61,15 @@ pub(crate) fn run(layout: &Layout) -> Result<()> {
     }
     // Only if nobody else has pins there.
     let _ = fs::remove_dir(PINS);
-    if state.is_some_and(|state| state.mounted_bpffs) && bpffs_is_mounted() && is_empty(Path::new("/sys/fs/bpf")) {
+    if state.is_some_and(|state| state.mounted_bpffs) && bpffs_is_mounted() && is_unused(Path::new("/sys/fs/bpf")) {
         nix::mount::umount("/sys/fs/bpf").context("cannot unmount /sys/fs/bpf")?;
     }
     absent_is_fine(fs::remove_dir_all(&layout.root))
         .with_context(|| format!("cannot remove {}", layout.root.display()))?;
+    if let Some(parent) = layout.root.parent().filter(|parent| parent.ends_with("undercurrent")) {
+        // Only if nobody else keeps something there.
+        let _ = fs::remove_dir(parent);
+    }
     owner::release(held)?;
     progress.done();
     Ok(())
@@ -121,6 +125,8 @@ fn remove_pins(path: &Path) -> Result<()> {
     absent_is_fine(fs::remove_dir_all(path)).with_context(|| format!("cannot remove {}", path.display()))
 }
 
-fn is_empty(path: &Path) -> bool {
-    fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
+/// Whether nobody has pins there: every bpffs has these two files of its own.
+fn is_unused(path: &Path) -> bool {
+    let own = |name: &std::ffi::OsStr| name == "maps.debug" || name == "progs.debug";
+    fs::read_dir(path).is_ok_and(|entries| entries.flatten().all(|entry| own(&entry.file_name())))
 }

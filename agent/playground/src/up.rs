@@ -75,7 +75,10 @@ pub(crate) fn run(layout: &Layout, args: &UpArgs) -> Result<()> {
     write_mesh(layout, &mesh)?;
     install_binary(layout)?;
 
-    progress.step(&format!("{} nodes and the fabric between them", state.nodes));
+    progress.step(&format!(
+        "{} and the fabric between them",
+        count(state.nodes.into(), "node")
+    ));
     ensure_nodes(state.nodes)?;
     let names = names(&state, &objects);
     for index in 1..=state.nodes {
@@ -90,7 +93,7 @@ pub(crate) fn run(layout: &Layout, args: &UpArgs) -> Result<()> {
             agent::wait_ready(layout, &node, Duration::from_secs(args.timeout))?;
         }
     }
-    progress.step(&format!("{} pods", objects.pods.len()));
+    progress.step(&count(objects.pods.len(), "pod"));
     let desired = write_desired(layout, &state, &objects, &names)?;
     for index in 1..=state.nodes {
         start_kubelet(layout, &state, index)?;
@@ -101,11 +104,14 @@ pub(crate) fn run(layout: &Layout, args: &UpArgs) -> Result<()> {
     Ok(())
 }
 
+/// `1 node`, `2 nodes`.
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
 fn done(state: &State, pods: usize) -> String {
-    let text = format!(
-        "{pods} pods on {} nodes are ready. See: undercurrent playground status",
-        state.nodes
-    );
+    let (pods, nodes) = (count(pods, "pod"), count(state.nodes.into(), "node"));
+    let text = format!("{pods} on {nodes}: all ready. See: undercurrent playground status");
     if stderr().is_terminal() {
         text.bold().to_string()
     } else {

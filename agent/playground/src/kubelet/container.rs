@@ -30,6 +30,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// After this long a crash is a new one.
 const STEADY: Duration = Duration::from_secs(60);
 
+/// Without a probe, a container that still runs after this long counts as ready: its program was there at least.
+const SETTLED: Duration = Duration::from_millis(100);
+
 /// A container of a running pod.
 pub(super) struct Runner<'a> {
     run: &'a Run,
@@ -41,6 +44,8 @@ pub(super) struct Runner<'a> {
     next_start: Option<Instant>,
     pause_time: Duration,
     probes: Probes,
+    /// Whether a probe is why it ends.
+    ended_by_probe: bool,
     pub status: ContainerStatus,
 }
 
@@ -66,6 +71,7 @@ impl<'a> Runner<'a> {
                 readiness: None,
                 liveness: None,
             },
+            ended_by_probe: false,
             status: ContainerStatus {
                 name: container.name.clone(),
                 ..ContainerStatus::default()
@@ -85,7 +91,9 @@ impl<'a> Runner<'a> {
                     self.pause_time = FIRST_PAUSE;
                 }
                 self.next_start = Some(Instant::now() + self.pause_time);
-                self.status.message = format!("ended with {code}; starts again");
+                let why = Some(&self.status.message).filter(|why| self.ended_by_probe && !why.is_empty());
+                let why = why.map_or(String::new(), |why| format!(" ({why})"));
+                self.status.message = format!("ended with {code}{why}; starts again");
                 self.pause_time = (self.pause_time * 2).min(LONGEST_PAUSE);
             } else {
                 self.status.message = format!("ended with {code}");
@@ -116,7 +124,7 @@ impl<'a> Runner<'a> {
             Ok(child) => {
                 self.child = Some(child);
                 self.status.running = true;
-                self.status.message.clear();
+                self.ended_by_probe = false;
                 let target = Target {
                     address: self.run.desired.addresses.first().copied(),
                     run: self.exec(),
@@ -131,7 +139,6 @@ impl<'a> Runner<'a> {
                     readiness: prober(&self.container.readiness_probe),
                     liveness: prober(&self.container.liveness_probe),
                 };
-                self.status.ready = self.probes.startup.is_none() && self.probes.readiness.is_none();
             }
             Err(error) => {
                 self.status.message = format!("{error:#}");
@@ -143,13 +150,16 @@ impl<'a> Runner<'a> {
     }
 
     fn probe(&mut self) {
+        let unprobed = self.probes.startup.is_none() && self.probes.readiness.is_none();
+        if unprobed && !self.status.ready && self.started.elapsed() > SETTLED {
+            self.status.ready = true;
+            self.status.message.clear();
+        }
         if let Some(startup) = &mut self.probes.startup {
             match startup.step() {
                 Verdict::Undecided => {}
                 Verdict::Well => {
                     self.probes.startup = None;
-                    self.status.ready = self.probes.readiness.is_none();
-                    self.status.message.clear();
                 }
                 Verdict::Unwell(why) => return self.unwell("startup probe", &why),
             }
@@ -178,6 +188,7 @@ impl<'a> Runner<'a> {
     fn unwell(&mut self, probe: &str, why: &str) {
         self.status.message = format!("{probe}: {why}");
         self.status.ready = false;
+        self.ended_by_probe = true;
         eprintln!(
             "{}: container {} is ended: {probe}: {why}",
             self.run.desired.id(),
