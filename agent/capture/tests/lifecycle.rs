@@ -393,3 +393,120 @@ fn the_programs_write_to_the_log_when_asked() {
         assert!(node.kernel_log().is_none(), "only once");
     });
 }
+
+#[test]
+fn an_agent_that_died_half_way_is_repaired_by_the_next() {
+    lab::test(
+        "an_agent_that_died_half_way_is_repaired_by_the_next",
+        |lab| async move {
+            let pod = lab.pod("a", 2);
+            let untouched = settings(&lab);
+            let node = lab.node();
+            captured(&node, &pod).await;
+            let (links, good) = (lab.links(), settings(&lab));
+            drop(node);
+            let half_ways: [&dyn Fn(); 4] = [
+                &|| remove_pins(&lab, &["guard"]),
+                &|| remove_pins(&lab, &["guard", "steer"]),
+                &|| remove_pins(&lab, &["guard", "steer", "proof", "connect4", "connect6", "sock_ops"]),
+                &|| {
+                    lab.run(Some("a"), "ip rule del pref 32764");
+                },
+            ];
+            let mut app = lab.in_pod(&pod);
+            for spoil in half_ways {
+                spoil();
+                let node = lab.node();
+                let (handle, listeners) = captured(&node, &pod).await;
+                assert_eq!(lab.links(), links);
+                assert_eq!(settings(&lab), good);
+                app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+                let (stream, peer) = accept(&listeners.outbound[0]);
+                assert!(
+                    handle
+                        .original_destination(PeerAddr(peer), stream.local_addr().unwrap())
+                        .is_some()
+                );
+                let before = node.counters().of_pod(pod.uid(), Reason::ForeignSocket);
+                app.must(&format!(
+                    "socket.socket(socket.AF_INET, socket.SOCK_RAW, 6).sendto(b'x' * 40, ('{OUTSIDE4}', 0))"
+                ));
+                until("the guard is there", || {
+                    (node.counters().of_pod(pod.uid(), Reason::ForeignSocket) > before).then_some(())
+                });
+            }
+            // And one that died before it could take a pod out of the mesh.
+            let node = lab.node();
+            node.know(pod.spec.clone()).await.unwrap();
+            assert_eq!(settings(&lab), untouched);
+            let mut outside = lab.outside();
+            outside.must(SERVE);
+            app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+            outside.must("l.accept()");
+        },
+    );
+}
+
+/// Removes pins, and with the last agent's death what they held.
+fn remove_pins(lab: &Lab, names: &[&str]) {
+    for link in lab.links() {
+        let name = link.file_name().unwrap().to_string_lossy().into_owned();
+        if names.iter().any(|prefix| name.starts_with(prefix)) {
+            std::fs::remove_file(link).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_agent_with_other_layouts_replaces_the_maps_and_lets_nothing_past() {
+    lab::test(
+        "an_agent_with_other_layouts_replaces_the_maps_and_lets_nothing_past",
+        |lab| async move {
+            let pod = lab.pod("a", 2);
+            let node = lab.node();
+            captured(&node, &pod).await;
+            drop(node);
+            let current = std::fs::read_dir(lab.pin_dir())
+                .unwrap()
+                .map(|entry| entry.unwrap().path());
+            let maps = current
+                .into_iter()
+                .find(|path| path.display().to_string().contains("maps-v"))
+                .unwrap();
+            let other = lab.pin_dir().join("maps-v0");
+            std::fs::rename(&maps, &other).unwrap();
+            let node = lab.node();
+            assert!(maps.exists() && !other.exists());
+            let mut app = lab.in_pod(&pod);
+            let dial = format!("s = socket.create_connection(('{OUTSIDE4}', 8080))");
+            assert!(app.tell(&dial).unwrap_err().starts_with("EPERM"));
+            let (_, listeners) = captured(&node, &pod).await;
+            app.must(&dial);
+            accept(&listeners.outbound[0]);
+        },
+    );
+}
+
+#[test]
+fn an_agent_in_another_cgroup_takes_over() {
+    lab::test("an_agent_in_another_cgroup_takes_over", |lab| async move {
+        let pod = lab.pod("a", 2);
+        let mut config = lab.config();
+        config.agent_cgroup = Some(config.pods_cgroup.with_file_name("elsewhere"));
+        let former = Node::start(config).unwrap_or_else(|error| panic!("{error}"));
+        captured(&former, &pod).await;
+        drop(former);
+        let node = lab.node();
+        let (handle, _) = captured(&node, &pod).await;
+        let mut outside = lab.outside();
+        outside.must(SERVE);
+        let target = SocketAddr::new(OUTSIDE4.parse().unwrap(), 8080);
+        connect(handle.outbound_socket(target).unwrap(), target).expect("the guard knows the new cgroup");
+        let mut app = lab.in_pod(&pod);
+        app.must(SERVE);
+        let target = SocketAddr::new(pod.ip4(), 8080);
+        let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+        connect(socket, target).unwrap();
+        app.must("l.settimeout(5); l.accept()");
+    });
+}

@@ -168,7 +168,9 @@ impl Lab {
     }
 
     pub fn links(&self) -> Vec<PathBuf> {
-        files_below(&self.pin_dir())
+        let mut found = files_below(&self.pin_dir());
+        found.sort();
+        found
     }
 
     /// The device names on the node of a pod's veth.
