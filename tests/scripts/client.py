@@ -249,7 +249,7 @@ def storm(host, port, seconds, marker):
 
 def udp(host, port, text="ping"):
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(2)
+        sock.settimeout(1)
         try:
             sock.connect((host, int(port)))
             sock.send(text.encode())

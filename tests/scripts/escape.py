@@ -33,7 +33,8 @@ def family(target):
 
 def stream(target, protocol=0, kind=None):
     sock = socket.socket(kind or family(target), socket.SOCK_STREAM, protocol)
-    sock.settimeout(2)
+    # Some never get an answer; what got out by then would have been seen.
+    sock.settimeout(1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return sock
 
@@ -174,7 +175,10 @@ def nat_in_the_pod(target, text, port):
     own = own_address(target)
     version = "ip6" if ":" in target else "ip"
     to = f"[{target}]:{PORT}" if ":" in target else f"{target}:{PORT}"
-    rules = f"table {version} escape {{ chain out {{ type nat hook output priority -100; {version} daddr {own} tcp dport 9999 dnat to {to}; }} }}"
+    rules = (
+        f"table {version} escape {{\nchain out {{\ntype nat hook output priority -100\n"
+        f"{version} daddr {own} tcp dport 9999 dnat to {to}\n}}\n}}\n"
+    )
     done = subprocess.run(["nft", "-f", "-"], input=rules.encode(), check=False, capture_output=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.decode())
