@@ -229,15 +229,13 @@ impl Scene<'_> {
                     String::from_utf8_lossy(text.get(usize::try_from(*since)?..).unwrap_or_default()).into_owned();
                 records.extend(text.lines().filter_map(|line| Record::parse(&node, line)));
             }
-            let refused = records
-                .iter()
-                .filter(|record| record.is_inbound() && record.is_error())
-                .count();
+            // Who was refused may have tried both of the service's addresses.
+            let refused = |namespace: &str, name: &str| refusal(&records, namespace, name).is_some();
             let served = records
                 .iter()
-                .filter(|record| record.is_inbound() && !record.is_error())
-                .count();
-            if (refused >= 2 && served >= 4) || Instant::now() > deadline {
+                .filter(|record| record.is_inbound() && !record.is_error());
+            let complete = refused("outside", "client") && refused("shop", "web") && served.count() >= 4;
+            if complete || Instant::now() > deadline {
                 return Ok(records);
             }
             sleep(Duration::from_millis(20));
@@ -404,10 +402,6 @@ impl Scene<'_> {
         stage.heading("Who was refused, and why");
         stage.say("The bank's PeerAuthentication is STRICT, and its AuthorizationPolicy lets only the shop's client in. Whoever is");
         stage.say("refused can read why in the access log, by the name of the object that somebody wrote:");
-        let refused = |namespace: &str, name: &str| {
-            let mut found = records.iter().filter(|record| record.is_inbound() && record.is_error());
-            found.find(|record| record.get("src.namespace") == namespace && record.get("src.workload") == name)
-        };
         let tries = [
             (
                 "outside",
@@ -425,7 +419,7 @@ impl Scene<'_> {
             ),
         ];
         for (namespace, name, call, object, what) in tries {
-            let record = refused(namespace, name);
+            let record = refusal(records, namespace, name);
             let rule = record.map_or("", |record| record.get("rule"));
             stage.code(&format!("{namespace}/{name} -> vault.bank  {rule}"));
             stage.code(&format!(
@@ -438,6 +432,12 @@ impl Scene<'_> {
             );
         }
     }
+}
+
+/// The line that tells of somebody's refusal.
+fn refusal<'a>(records: &'a [Record], namespace: &str, name: &str) -> Option<&'a Record> {
+    let mut refused = records.iter().filter(|record| record.is_inbound() && record.is_error());
+    refused.find(|record| record.get("src.namespace") == namespace && record.get("src.workload") == name)
 }
 
 const RULES: [(&str, &[&str]); 3] = [
