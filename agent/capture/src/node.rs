@@ -33,6 +33,7 @@ use crate::{
     programs::{self, Constants, Programs},
     sockets::PodHandle,
     sys::{AttachType, Attached, Target},
+    uninstall,
 };
 
 /// What a node's capture is made from.
@@ -197,7 +198,7 @@ impl Node {
     pub async fn uninstall(self) -> Result<(), CaptureError> {
         self.run(|inner| {
             inner.pods.clear();
-            crate::uninstall::everything(&inner.pins, &inner.home, Some(&mut inner.maps))
+            uninstall::everything(&inner.pins, &inner.home, Some(&mut inner.maps))
         })
         .await
     }
@@ -302,14 +303,15 @@ impl Inner {
         }
     }
 
-    /// Gives the pinned links of all pods the new programs, and removes those that hang on nothing any more.
+    /// Gives the pinned links of all pods the new programs, and clears away what belongs to pods that are gone. One that
+    /// lives and is only half captured stays so, and refuses connections, until the agent is told of it.
     fn adopt_pods(&mut self) -> Result<(), CaptureError> {
         for cookie in self.pins.pod_cookies() {
-            if !pod::adopt(&self.pins, &self.programs, cookie).tried(|| "adopting a pod's links".into())? {
+            let captured = pod::adopt(&self.pins, &self.programs, cookie).tried(|| "adopting a pod's links".into())?;
+            let lives = || uninstall::living(&self.home, cookie, &self.maps.restore(cookie)?);
+            if !captured && lives().is_none() {
                 tracing::info!(cookie, "a captured pod is gone");
-                self.detach_pod(cookie)?;
-                self.maps.remove_restore(cookie);
-                self.maps.remove_pod(cookie);
+                self.clear_pod(cookie)?;
             }
         }
         Ok(())
@@ -318,14 +320,25 @@ impl Inner {
     fn forget_untold(&mut self) {
         let told: Vec<u64> = self.pods.values().map(|pod| pod.netns.cookie()).collect();
         let untold = |cookie: &u64| *cookie != self.home.cookie() && !told.contains(cookie);
-        let mut gone: Vec<u64> = self.maps.pod_cookies().into_iter().filter(untold).collect();
-        gone.extend(self.pins.pod_cookies().into_iter().filter(untold));
+        let mut gone: Vec<u64> = self.maps.pod_cookies();
+        gone.extend(self.pins.pod_cookies());
+        gone.extend(self.maps.restore_cookies());
+        gone.retain(untold);
         for cookie in gone {
-            if let Err(error) = self.detach_pod(cookie) {
+            if let Err(error) = self.clear_pod(cookie) {
                 tracing::warn!(%error, cookie, "forgetting a pod that this agent was not told of");
             }
-            self.maps.remove_restore(cookie);
-            self.maps.remove_pod(cookie);
         }
+    }
+
+    /// Takes all traces of a pod away.
+    pub(crate) fn clear_pod(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        self.detach_pod(cookie)?;
+        if let Some(restore) = self.maps.restore(cookie) {
+            uninstall::restore_pod(&self.home, cookie, &restore);
+            self.maps.remove_restore(cookie);
+        }
+        self.maps.remove_pod(cookie);
+        Ok(())
     }
 }

@@ -229,12 +229,9 @@ impl Inner {
         let Some(state) = self.pods.remove(uid) else {
             return;
         };
-        let cookie = state.netns.cookie();
-        if let Err(error) = self.detach_pod(cookie) {
+        if let Err(error) = self.clear_pod(state.netns.cookie()) {
             tracing::warn!(%error, pod = %uid, "forgetting a pod");
         }
-        self.maps.remove_restore(cookie);
-        self.maps.remove_pod(cookie);
     }
 
     /// Detaches what is attached for a pod, the guard first, and clears the maps of it. The pod's own entry stays as

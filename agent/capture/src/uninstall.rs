@@ -1,11 +1,6 @@
 //! Ends all capture of a node and leaves nothing, whether an agent runs or not.
 
-use std::{
-    ffi::OsStr,
-    fs, io,
-    os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
-};
+use std::{ffi::OsStr, fs, io, os::unix::ffi::OsStrExt, path::Path};
 
 use abi::Restore;
 use aya::maps::{HashMap, Map, MapData};
@@ -65,15 +60,20 @@ fn saved(pin: &Path) -> Vec<(u64, Restore)> {
 }
 
 /// Puts back a pod's settings, if its namespace still lives where it was.
-fn restore_pod(home: &Netns, cookie: u64, restore: &Restore) {
-    let path: Vec<u8> = restore.netns.iter().copied().take_while(|byte| *byte != 0).collect();
-    let path = PathBuf::from(OsStr::from_bytes(&path));
-    match home.open(&path) {
-        Ok(netns) if netns.cookie() == cookie => {
+pub(crate) fn restore_pod(home: &Netns, cookie: u64, restore: &Restore) {
+    match living(home, cookie, restore) {
+        Some(netns) => {
             if let Err(error) = put_back(&netns, restore) {
-                tracing::warn!(%error, netns = %path.display(), "restoring a pod's settings");
+                tracing::warn!(%error, netns = %netns.path().display(), "restoring a pod's settings");
             }
         }
-        _ => tracing::debug!(netns = %path.display(), "a captured pod is gone: nothing to restore"),
+        None => tracing::debug!(cookie, "a captured pod is gone: nothing to restore"),
     }
+}
+
+/// The pod's namespace, if it still is where it was.
+pub(crate) fn living(home: &Netns, cookie: u64, restore: &Restore) -> Option<Netns> {
+    let path: Vec<u8> = restore.netns.iter().copied().take_while(|byte| *byte != 0).collect();
+    let netns = home.open(Path::new(OsStr::from_bytes(&path))).ok()?;
+    (netns.cookie() == cookie).then_some(netns)
 }

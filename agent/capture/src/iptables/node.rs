@@ -1,0 +1,387 @@
+//! The capture of one node by iptables: its pods, and the state that they are in.
+//!
+//! Every operation is idempotent and says what should be; what is, is read from the namespaces each time.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use abi::Address;
+use model::WorkloadUid;
+
+use super::{
+    plan::{Family, Rules, Saved},
+    program::Iptables,
+    sockets::{self, IptablesPodHandle},
+};
+use crate::{
+    PodListeners, PodSpec,
+    capabilities::{Capabilities, Hook, Support},
+    diag,
+    error::{CaptureError, Tried},
+    interfaces,
+    netns::Netns,
+    plan::{self, Addresses},
+    routes,
+};
+
+/// The connection mark of what the agent dials to an application; Istio's number.
+const CONNECTION_MARK: u32 = 0x111;
+
+/// The capture of this node by iptables. Dropping it leaves everything as it is: pods stay captured, and what they open
+/// is refused until the next agent comes.
+#[derive(Clone)]
+pub struct IptablesNode(Arc<Mutex<Inner>>);
+
+struct Inner {
+    home: Netns,
+    iptables: Iptables,
+    pods: HashMap<WorkloadUid, PodState>,
+    /// The addresses that the node's rules are for.
+    probed: BTreeSet<IpAddr>,
+    /// What namespaces had right after their rules were made, where iptables prints them in words other than ours.
+    printed: HashMap<(u64, Family), Saved>,
+}
+
+struct PodState {
+    spec: PodSpec,
+    netns: Netns,
+    captured: Option<Captured>,
+}
+
+struct Captured {
+    forbid_non_tcp: bool,
+    listeners: Arc<PodListeners>,
+}
+
+impl IptablesNode {
+    /// Looks for the programs, and takes over the node's rules from an earlier agent. Must be called in the node's
+    /// network namespace.
+    pub fn start() -> Result<Self, CaptureError> {
+        let home = Netns::own().tried(|| "opening the node's network namespace".into())?;
+        let iptables = Iptables::find(&home)?;
+        let mut probed = BTreeSet::new();
+        for family in families(&home) {
+            probed.extend(iptables.saved(&home, family, Some("nat"))?.probed());
+        }
+        tracing::info!(backend = ?iptables.backend, "capture by iptables stands");
+        Ok(Self(Arc::new(Mutex::new(Inner {
+            home,
+            iptables,
+            pods: HashMap::new(),
+            probed,
+            printed: HashMap::new(),
+        }))))
+    }
+
+    /// What this needs of the machine, as it is shown in the status.
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            hooks: vec![Hook {
+                name: "iptables",
+                purpose: "redirects the pods' connections to the agent",
+                support: Support::Available,
+            }],
+            tc_netns_cookie: false,
+        }
+    }
+
+    /// A pod exists and is not captured. What an earlier agent left in it is removed.
+    pub async fn know(&self, spec: PodSpec) -> Result<(), CaptureError> {
+        self.run(move |inner| inner.know(&spec)).await
+    }
+
+    /// Captures a pod. Connections that it already has live on.
+    ///
+    /// Done again it repairs what is not as it should be, and returns the same listeners.
+    pub async fn capture(&self, spec: PodSpec, forbid_non_tcp: bool) -> Result<IptablesPodHandle, CaptureError> {
+        self.run(move |inner| inner.capture(&spec, forbid_non_tcp)).await
+    }
+
+    /// Ends a pod's capture and removes what was put into it; the pod stays known. Live outbound connections go on;
+    /// inbound ones need what is removed, and are reset.
+    pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        let uid = uid.clone();
+        self.run(move |inner| inner.release(&uid)).await
+    }
+
+    /// A pod is gone.
+    pub async fn forget(&self, uid: &WorkloadUid) {
+        let uid = uid.clone();
+        let forgotten = self.run(move |inner| inner.forget(&uid));
+        if let Err(error) = forgotten.await {
+            tracing::warn!(%error, "forgetting a pod");
+        }
+    }
+
+    /// Compares what is with what should be, for every captured pod, and repairs it; says what was repaired.
+    pub async fn reconcile(&self) -> Result<Vec<String>, CaptureError> {
+        self.run(Inner::reconcile).await
+    }
+
+    /// Forgets every pod that this agent was not told of since it started.
+    pub async fn forget_untold(&self) -> Result<(), CaptureError> {
+        self.run(|inner| {
+            let captured = inner.pods.values().filter(|pod| pod.captured.is_some());
+            inner.probed = captured.flat_map(|pod| pod.spec.addresses.clone()).collect();
+            inner.apply_to_node().map(drop)
+        })
+        .await
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut Inner) -> Result<T, CaptureError> + Send + 'static,
+    ) -> Result<T, CaptureError> {
+        let inner = self.0.clone();
+        // A panic in an operation leaves a state that the next one repairs.
+        tokio::task::spawn_blocking(move || operation(&mut inner.lock().unwrap_or_else(PoisonError::into_inner)))
+            .await
+            .map_err(|_| CaptureError::Cancelled)?
+    }
+}
+
+/// Removes the capture of a node and of pods, where there is any. To be called in the node's network namespace, when no
+/// agent runs. A machine without iptables has none.
+pub fn uninstall_iptables(pods: impl IntoIterator<Item = PathBuf>) -> Result<(), CaptureError> {
+    let home = Netns::own().tried(|| "opening the node's network namespace".into())?;
+    let iptables = match Iptables::find(&home) {
+        Err(CaptureError::MissingProgram(_)) => return Ok(()),
+        found => found?,
+    };
+    for path in pods {
+        match home.open(&path) {
+            Ok(netns) if netns.cookie() != home.cookie() => clean(&iptables, &netns)?,
+            _ => tracing::debug!(netns = %path.display(), "a pod is gone: nothing to remove"),
+        }
+    }
+    clean(&iptables, &home)
+}
+
+/// The families that a namespace's kernel has.
+fn families(netns: &Netns) -> Vec<Family> {
+    let ip6 = netns.enter(|| Path::new("/proc/sys/net/ipv6").exists()).unwrap_or(true);
+    Family::ALL.into_iter().filter(|family| ip6 || *family == Family::Ip4).collect()
+}
+
+/// Removes whatever is ours from a namespace.
+fn clean(iptables: &Iptables, netns: &Netns) -> Result<(), CaptureError> {
+    for family in families(netns) {
+        if let Some(removal) = iptables.saved(netns, family, None)?.removal() {
+            iptables.restore(netns, family, &removal)?;
+        }
+    }
+    netns
+        .enter(|| routes::unroute_marked(CONNECTION_MARK))
+        .and_then(|result| result)
+        .tried(|| format!("removing the routes of {}", netns.path().display()))
+}
+
+impl Inner {
+    fn open_netns(&self, spec: &PodSpec) -> Result<Netns, CaptureError> {
+        let netns = self
+            .home
+            .open(&spec.netns)
+            .tried(|| format!("opening the network namespace {}", spec.netns.display()))?;
+        if netns.cookie() == self.home.cookie() {
+            return Err(CaptureError::HostNetwork(spec.netns.clone()));
+        }
+        let before = self.pods.get(&spec.uid);
+        // A listener on the same port would be refused by the kernel anyway; this says why.
+        let is_taken = |other: &PodState| other.spec.uid != spec.uid && other.captured.is_some();
+        for other in self.pods.values().filter(|other| is_taken(other)) {
+            if let Some(address) = spec.addresses.iter().find(|address| other.spec.addresses.contains(address)) {
+                return Err(CaptureError::AddressTaken {
+                    address: *address,
+                    owner: other.spec.uid.to_string(),
+                });
+            }
+        }
+        if before.is_some_and(|before| before.netns.cookie() != netns.cookie()) {
+            tracing::debug!(pod = %spec.uid, "is in another namespace than before");
+        }
+        Ok(netns)
+    }
+
+    /// A pod of the same name in another namespace: restarted, and nobody said so.
+    fn forget_former_namespace(&mut self, spec: &PodSpec, cookie: u64) -> Result<(), CaptureError> {
+        match self.pods.get(&spec.uid) {
+            Some(known) if known.netns.cookie() != cookie => self.forget(&spec.uid),
+            _ => Ok(()),
+        }
+    }
+
+    fn know(&mut self, spec: &PodSpec) -> Result<(), CaptureError> {
+        let netns = self.open_netns(spec)?;
+        self.forget_former_namespace(spec, netns.cookie())?;
+        if self.pods.contains_key(&spec.uid) {
+            return Ok(());
+        }
+        // Captured by an earlier agent, but not to be so any more.
+        self.remove_from(&netns, &spec.addresses)?;
+        let state = PodState {
+            spec: spec.clone(),
+            netns,
+            captured: None,
+        };
+        self.pods.insert(spec.uid.clone(), state);
+        Ok(())
+    }
+
+    fn capture(&mut self, spec: &PodSpec, forbid_non_tcp: bool) -> Result<IptablesPodHandle, CaptureError> {
+        let netns = self.open_netns(spec)?;
+        self.forget_former_namespace(spec, netns.cookie())?;
+        let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
+            Some(captured) => captured.listeners.clone(),
+            None => Arc::new(sockets::listen(&netns, families(&netns).contains(&Family::Ip6))?),
+        };
+        let repaired = self.apply(spec, &netns, forbid_non_tcp)?;
+        tracing::debug!(pod = %spec.uid, ?repaired, "captured");
+        let addresses: Vec<IpAddr> = Addresses::of(spec)?.iter().collect();
+        let handle = IptablesPodHandle::new(spec.uid.clone(), netns.clone(), addresses, listeners.clone());
+        let state = PodState {
+            spec: spec.clone(),
+            netns,
+            captured: Some(Captured {
+                forbid_non_tcp,
+                listeners,
+            }),
+        };
+        self.pods.insert(spec.uid.clone(), state);
+        Ok(handle)
+    }
+
+    /// Makes it so; says what was not. What answers and probes need comes before what redirects.
+    fn apply(&mut self, spec: &PodSpec, netns: &Netns, forbid_non_tcp: bool) -> Result<Vec<&'static str>, CaptureError> {
+        let addresses = Addresses::of(spec)?;
+        let network = interfaces::look(&self.home, netns)
+            .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
+        for address in addresses.iter() {
+            plan::holder(spec, &network, address)?;
+        }
+        let mut repaired = netns
+            .enter(|| routes::route_marked(CONNECTION_MARK, addresses.ip4.is_some(), addresses.ip6.is_some()))
+            .and_then(|result| result)
+            .tried(|| format!("setting up the routes of {}", spec.netns.display()))?;
+        self.probed.extend(addresses.iter());
+        if self.apply_to_node()? {
+            repaired.push("rules for probes");
+        }
+        for family in families(netns) {
+            if self.apply_rules(netns, family, None, &Rules::of_pod(family, forbid_non_tcp))? {
+                repaired.push("rules");
+            }
+        }
+        Ok(repaired)
+    }
+
+    fn apply_to_node(&mut self) -> Result<bool, CaptureError> {
+        let home = self.home.clone();
+        let mut changed = false;
+        for family in families(&home) {
+            let rules = Rules::of_node(family, self.probed.iter().copied());
+            changed |= self.apply_rules(&home, family, Some("nat"), &rules)?;
+        }
+        Ok(changed)
+    }
+
+    /// Whether anything was to be changed.
+    fn apply_rules(
+        &mut self,
+        netns: &Netns,
+        family: Family,
+        table: Option<&str>,
+        rules: &Rules,
+    ) -> Result<bool, CaptureError> {
+        let key = (netns.cookie(), family);
+        let saved = self.iptables.saved(netns, family, table)?;
+        let Some(changes) = rules.changes(&saved) else {
+            return Ok(false);
+        };
+        if self.printed.get(&key) == Some(&saved) {
+            return Ok(false);
+        }
+        self.iptables.restore(netns, family, &changes)?;
+        let saved = self.iptables.saved(netns, family, table)?;
+        if rules.changes(&saved).is_some() {
+            self.printed.insert(key, saved);
+        }
+        Ok(true)
+    }
+
+    fn release(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        let state = self.pods.get_mut(uid).ok_or_else(|| CaptureError::UnknownPod(uid.clone()))?;
+        state.captured = None;
+        let (netns, addresses) = (state.netns.clone(), state.spec.addresses.clone());
+        self.remove_from(&netns, &addresses)
+    }
+
+    fn forget(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        match self.pods.remove(uid) {
+            Some(state) => self.remove_from(&state.netns, &state.spec.addresses),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes what is in a pod, and what the node has for it.
+    fn remove_from(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
+        self.printed.retain(|(cookie, _), _| *cookie != netns.cookie());
+        let is_captured = netns
+            .enter(|| routes::is_marked_routed(CONNECTION_MARK))
+            .and_then(|result| result)
+            .tried(|| format!("looking at the routes of {}", netns.path().display()))?;
+        if is_captured {
+            reset_inbound(&self.home, netns);
+        }
+        clean(&self.iptables, netns)?;
+        let before = self.probed.len();
+        self.probed.retain(|address| !addresses.contains(address));
+        if self.probed.len() != before {
+            self.apply_to_node()?;
+        }
+        Ok(())
+    }
+
+    fn reconcile(&mut self) -> Result<Vec<String>, CaptureError> {
+        let captured: Vec<(PodSpec, Netns, bool)> = self
+            .pods
+            .values()
+            .filter_map(|pod| Some((pod.spec.clone(), pod.netns.clone(), pod.captured.as_ref()?.forbid_non_tcp)))
+            .collect();
+        let mut repaired = Vec::new();
+        for (spec, netns, forbid_non_tcp) in captured {
+            match self.apply(&spec, &netns, forbid_non_tcp) {
+                Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),
+                Err(error) => tracing::warn!(%error, pod = %spec.uid, "reconciling"),
+            }
+        }
+        Ok(repaired)
+    }
+}
+
+/// Resets the agent's connections to the pod's applications from clients' addresses: without the rules, answers to them
+/// would leave the pod in plaintext. They are those whose own end is at none of the pod's addresses.
+fn reset_inbound(home: &Netns, netns: &Netns) {
+    let Ok(network) = interfaces::look(home, netns) else {
+        return;
+    };
+    let own: Vec<Address> = network
+        .interfaces
+        .iter()
+        .flat_map(|interface| interface.addresses.iter().copied().map(Address::from_ip))
+        .collect();
+    let reset = netns.enter(|| -> std::io::Result<()> {
+        for socket in diag::list(diag::state::CONNECTED)? {
+            if !own.contains(&socket.local.address) && own.contains(&socket.remote.address) {
+                diag::destroy(&socket)?;
+            }
+        }
+        Ok(())
+    });
+    if let Err(error) = reset.and_then(|result| result) {
+        tracing::warn!(%error, netns = %netns.path().display(), "resetting a pod's inbound connections");
+    }
+}

@@ -1,0 +1,173 @@
+//! The agent's sockets inside a pod that is captured by iptables, and what conntrack tells of accepted ones.
+
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, SocketAddr, TcpListener},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU16, Ordering},
+    },
+};
+
+use abi::{CAPTURE_PORTS, HBONE_PORT, INBOUND_PORT, MARK};
+use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_ip, canonical_socket};
+use socket2::{Domain, SockRef, Socket};
+
+use crate::{
+    error::{CaptureError, Tried},
+    netns::Netns,
+    routes::same_family,
+    sockets::{PodListeners, listen_on, tcp},
+    sys,
+};
+
+/// Clients that are remembered to have come in plaintext; beyond that all are treated as such.
+const CLIENTS: usize = 4096;
+
+/// Opens the listeners, on exactly the ports that the rules name.
+pub(crate) fn listen(netns: &Netns, ip6: bool) -> Result<PodListeners, CaptureError> {
+    let listen = |port| {
+        let listener = netns.enter(|| listen_on(port, ip6)).and_then(|result| result);
+        match listener {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(CaptureError::PortTaken {
+                netns: netns.path().to_owned(),
+                port,
+            }),
+            other => other.map(|listener| vec![listener]).tried(|| format!("listening on {port} in a pod")),
+        }
+    };
+    Ok(PodListeners {
+        outbound: listen(CAPTURE_PORTS[0])?,
+        inbound: listen(INBOUND_PORT)?,
+        hbone: listen(HBONE_PORT)?,
+    })
+}
+
+/// A captured pod, as the proxy uses it.
+#[derive(Clone)]
+pub struct IptablesPodHandle(Arc<Inner>);
+
+struct Inner {
+    uid: WorkloadUid,
+    netns: Netns,
+    addresses: Vec<IpAddr>,
+    listeners: Arc<PodListeners>,
+    in_plaintext: Mutex<HashSet<IpAddr>>,
+    /// Where [`IptablesPodHandle::bind_beside_plaintext`] goes on.
+    next_port: AtomicU16,
+}
+
+impl IptablesPodHandle {
+    pub(crate) fn new(uid: WorkloadUid, netns: Netns, addresses: Vec<IpAddr>, listeners: Arc<PodListeners>) -> Self {
+        Self(Arc::new(Inner {
+            uid,
+            netns,
+            addresses,
+            listeners,
+            in_plaintext: Mutex::default(),
+            next_port: AtomicU16::new(0),
+        }))
+    }
+
+    /// Duplicates of the listeners: they share one accept queue each.
+    pub fn listeners(&self) -> io::Result<PodListeners> {
+        let duplicate = |listeners: &[TcpListener]| listeners.iter().map(TcpListener::try_clone).collect();
+        Ok(PodListeners {
+            outbound: duplicate(&self.0.listeners.outbound)?,
+            inbound: duplicate(&self.0.listeners.inbound)?,
+            hbone: duplicate(&self.0.listeners.hbone)?,
+        })
+    }
+
+    /// Where a redirected connection was meant to go. None for one that was made to the capture port itself.
+    pub fn original_destination(&self, accepted: SockRef<'_>, local: SocketAddr) -> Option<OriginalDst> {
+        let local = canonical_socket(local);
+        original(accepted, local).filter(|original| *original != local).map(OriginalDst)
+    }
+
+    /// Where a plaintext connection to the pod was meant to go. Where that is not the pod itself, as with what a nested
+    /// namespace sends through the pod, it is the listener: a loop, which is refused.
+    pub fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+        let local = canonical_socket(local);
+        let mut clients = self.0.in_plaintext.lock().unwrap_or_else(PoisonError::into_inner);
+        if clients.len() < CLIENTS {
+            clients.insert(canonical_ip(peer.0.ip()));
+        }
+        drop(clients);
+        let original = original(accepted, local).filter(|original| self.0.addresses.contains(&original.ip()));
+        OriginalDst(original.unwrap_or(local))
+    }
+
+    /// A nonblocking socket in the pod's namespace, to dial a peer with; its mark keeps it from being redirected.
+    pub fn outbound_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        let socket = self.0.netns.enter(|| tcp(Domain::for_address(target)))??;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_mark(MARK)?;
+        Ok(socket)
+    }
+
+    /// A nonblocking socket in the pod's namespace, to dial the pod's application with from the client's address.
+    pub fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
+        let source = source.to_canonical();
+        if !same_family(target.ip(), source) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{source} can't be the source of a connection to {target}: another address family"),
+            ));
+        }
+        let socket = self.outbound_socket(target)?;
+        if target.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            socket.set_ip_transparent_v6(true)?;
+        }
+        if self.comes_in_plaintext(source) && self.bind_beside_plaintext(&socket, source)? {
+            return Ok(socket);
+        }
+        sys::set_bind_address_no_port(&socket)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        Ok(socket)
+    }
+
+    fn comes_in_plaintext(&self, client: IpAddr) -> bool {
+        let clients = self.0.in_plaintext.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.len() >= CLIENTS || clients.contains(&client)
+    }
+
+    /// Binds to a port that a client with the usual settings does not have: conntrack would take a connection with the
+    /// ends of the client's own for that one, and redirect it. False: the next few are all taken.
+    fn bind_beside_plaintext(&self, socket: &Socket, source: IpAddr) -> io::Result<bool> {
+        const TRIES: u16 = 32;
+        /// Above Linux's default range for clients, 32768 to 60999.
+        const FIRST: u16 = 61000;
+        const COUNT: u16 = u16::MAX - FIRST;
+        for _ in 0..TRIES {
+            let port = FIRST + self.0.next_port.fetch_add(1, Ordering::Relaxed) % COUNT;
+            match socket.bind(&SocketAddr::new(source, port).into()) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                result => return result.map(|()| true),
+            }
+        }
+        Ok(false)
+    }
+}
+
+impl std::fmt::Debug for IptablesPodHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IptablesPodHandle")
+            .field("uid", &self.0.uid)
+            .field("netns", &self.0.netns.path())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What conntrack remembers of a connection's destination (SO_ORIGINAL_DST).
+fn original(accepted: SockRef<'_>, local: SocketAddr) -> Option<SocketAddr> {
+    let original = if local.is_ipv4() {
+        accepted.original_dst_v4()
+    } else {
+        accepted.original_dst_v6()
+    };
+    original.ok()?.as_socket().map(canonical_socket)
+}

@@ -1,0 +1,161 @@
+//! Either way of capturing, with the same operations.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+};
+
+use model::{OriginalDst, PeerAddr, WorkloadUid};
+use socket2::{SockRef, Socket};
+
+use crate::{
+    Capabilities, CaptureError, GuardCounters, IptablesNode, IptablesPodHandle, KernelLog, Node, PodHandle,
+    PodListeners, PodSpec,
+};
+
+/// A node's capture; see [`Node`] and [`IptablesNode`] for what the operations do.
+#[derive(Clone)]
+pub enum Capture {
+    /// By eBPF programs.
+    Ebpf(Node),
+    /// By iptables rules in each pod.
+    Iptables(IptablesNode),
+}
+
+impl Capture {
+    /// Its name, in the status and on the command line.
+    pub fn mode(&self) -> &'static str {
+        match self {
+            Self::Ebpf(_) => "ebpf",
+            Self::Iptables(_) => "iptables",
+        }
+    }
+
+    /// What it needs of this machine.
+    pub fn capabilities(&self) -> Capabilities {
+        match self {
+            Self::Ebpf(_) => crate::probe(),
+            Self::Iptables(node) => node.capabilities(),
+        }
+    }
+
+    /// A pod exists and is not captured.
+    pub async fn know(&self, spec: PodSpec) -> Result<(), CaptureError> {
+        match self {
+            Self::Ebpf(node) => node.know(spec).await,
+            Self::Iptables(node) => node.know(spec).await,
+        }
+    }
+
+    /// Captures a pod.
+    pub async fn capture(&self, spec: PodSpec, forbid_non_tcp: bool) -> Result<CapturedPod, CaptureError> {
+        match self {
+            Self::Ebpf(node) => node.capture(spec, forbid_non_tcp).await.map(CapturedPod::Ebpf),
+            Self::Iptables(node) => node.capture(spec, forbid_non_tcp).await.map(CapturedPod::Iptables),
+        }
+    }
+
+    /// Ends a pod's capture; the pod stays known.
+    pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        match self {
+            Self::Ebpf(node) => node.release(uid).await,
+            Self::Iptables(node) => node.release(uid).await,
+        }
+    }
+
+    /// A pod is gone.
+    pub async fn forget(&self, uid: &WorkloadUid) {
+        match self {
+            Self::Ebpf(node) => node.forget(uid).await,
+            Self::Iptables(node) => node.forget(uid).await,
+        }
+    }
+
+    /// Repairs what is not as it should be, and says what that was.
+    pub async fn reconcile(&self) -> Result<Vec<String>, CaptureError> {
+        match self {
+            Self::Ebpf(node) => node.reconcile().await,
+            Self::Iptables(node) => node.reconcile().await,
+        }
+    }
+
+    /// Forgets the pods that this agent was not told of.
+    pub async fn forget_untold(&self) -> Result<(), CaptureError> {
+        match self {
+            Self::Ebpf(node) => node.forget_untold().await,
+            Self::Iptables(node) => node.forget_untold().await,
+        }
+    }
+
+    /// What the guard decided; iptables has none.
+    pub fn counters(&self) -> GuardCounters {
+        match self {
+            Self::Ebpf(node) => node.counters(),
+            Self::Iptables(_) => GuardCounters::default(),
+        }
+    }
+
+    /// The log of the eBPF programs, once, if it was asked for.
+    pub fn kernel_log(&self) -> Option<KernelLog> {
+        match self {
+            Self::Ebpf(node) => node.kernel_log(),
+            Self::Iptables(_) => None,
+        }
+    }
+}
+
+/// A captured pod, as the proxy uses it.
+#[derive(Clone, Debug)]
+pub enum CapturedPod {
+    /// By eBPF programs.
+    Ebpf(PodHandle),
+    /// By iptables rules.
+    Iptables(IptablesPodHandle),
+}
+
+impl CapturedPod {
+    /// Duplicates of the agent's listeners in the pod.
+    pub fn listeners(&self) -> io::Result<PodListeners> {
+        match self {
+            Self::Ebpf(pod) => pod.listeners(),
+            Self::Iptables(pod) => pod.listeners(),
+        }
+    }
+
+    /// Where an accepted connection of the pod was meant to go; none if it was made to the capture port itself.
+    pub fn original_destination(
+        &self,
+        accepted: SockRef<'_>,
+        peer: PeerAddr,
+        local: SocketAddr,
+    ) -> Option<OriginalDst> {
+        match self {
+            Self::Ebpf(pod) => pod.original_destination(peer, local),
+            Self::Iptables(pod) => pod.original_destination(accepted, local),
+        }
+    }
+
+    /// Where an accepted plaintext connection to the pod was meant to go. Steered by eBPF, a socket has that address.
+    pub fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+        match self {
+            Self::Ebpf(_) => OriginalDst(local),
+            Self::Iptables(pod) => pod.inbound_destination(accepted, peer, local),
+        }
+    }
+
+    /// A nonblocking socket in the pod's namespace, to dial a peer with.
+    pub fn outbound_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        match self {
+            Self::Ebpf(pod) => pod.outbound_socket(target),
+            Self::Iptables(pod) => pod.outbound_socket(target),
+        }
+    }
+
+    /// A nonblocking socket in the pod's namespace, to dial the application with from the client's address.
+    pub fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
+        match self {
+            Self::Ebpf(pod) => pod.inbound_socket(target, source),
+            Self::Iptables(pod) => pod.inbound_socket(target, source),
+        }
+    }
+}
