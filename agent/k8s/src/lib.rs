@@ -24,6 +24,7 @@ mod meta;
 mod parse;
 mod peer_authentication;
 mod pod;
+mod probe;
 mod service;
 mod translate;
 
@@ -34,9 +35,9 @@ pub use meta::{IntOrString, Metadata, Selector};
 pub use parse::{Objects, parse};
 pub use peer_authentication::{MutualTls, PeerAuthentication, TlsMode};
 pub use pod::{
-    Container, ContainerPort, EnvVar, EnvVarSource, Exec, FieldRef, HttpGet, HttpHeader, Pod, PodSpec, Probe,
-    RestartPolicy, SecurityContext, TcpSocket, expand,
+    Container, ContainerPort, EnvVar, EnvVarSource, FieldRef, Pod, PodSpec, RestartPolicy, SecurityContext, expand,
 };
+pub use probe::{Exec, HttpGet, HttpHeader, Probe, TcpSocket};
 pub use service::{IpFamily, Service, ServicePort, ServiceSpec};
 pub use translate::{Context, Mesh, PodPlace, translate};
 

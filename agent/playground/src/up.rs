@@ -11,8 +11,7 @@ use std::{
     io::{IsTerminal, stderr},
     net::IpAddr,
     path::{Path, PathBuf},
-    thread::sleep,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
@@ -26,12 +25,14 @@ use crate::{
     files::{rewrite_in_place, write_if_changed},
     hosts::{Name, hosts, resolv_conf},
     launch::Launch,
-    layout::{Layout, node_name, node_netns, pod_id},
+    layout::{Layout, node_name, node_netns},
+    manifests,
     network::ensure_nodes,
     owner, preflight,
-    process::{Process, last_lines, spawn_detached},
+    process::{Process, spawn_detached},
     progress::Progress,
     proxy,
+    ready::wait_for_pods,
     state::{State, key},
 };
 
@@ -60,7 +61,7 @@ pub(crate) fn run(layout: &Layout, args: &UpArgs) -> Result<()> {
     let _held = owner::hold(layout)?;
     let mut progress = Progress::new();
     progress.step("reading the manifests");
-    let mut objects = read(&args.manifests)?;
+    let mut objects = manifests::read(&args.manifests)?;
     let mut state = settle(layout, args)?;
     let refused = state.allot(&mut objects)?;
     let mesh = k8s::translate(&objects, &context(&state, &objects));
@@ -117,47 +118,6 @@ fn done(state: &State, pods: usize) -> String {
     } else {
         text
     }
-}
-
-/// All YAML and JSON below a directory, or one file.
-fn read(path: &Path) -> Result<Objects> {
-    let mut files = Vec::new();
-    collect(path, &mut files).with_context(|| format!("cannot read {}", path.display()))?;
-    if files.is_empty() {
-        bail!("{}: there is no .yaml, .yml or .json file", path.display());
-    }
-    files.sort();
-    let mut texts = Vec::new();
-    for file in files {
-        let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        let name = file
-            .strip_prefix(path)
-            .ok()
-            .filter(|name| *name != Path::new(""))
-            .unwrap_or(&file);
-        texts.push((name.display().to_string(), String::from_utf8_lossy(&bytes).into_owned()));
-    }
-    Ok(k8s::parse(
-        texts.iter().map(|(name, text)| (name.as_str(), text.as_str())),
-    ))
-}
-
-fn collect(path: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
-    if !path.is_dir() {
-        fs::metadata(path)?;
-        files.push(path.to_owned());
-        return Ok(());
-    }
-    for entry in fs::read_dir(path)? {
-        let entry = entry?.path();
-        let is_manifest = entry
-            .extension()
-            .is_some_and(|end| end == "yaml" || end == "yml" || end == "json");
-        if entry.is_dir() || is_manifest {
-            collect(&entry, files)?;
-        }
-    }
-    Ok(())
 }
 
 /// What was, with what is asked for now.
@@ -406,90 +366,4 @@ fn start_kubelet(layout: &Layout, state: &State, index: u8) -> Result<()> {
     }
     let command = launch.command(&layout.binary(), &words);
     spawn_detached(command, &files.kubelet_log(), &files.kubelet_log())?.write(&record)
-}
-
-/// Waits until every pod is ready and the ones that are no longer wanted are gone; else says which is not, and why.
-fn wait_for_pods(
-    layout: &Layout,
-    state: &State,
-    desired: &[(String, Desired)],
-    progress: &Progress,
-    at_most: Duration,
-) -> Result<()> {
-    let deadline = Instant::now() + at_most;
-    loop {
-        let status = |node: &str, desired: &Desired| PodStatus::read(&layout.node(node).pod(&desired.id()));
-        let ready =
-            |node: &str, desired: &Desired| status(node, desired).is_some_and(|status| status.is_ready(desired));
-        let pending: Vec<_> = desired.iter().filter(|(node, desired)| !ready(node, desired)).collect();
-        let leaving = leaving(layout, state, desired);
-        if pending.is_empty() && leaving.is_empty() {
-            return Ok(());
-        }
-        let names: Vec<_> = pending
-            .iter()
-            .map(|(_, desired)| key(&desired.pod.metadata))
-            .chain(leaving.iter().cloned())
-            .collect();
-        progress.detail(&format!(
-            "{} of {} ready, waiting for {}",
-            desired.len() - pending.len(),
-            desired.len(),
-            names.join(", ")
-        ));
-        let failed = pending
-            .iter()
-            .any(|(node, desired)| status(node, desired).is_some_and(|status| status.phase == Phase::Failed));
-        if failed || Instant::now() > deadline {
-            let mut why = String::new();
-            for (node, desired) in &pending {
-                why.push_str(&explain(layout, node, desired));
-            }
-            for name in leaving {
-                why.push_str(&format!("\n  {name} is no longer wanted and does not end"));
-            }
-            bail!("not everything is ready:{why}");
-        }
-        for node in state.node_names() {
-            let files = layout.node(&node);
-            if !Process::read(&files.process("kubelet")).is_some_and(|process| process.is_alive()) {
-                bail!("the kubelet of {node} ended:\n{}", last_lines(&files.kubelet_log(), 15));
-            }
-        }
-        sleep(Duration::from_millis(30));
-    }
-}
-
-/// The pods that still are and are no longer wanted.
-fn leaving(layout: &Layout, state: &State, desired: &[(String, Desired)]) -> Vec<String> {
-    let mut leaving = Vec::new();
-    for node in state.node_names() {
-        let wanted = |id: &str| desired.iter().any(|(of, desired)| *of == node && desired.id() == id);
-        let entries = fs::read_dir(layout.node(&node).root.join("pods"))
-            .into_iter()
-            .flatten()
-            .flatten();
-        let ids = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        leaving.extend(ids.filter(|id| !wanted(id)));
-    }
-    leaving
-}
-
-fn explain(layout: &Layout, node: &str, desired: &Desired) -> String {
-    let metadata = &desired.pod.metadata;
-    let files = layout.node(node).pod(&pod_id(&metadata.namespace, &metadata.name));
-    let mut text = format!("\n  {} on {node}: ", key(metadata));
-    match PodStatus::read(&files) {
-        None => text.push_str("the kubelet did not begin with it"),
-        Some(status) => {
-            text.push_str(&status.why());
-            for container in status.containers.iter().filter(|container| !container.ready) {
-                let lines = last_lines(&files.log(&container.name), 8);
-                if !lines.is_empty() {
-                    text.push_str(&format!("\n  last lines of {}:\n{}", container.name, lines.trim_end()));
-                }
-            }
-        }
-    }
-    text
 }

@@ -7,30 +7,35 @@
 
 mod packets;
 mod record;
+mod recorder;
+mod rules;
 mod stage;
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::Stdio,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use self::{packets::Capture, record::Record, stage::Stage};
+use self::{
+    packets::Capture,
+    record::Record,
+    recorder::Recorder,
+    rules::{MISSING, RULES, count_rules},
+    stage::Stage,
+};
 use crate::{
     down,
-    exec::{ExecArgs, PacketsArgs, command_in_pod, tcpdump},
+    exec::{ExecArgs, command_in_pod},
     launch::spawn_in_pod,
     layout::{Layout, pod_netns},
-    netns, preflight,
-    process::Process,
+    preflight,
     state::State,
     up::{self, UpArgs},
 };
@@ -438,108 +443,6 @@ impl Scene<'_> {
 fn refusal<'a>(records: &'a [Record], namespace: &str, name: &str) -> Option<&'a Record> {
     let mut refused = records.iter().filter(|record| record.is_inbound() && record.is_error());
     refused.find(|record| record.get("src.namespace") == namespace && record.get("src.workload") == name)
-}
-
-const RULES: [(&str, &[&str]); 3] = [
-    ("iptables-save", &[]),
-    ("ip6tables-save", &[]),
-    ("nft", &["list", "ruleset"]),
-];
-const MISSING: &str = "not installed";
-
-/// How many rules a pod's network namespace has, as that program sees it.
-fn count_rules(netns: &str, program: &str, arguments: &[&str]) -> Result<String> {
-    if !preflight::has_program(program) {
-        return Ok(MISSING.to_owned());
-    }
-    let output = netns::inside(netns, || {
-        Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .with_context(|| format!("cannot run {program}"))
-    })?;
-    if !output.status.success() {
-        return Ok(format!("failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
-    }
-    let text = String::from_utf8_lossy(&output.stdout);
-    // iptables-save writes rules as `-A …`; nft, whatever is inside a chain's braces.
-    let is_rule = |line: &&str| match program {
-        "nft" => {
-            let line = line.trim();
-            !line.is_empty()
-                && line != "}"
-                && !line.ends_with('{')
-                && !line.starts_with("type ")
-                && !line.starts_with('#')
-        }
-        _ => line.starts_with("-A"),
-    };
-    Ok(format!("{} rules", text.lines().filter(is_rule).count()))
-}
-
-/// tcpdump on the fabric.
-struct Recorder {
-    child: Option<Child>,
-    path: PathBuf,
-}
-
-impl Recorder {
-    fn start(layout: &Layout, path: PathBuf) -> Result<Self> {
-        if !preflight::has_program("tcpdump") {
-            return Ok(Self { child: None, path });
-        }
-        let args = PacketsArgs {
-            write: Some(path.clone()),
-            count: None,
-            rest: vec!["--immediate-mode".into()],
-        };
-        let mut command = tcpdump(layout, &args)?;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().context("cannot run tcpdump")?;
-        let mut said = String::new();
-        if let Some(stderr) = child.stderr.take() {
-            let mut lines = BufReader::new(stderr);
-            while !said.contains("listening on") {
-                let mut line = String::new();
-                if lines.read_line(&mut line).context("cannot hear tcpdump")? == 0 {
-                    bail!("tcpdump does not start: {}", said.trim());
-                }
-                said.push_str(&line);
-            }
-            // It goes on writing there, to nobody: it must not end by that.
-            std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
-        }
-        Ok(Self {
-            child: Some(child),
-            path,
-        })
-    }
-
-    fn stop(mut self) -> Result<Option<Capture>> {
-        let Some(mut child) = self.child.take() else {
-            return Ok(None);
-        };
-        if let Some(process) = Process::of(i32::try_from(child.id())?) {
-            process.signal(Signal::SIGINT);
-        }
-        child.wait().context("cannot wait for tcpdump")?;
-        let bytes = fs::read(&self.path).with_context(|| format!("cannot read {}", self.path.display()))?;
-        Ok(Some(Capture::parse(bytes)))
-    }
-}
-
-impl Drop for Recorder {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            // Ours until it was waited for.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
 }
 
 fn next_steps(stage: &mut Stage) {
