@@ -152,7 +152,12 @@ fn network_of(pod: Pod<'_>) -> Result<String> {
     all += &netns::says(
         &name,
         "sysctl",
-        &["net.ipv4.tcp_fwmark_accept", "net.ipv4.conf.all.rp_filter"],
+        &[
+            "net.ipv4.tcp_fwmark_accept",
+            "net.ipv4.fwmark_reflect",
+            "net.ipv6.fwmark_reflect",
+            "net.ipv4.conf.all.rp_filter",
+        ],
     )?;
     all += &netns::says(&name, "ss", &["-Htln"])?;
     // Routes that come and go by themselves: the neighbourhood's multicast.

@@ -160,6 +160,8 @@ impl Inner {
             } else {
                 Restore::UNTOUCHED
             },
+            fwmark_reflect4: before.fwmark_reflect[0],
+            fwmark_reflect6: before.fwmark_reflect[1],
         };
         // A longer path can't be restored after a crash of the agent, only while it runs.
         let path = spec.netns.as_os_str().as_bytes();
@@ -321,6 +323,7 @@ pub(crate) fn put_back(netns: &Netns, restore: &Restore) -> Result<(), CaptureEr
     let before = Before {
         tcp_fwmark_accept: restore.tcp_fwmark_accept,
         rp_filter_all: restore.rp_filter_all,
+        fwmark_reflect: [restore.fwmark_reflect4, restore.fwmark_reflect6],
     };
     netns
         .enter(|| routes::remove(before))

@@ -1,7 +1,8 @@
 //! The pod's side of source addresses: what brings the application's answers to the agent's sockets back to them.
 //!
 //! The agent dials the application from the client's address, with mark 0x539. The application's socket inherits the
-//! mark (`tcp_fwmark_accept`), and a rule routes what is marked to the loopback device. A pod that marks its own
+//! mark (`tcp_fwmark_accept`), and a rule routes what is marked to the loopback device. Where no application listens, the
+//! kernel's own RST has to find the way back, too (`fwmark_reflect`). A pod that marks its own
 //! sockets gets its own packets back, which is no way out; one that deletes these rules breaks its own inbound
 //! connections until the next reconciliation.
 
@@ -21,7 +22,10 @@ use crate::netlink::Route;
 const TABLE: u32 = 100;
 const PRIORITY: u32 = 32764;
 
+const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
+
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+const FWMARK_REFLECT: [&str; 2] = ["/proc/sys/net/ipv4/fwmark_reflect", "/proc/sys/net/ipv6/fwmark_reflect"];
 const CONF: &str = "/proc/sys/net/ipv4/conf";
 
 /// Settings as they were before.
@@ -29,6 +33,8 @@ const CONF: &str = "/proc/sys/net/ipv4/conf";
 pub(crate) struct Before {
     pub(crate) tcp_fwmark_accept: u32,
     pub(crate) rp_filter_all: u32,
+    /// Of IPv4 and IPv6; [`abi::Restore::UNTOUCHED`] for a version that the kernel does not have.
+    pub(crate) fwmark_reflect: [u32; 2],
 }
 
 /// Reads the settings that [`apply`] will change. Inside the pod's namespace.
@@ -36,6 +42,7 @@ pub(crate) fn before() -> io::Result<Before> {
     Ok(Before {
         tcp_fwmark_accept: read(Path::new(FWMARK_ACCEPT))?,
         rp_filter_all: read(&Path::new(CONF).join("all/rp_filter"))?,
+        fwmark_reflect: [reflects(0)?, reflects(1)?],
     })
 }
 
@@ -46,16 +53,32 @@ pub(crate) fn apply(ip4: bool, ip6: bool) -> io::Result<Vec<&'static str>> {
         fs::write(FWMARK_ACCEPT, "1")?;
         repaired.push("tcp_fwmark_accept");
     }
+    for (version, path) in FWMARK_REFLECT.into_iter().enumerate() {
+        if reflects(version)? == 0 {
+            fs::write(path, "1")?;
+            repaired.push("fwmark_reflect");
+        }
+    }
     if ip4 && relax_rp_filter()? {
         repaired.push("rp_filter");
     }
+    repaired.extend(route_marked(MARK, ip4, ip6)?);
+    Ok(repaired)
+}
+
+/// Routes what has the mark to the loopback device; says what was not so. Inside the pod's namespace.
+pub(crate) fn route_marked(mark: u32, ip4: bool, ip6: bool) -> io::Result<Vec<&'static str>> {
+    let mut repaired = Vec::new();
     let mut route = Route::open()?;
     for (wanted, family) in [(ip4, AddressFamily::Inet), (ip6, AddressFamily::Inet6)] {
         if !wanted {
             continue;
         }
-        if !has_rule(&mut route, family)? {
-            created(route.change(RouteNetlinkMessage::NewRule(rule(family)), NLM_F_CREATE | NLM_F_EXCL))?;
+        if !has_rule(&mut route, family, mark)? {
+            created(route.change(
+                RouteNetlinkMessage::NewRule(rule(family, mark)),
+                NLM_F_CREATE | NLM_F_EXCL,
+            ))?;
             repaired.push("rule");
         }
         let message = RouteNetlinkMessage::NewRoute(local_route(family));
@@ -69,16 +92,48 @@ pub(crate) fn apply(ip4: bool, ip6: bool) -> io::Result<Vec<&'static str>> {
 /// Takes it back. Inside the pod's namespace.
 pub(crate) fn remove(before: Before) -> io::Result<()> {
     let mut route = Route::open()?;
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        removed(route.change(RouteNetlinkMessage::DelRule(rule(family)), 0))?;
-        removed(route.change(RouteNetlinkMessage::DelRoute(local_route(family)), 0))?;
+    for family in FAMILIES {
+        remove_marked(&mut route, family, MARK)?;
     }
     fs::write(FWMARK_ACCEPT, before.tcp_fwmark_accept.to_string())?;
+    for (path, value) in FWMARK_REFLECT.into_iter().zip(before.fwmark_reflect) {
+        if value != abi::Restore::UNTOUCHED {
+            fs::write(path, value.to_string())?;
+        }
+    }
     if before.rp_filter_all != abi::Restore::UNTOUCHED {
         // Each interface has had the effective value since; what `all` adds is the same.
         fs::write(Path::new(CONF).join("all/rp_filter"), before.rp_filter_all.to_string())?;
     }
     Ok(())
+}
+
+/// Takes back what [`route_marked`] made, where it did. Inside the pod's namespace.
+pub(crate) fn unroute_marked(mark: u32) -> io::Result<()> {
+    let mut route = Route::open()?;
+    for family in FAMILIES {
+        // The rule is made first and removed last: without it the route is somebody else's.
+        if has_rule(&mut route, family, mark)? {
+            remove_marked(&mut route, family, mark)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether what has the mark is routed to the loopback device, in any family. Inside the pod's namespace.
+pub(crate) fn is_marked_routed(mark: u32) -> io::Result<bool> {
+    let mut route = Route::open()?;
+    for family in FAMILIES {
+        if has_rule(&mut route, family, mark)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn remove_marked(route: &mut Route, family: AddressFamily, mark: u32) -> io::Result<()> {
+    removed(route.change(RouteNetlinkMessage::DelRoute(local_route(family)), 0))?;
+    removed(route.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0))
 }
 
 /// Strict reverse-path filtering would drop the agent's connection to the application: it comes in through `lo` from
@@ -106,6 +161,14 @@ fn relax_rp_filter() -> io::Result<bool> {
     Ok(true)
 }
 
+/// `fwmark_reflect` of IPv4 (0) or IPv6 (1).
+fn reflects(version: usize) -> io::Result<u32> {
+    match read(Path::new(FWMARK_REFLECT[version])) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(abi::Restore::UNTOUCHED),
+        other => other,
+    }
+}
+
 fn read(path: &Path) -> io::Result<u32> {
     let text = fs::read_to_string(path)?;
     text.trim()
@@ -113,24 +176,24 @@ fn read(path: &Path) -> io::Result<u32> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("{} holds {text:?}", path.display())))
 }
 
-fn rule(family: AddressFamily) -> RuleMessage {
+fn rule(family: AddressFamily, mark: u32) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = family;
     message.header.table = TABLE as u8;
     message.header.action = RuleAction::ToTable;
     message.attributes = vec![
         RuleAttribute::Priority(PRIORITY),
-        RuleAttribute::FwMark(MARK),
+        RuleAttribute::FwMark(mark),
         RuleAttribute::FwMask(MARK_MASK),
         RuleAttribute::Table(TABLE),
     ];
     message
 }
 
-fn has_rule(route: &mut Route, family: AddressFamily) -> io::Result<bool> {
+fn has_rule(route: &mut Route, family: AddressFamily, mark: u32) -> io::Result<bool> {
     let mut request = RuleMessage::default();
     request.header.family = family;
-    let wanted = rule(family).attributes;
+    let wanted = rule(family, mark).attributes;
     let rules = route.dump(RouteNetlinkMessage::GetRule(request))?;
     Ok(rules.iter().any(|message| match message {
         RouteNetlinkMessage::NewRule(found) => wanted.iter().all(|attribute| found.attributes.contains(attribute)),

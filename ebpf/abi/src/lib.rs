@@ -11,7 +11,7 @@ pub use address::{Address, Endpoint};
 pub use reason::Reason;
 
 /// The version of every layout in this crate; maps are pinned under it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where captured outbound connections go, on the pod's own address. All but the first are ports that no Istio
 /// component uses; an application that serves one of them can't be reached by itself through its own pod address.
@@ -181,6 +181,10 @@ pub struct Restore {
     pub tcp_fwmark_accept: u32,
     /// `net.ipv4.conf.all.rp_filter` as it was; [`Restore::UNTOUCHED`] where it did not need a change.
     pub rp_filter_all: u32,
+    /// `net.ipv4.fwmark_reflect` as it was.
+    pub fwmark_reflect4: u32,
+    /// `net.ipv6.fwmark_reflect` as it was; [`Restore::UNTOUCHED`] where there is none.
+    pub fwmark_reflect6: u32,
 }
 
 impl Restore {
@@ -227,7 +231,7 @@ mod tests {
         assert_eq!(size_of::<Flow>(), 2 * size_of::<Endpoint>());
         assert_eq!(size_of::<OriginalKey>(), 8 + 20 + 4);
         assert_eq!(size_of::<ListenerKey>(), 16 + 4);
-        assert_eq!(size_of::<Restore>(), 240 + 4 * 2);
+        assert_eq!(size_of::<Restore>(), 240 + 4 * 4);
     }
 
     #[test]
