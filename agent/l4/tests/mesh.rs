@@ -7,35 +7,15 @@ mod lab;
 use std::{io, net::SocketAddr, time::Duration};
 
 use l4::{Config, FailureKind};
-use lab::{Lab, LabPod, echo, eventually, expect_echo, expect_refused, expect_reset, new_address, policy};
+use lab::{
+    Lab, LabPod, echo, eventually, expect_echo, expect_refused, expect_reset, new_address, policy,
+    two::{Two, two},
+};
 use model::{Action, Authority, Match, StringMatch, TunnelProtocol};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-
-/// A client and a server, each on a node of its own.
-struct Two {
-    lab: Lab,
-    near: l4::Proxy,
-    far: l4::Proxy,
-    client: LabPod,
-    server: LabPod,
-}
-
-fn two() -> Two {
-    let mut lab = Lab::new();
-    let (near, far) = (lab.proxy(), lab.proxy());
-    let (client, server) = (lab.pod(&near, "client"), lab.pod(&far, "server"));
-    lab.publish();
-    Two {
-        lab,
-        near,
-        far,
-        client,
-        server,
-    }
-}
 
 fn strict() -> model::Policy {
     policy(
@@ -401,55 +381,6 @@ async fn a_thousand_half_open_handshakes_do_not_harm_a_good_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn draining_waits_for_what_lives_and_takes_nothing_new() {
-    let two = two();
-    echo(two.server.listen(8080).await);
-    let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
-    expect_echo(&mut live, b"hello").await;
-    let far = two.far;
-    let far = tokio::spawn(async move { far.drain(Duration::from_secs(600)).await });
-    eventually("the listeners are closed", async || {
-        TcpStream::connect(two.server.at(15008)).await.is_err()
-    })
-    .await;
-    expect_echo(&mut live, b"still here").await;
-    assert!(!far.is_finished());
-    live.shutdown().await.unwrap();
-    assert_eq!(live.read(&mut [0; 1]).await.unwrap(), 0);
-    far.await.unwrap();
-    two.near.drain(Duration::from_secs(600)).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_does_not_end_in_time_is_reset() {
-    let two = two();
-    echo(two.server.listen(8080).await);
-    let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
-    expect_echo(&mut live, b"hello").await;
-    two.near.drain(Duration::ZERO).await;
-    expect_reset(live).await;
-    two.lab
-        .line(&["outbound", "bytes_sent=5 bytes_recv=5", "the proxy is shutting down"]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_removed_pod_is_served_no_longer() {
-    let two = two();
-    echo(two.server.listen(8080).await);
-    let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
-    expect_echo(&mut live, b"hello").await;
-    two.far.retire_pod(&two.server.uid);
-    eventually("nothing new", async || {
-        TcpStream::connect(two.server.at(15008)).await.is_err()
-    })
-    .await;
-    expect_echo(&mut live, b"still here").await;
-    two.far.remove_pod(&two.server.uid);
-    expect_reset(live).await;
-    two.lab.line(&["inbound", "the pod was removed"]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn ipv6_goes_the_same_way() {
     let mut lab = Lab::new();
     let proxy = lab.proxy();
@@ -494,40 +425,6 @@ async fn who_reads_nothing_holds_the_sender_back() {
     let mut received = Vec::new();
     server.read_to_end(&mut received).await.unwrap();
     assert_eq!(received.len() as u64, sent);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_panic_ends_one_connection_and_no_other() {
-    let two = two();
-    echo(two.server.listen(8080).await);
-    let mut other = two.client.dial(two.server.at(8080)).await.unwrap();
-    expect_echo(&mut other, b"before").await;
-    for _ in 0..4 {
-        expect_refused(two.client.dial(two.server.at(lab::PANIC_PORT)).await).await;
-    }
-    two.lab.line(&["outbound", "a bug"]);
-    expect_echo(&mut other, b"after").await;
-    expect_echo(&mut two.client.dial(two.server.at(8080)).await.unwrap(), b"new").await;
-    eventually("all are counted", async || {
-        two.near.counters().failed(FailureKind::Panicked) == 4
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_proxy_resets_what_lives() {
-    let two = two();
-    echo(two.server.listen(8080).await);
-    let outside = TcpListener::bind(SocketAddr::new(new_address(), 0)).await.unwrap();
-    let address = outside.local_addr().unwrap();
-    echo(outside);
-    let mut tunnelled = two.client.dial(two.server.at(8080)).await.unwrap();
-    expect_echo(&mut tunnelled, b"hello").await;
-    let mut plain = two.client.dial(address).await.unwrap();
-    expect_echo(&mut plain, b"hello").await;
-    drop(two.near);
-    expect_reset(tunnelled).await;
-    expect_reset(plain).await;
 }
 
 /// As a peer that speaks HBONE itself: the status of a CONNECT, 200 included.
