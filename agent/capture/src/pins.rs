@@ -1,7 +1,7 @@
 //! What is pinned, and where: capture outlives the agent because its links and maps are pinned in bpffs.
 //!
 //! ```text
-//! PIN_DIR/maps-v1/NAME              maps, under the version of their layouts
+//! PIN_DIR/maps-vVERSION-SIZES/NAME  maps, under the version of their layouts
 //! PIN_DIR/links/NAME                programs of the node: on the pods' and on the agent's cgroup
 //! PIN_DIR/pods/COOKIE/steer         sk_lookup in the pod's network namespace
 //! PIN_DIR/pods/COOKIE/guard-INDEX   tcx ingress on the host side of its veth
@@ -62,7 +62,7 @@ impl Pins {
     }
 
     pub(crate) fn maps(&self) -> PathBuf {
-        self.root.join(format!("maps-v{}", abi::VERSION))
+        self.root.join(maps_directory())
     }
 
     pub(crate) fn links(&self) -> PathBuf {
@@ -86,11 +86,15 @@ impl Pins {
 
     /// Removes the maps of other versions.
     pub(crate) fn remove_other_versions(&self) {
-        let current = format!("maps-v{}", abi::VERSION);
+        let current = maps_directory();
         for name in names(&self.root).filter(|name| name.starts_with("maps-v") && *name != current) {
             remove_tree(&self.root.join(name));
         }
     }
+}
+
+fn maps_directory() -> String {
+    format!("maps-v{}-{:x}", abi::VERSION, abi::SIZES)
 }
 
 /// Makes a program stand at a target, pinned at a path; says whether it was not there before. A link that is there

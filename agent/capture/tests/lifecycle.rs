@@ -1,18 +1,16 @@
-//! Enrolment, release, restart, crash, uninstall.
+//! Enrolment, release, repair, uninstall.
 
 #![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test fails by panicking")]
 
 mod lab;
 
 use std::{
-    collections::BTreeSet,
     io::{Read, Write},
     net::SocketAddr,
 };
 
 use capture::{CaptureError, Node, Reason};
 use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, connect, until};
-use model::PeerAddr;
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
 
@@ -160,82 +158,29 @@ fn an_attempt_to_connect_under_way_is_aborted() {
 }
 
 #[test]
-fn without_the_agent_nothing_passes_and_the_next_one_takes_over() {
-    lab::test(
-        "without_the_agent_nothing_passes_and_the_next_one_takes_over",
-        |lab| async move {
-            let node = lab.node();
-            let pod = lab.pod("a", 2);
-            let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
-            app.must(SERVE);
-            let (handle, listeners) = captured(&node, &pod).await;
-            let links = lab.links();
-            drop((node, handle, listeners));
-            assert_eq!(lab.links(), links, "pins stay");
-            for (own, there) in [(pod.ip4(), OUTSIDE4), (pod.ip6(), OUTSIDE6)] {
-                let refused = |answer: Result<String, String>| assert!(answer.unwrap_err().starts_with("ECONNREFUSED"));
-                refused(app.tell(&format!("socket.create_connection(('{there}', 8080))")));
-                for port in [8080, 15001, 15006, 15008] {
-                    refused(outside.tell(&format!("socket.create_connection(('{own}', {port}))")));
-                }
-            }
-            let mut kubelet = lab.kubelet();
-            kubelet.must(&format!("socket.create_connection(('{}', 8080))", pod.ip4()));
-
-            let node = lab.node();
-            assert!(node.counters().get(Reason::NoListener) >= 10);
-            let (handle, listeners) = captured(&node, &pod).await;
-            assert_eq!(lab.links(), links, "adopted");
-            app.must(&format!("s = socket.create_connection(('{OUTSIDE6}', 8080))"));
-            let (stream, peer) = accept(&listeners.outbound[0]);
-            assert!(
-                handle
-                    .original_destination(PeerAddr(peer), stream.local_addr().unwrap())
-                    .is_some()
-            );
-            assert_eq!(app.must("s.getpeername()[0]"), OUTSIDE6);
-        },
-    );
-}
-
-#[test]
 fn a_released_pod_is_as_it_was() {
     lab::test("a_released_pod_is_as_it_was", |lab| async move {
         let node = lab.node();
         let pod = lab.pod("a", 2);
         lab.run(Some("a"), "sysctl -qw net.ipv4.conf.all.rp_filter=1");
-        let before = settings(&lab);
+        let before = lab.settings();
         let pins = lab.links();
         let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
         outside.must(SERVE);
         app.must(SERVE);
         let (handle, listeners) = captured(&node, &pod).await;
-        assert_ne!(settings(&lab), before);
+        assert_ne!(lab.settings(), before);
         let target = SocketAddr::new(pod.ip4(), 8080);
         let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
         connect(socket, target).expect("strict reverse-path filtering is not in the way");
         drop((handle, listeners));
         node.release(pod.uid()).await.unwrap();
-        assert_eq!(settings(&lab), before);
+        assert_eq!(lab.settings(), before);
         assert_eq!(lab.links(), pins);
         app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
         outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
         app.must("l.accept(); l.accept()");
     });
-}
-
-/// What capture changes in the pod: rules, routes, settings.
-fn settings(lab: &Lab) -> String {
-    [
-        "ip -4 rule",
-        "ip -6 rule",
-        "ip -4 route show table all",
-        "ip -6 route show table all",
-        "sysctl net.ipv4.tcp_fwmark_accept",
-    ]
-    .map(|command| lab.run(Some("a"), command))
-    .join("")
-        + &lab.run(Some("a"), "sysctl net.ipv4.conf.all.rp_filter")
 }
 
 #[test]
@@ -244,13 +189,13 @@ fn what_a_pod_spoils_is_repaired() {
         let node = lab.node();
         let pod = lab.pod("a", 2);
         captured(&node, &pod).await;
-        let good = settings(&lab);
+        let good = lab.settings();
         assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
         lab.run(Some("a"), "ip rule del pref 32764");
         lab.run(Some("a"), "ip -6 route flush table 100");
         lab.run(Some("a"), "sysctl -qw net.ipv4.tcp_fwmark_accept=0");
         assert_eq!(node.reconcile().await.unwrap().len(), 3);
-        assert_eq!(settings(&lab), good);
+        assert_eq!(lab.settings(), good);
     });
 }
 
@@ -258,18 +203,18 @@ fn what_a_pod_spoils_is_repaired() {
 fn uninstall_leaves_nothing() {
     lab::test("uninstall_leaves_nothing", |lab| async move {
         let pod = lab.pod("a", 2);
-        let before = (settings(&lab), tcx(&lab));
+        let before = (lab.settings(), tcx(&lab));
         for by_the_node in [true, false] {
             let node = lab.node();
             captured(&node, &pod).await;
-            assert_ne!((settings(&lab), tcx(&lab)), before);
+            assert_ne!((lab.settings(), tcx(&lab)), before);
             if by_the_node {
                 node.uninstall().await.unwrap();
             } else {
                 drop(node);
                 capture::uninstall(&lab.pin_dir()).unwrap();
             }
-            assert_eq!((settings(&lab), tcx(&lab)), before);
+            assert_eq!((lab.settings(), tcx(&lab)), before);
             assert!(!lab.pin_dir().exists());
         }
         capture::uninstall(&lab.pin_dir()).expect("nothing there is no failure");
@@ -283,32 +228,6 @@ fn uninstall_leaves_nothing() {
 /// The devices of the node, which name the programs that are attached to them.
 fn tcx(lab: &Lab) -> String {
     lab.run(None, "ip -d link show dev v-a")
-}
-
-#[test]
-fn a_pod_that_is_gone_leaves_nothing_at_the_next_start() {
-    lab::test(
-        "a_pod_that_is_gone_leaves_nothing_at_the_next_start",
-        |lab| async move {
-            let node = lab.node();
-            let without = lab.links();
-            let (gone, stays) = (lab.pod("a", 2), lab.pod("b", 3));
-            captured(&node, &stays).await;
-            let with_one: BTreeSet<_> = lab.links().into_iter().collect();
-            captured(&node, &gone).await;
-            drop(node);
-            lab.run(None, &format!("ip netns del {}.a", lab.id()));
-            until("the namespace is gone", || {
-                let node = lab.node();
-                let left: BTreeSet<_> = lab.links().into_iter().collect();
-                drop(node);
-                (left == with_one).then_some(())
-            });
-            let node = lab.node();
-            node.forget_untold().await.unwrap();
-            assert_eq!(lab.links(), without);
-        },
-    );
 }
 
 #[test]
@@ -391,122 +310,5 @@ fn the_programs_write_to_the_log_when_asked() {
         .unwrap_or_else(|error| panic!("{error}"));
         assert!(node.kernel_log().is_some());
         assert!(node.kernel_log().is_none(), "only once");
-    });
-}
-
-#[test]
-fn an_agent_that_died_half_way_is_repaired_by_the_next() {
-    lab::test(
-        "an_agent_that_died_half_way_is_repaired_by_the_next",
-        |lab| async move {
-            let pod = lab.pod("a", 2);
-            let untouched = settings(&lab);
-            let node = lab.node();
-            captured(&node, &pod).await;
-            let (links, good) = (lab.links(), settings(&lab));
-            drop(node);
-            let half_ways: [&dyn Fn(); 4] = [
-                &|| remove_pins(&lab, &["guard"]),
-                &|| remove_pins(&lab, &["guard", "steer"]),
-                &|| remove_pins(&lab, &["guard", "steer", "proof", "connect4", "connect6", "sock_ops"]),
-                &|| {
-                    lab.run(Some("a"), "ip rule del pref 32764");
-                },
-            ];
-            let mut app = lab.in_pod(&pod);
-            for spoil in half_ways {
-                spoil();
-                let node = lab.node();
-                let (handle, listeners) = captured(&node, &pod).await;
-                assert_eq!(lab.links(), links);
-                assert_eq!(settings(&lab), good);
-                app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
-                let (stream, peer) = accept(&listeners.outbound[0]);
-                assert!(
-                    handle
-                        .original_destination(PeerAddr(peer), stream.local_addr().unwrap())
-                        .is_some()
-                );
-                let before = node.counters().of_pod(pod.uid(), Reason::ForeignSocket);
-                app.must(&format!(
-                    "socket.socket(socket.AF_INET, socket.SOCK_RAW, 6).sendto(b'x' * 40, ('{OUTSIDE4}', 0))"
-                ));
-                until("the guard is there", || {
-                    (node.counters().of_pod(pod.uid(), Reason::ForeignSocket) > before).then_some(())
-                });
-            }
-            // And one that died before it could take a pod out of the mesh.
-            let node = lab.node();
-            node.know(pod.spec.clone()).await.unwrap();
-            assert_eq!(settings(&lab), untouched);
-            let mut outside = lab.outside();
-            outside.must(SERVE);
-            app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
-            outside.must("l.accept()");
-        },
-    );
-}
-
-/// Removes pins, and with the last agent's death what they held.
-fn remove_pins(lab: &Lab, names: &[&str]) {
-    for link in lab.links() {
-        let name = link.file_name().unwrap().to_string_lossy().into_owned();
-        if names.iter().any(|prefix| name.starts_with(prefix)) {
-            std::fs::remove_file(link).unwrap();
-        }
-    }
-}
-
-#[test]
-fn an_agent_with_other_layouts_replaces_the_maps_and_lets_nothing_past() {
-    lab::test(
-        "an_agent_with_other_layouts_replaces_the_maps_and_lets_nothing_past",
-        |lab| async move {
-            let pod = lab.pod("a", 2);
-            let node = lab.node();
-            captured(&node, &pod).await;
-            drop(node);
-            let current = std::fs::read_dir(lab.pin_dir())
-                .unwrap()
-                .map(|entry| entry.unwrap().path());
-            let maps = current
-                .into_iter()
-                .find(|path| path.display().to_string().contains("maps-v"))
-                .unwrap();
-            let other = lab.pin_dir().join("maps-v0");
-            std::fs::rename(&maps, &other).unwrap();
-            let node = lab.node();
-            assert!(maps.exists() && !other.exists());
-            let mut app = lab.in_pod(&pod);
-            let dial = format!("s = socket.create_connection(('{OUTSIDE4}', 8080))");
-            assert!(app.tell(&dial).unwrap_err().starts_with("EPERM"));
-            let (_, listeners) = captured(&node, &pod).await;
-            app.must(&dial);
-            accept(&listeners.outbound[0]);
-        },
-    );
-}
-
-#[test]
-fn an_agent_in_another_cgroup_takes_over() {
-    lab::test("an_agent_in_another_cgroup_takes_over", |lab| async move {
-        let pod = lab.pod("a", 2);
-        let mut config = lab.config();
-        config.agent_cgroup = Some(config.pods_cgroup.with_file_name("elsewhere"));
-        let former = Node::start(config).unwrap_or_else(|error| panic!("{error}"));
-        captured(&former, &pod).await;
-        drop(former);
-        let node = lab.node();
-        let (handle, _) = captured(&node, &pod).await;
-        let mut outside = lab.outside();
-        outside.must(SERVE);
-        let target = SocketAddr::new(OUTSIDE4.parse().unwrap(), 8080);
-        connect(handle.outbound_socket(target).unwrap(), target).expect("the guard knows the new cgroup");
-        let mut app = lab.in_pod(&pod);
-        app.must(SERVE);
-        let target = SocketAddr::new(pod.ip4(), 8080);
-        let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
-        connect(socket, target).unwrap();
-        app.must("l.settimeout(5); l.accept()");
     });
 }

@@ -13,6 +13,28 @@ pub use reason::Reason;
 /// The version of every layout in this crate; maps are pinned under it.
 pub const VERSION: u32 = 2;
 
+/// A number that changes with the size of any layout, for those who forget to raise [`VERSION`].
+pub const SIZES: u32 = {
+    let sizes = [
+        size_of::<Endpoint>(),
+        size_of::<Pod>(),
+        size_of::<Interface>(),
+        size_of::<Flow>(),
+        size_of::<OriginalKey>(),
+        size_of::<ListenerKey>(),
+        size_of::<PlaintextClient>(),
+        size_of::<CounterKey>(),
+        size_of::<Restore>(),
+    ];
+    let mut number: u32 = 0;
+    let mut index = 0;
+    while index < sizes.len() {
+        number = number.wrapping_mul(31).wrapping_add(sizes[index] as u32);
+        index += 1;
+    }
+    number
+};
+
 /// Where captured outbound connections go, on the pod's own address. All but the first are ports that no Istio
 /// component uses; an application that serves one of them can't be reached by itself through its own pod address.
 pub const CAPTURE_PORTS: [u16; 16] = [

@@ -167,6 +167,20 @@ impl Lab {
         self.boxes.run(netns, command)
     }
 
+    /// What capture changes in the pod `a`: rules, routes, settings.
+    pub fn settings(&self) -> String {
+        [
+            "ip -4 rule",
+            "ip -6 rule",
+            "ip -4 route show table all",
+            "ip -6 route show table all",
+            "sysctl net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect",
+            "sysctl net.ipv4.conf.all.rp_filter",
+        ]
+        .map(|command| self.run(Some("a"), command))
+        .join("")
+    }
+
     pub fn links(&self) -> Vec<PathBuf> {
         let mut found = files_below(&self.pin_dir());
         found.sort();
