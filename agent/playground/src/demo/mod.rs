@@ -238,7 +238,7 @@ impl Scene<'_> {
             let refused = |namespace: &str, name: &str| refusal(&records, namespace, name).is_some();
             let served = records
                 .iter()
-                .filter(|record| record.is_inbound() && !record.is_error());
+                .filter(|record| record.is_inbound() && record.is_allowed());
             let complete = refused("outside", "client") && refused("shop", "web") && served.count() >= 4;
             if complete || Instant::now() > deadline {
                 return Ok(records);
@@ -253,7 +253,7 @@ impl Scene<'_> {
         stage.say("certificates (mutual TLS 1.3), which the agents hold for their pods: spiffe://cluster.local/ …");
         let served: Vec<_> = records
             .iter()
-            .filter(|record| record.is_inbound() && !record.is_error())
+            .filter(|record| record.is_inbound() && record.is_allowed())
             .collect();
         stage.table(
             &["FROM", "TO", "SERVICE", "BYTES IN / OUT", "DECIDED BY"],
@@ -441,7 +441,9 @@ impl Scene<'_> {
 
 /// The line that tells of somebody's refusal.
 fn refusal<'a>(records: &'a [Record], namespace: &str, name: &str) -> Option<&'a Record> {
-    let mut refused = records.iter().filter(|record| record.is_inbound() && record.is_error());
+    let mut refused = records
+        .iter()
+        .filter(|record| record.is_inbound() && record.is_denied());
     refused.find(|record| record.get("src.namespace") == namespace && record.get("src.workload") == name)
 }
 

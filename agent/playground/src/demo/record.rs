@@ -6,23 +6,19 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub(super) struct Record {
     fields: BTreeMap<String, String>,
-    error: bool,
 }
 
 impl Record {
     /// Reads a line; none if it is no such line.
     pub fn parse(node: &str, line: &str) -> Option<Self> {
         let mut parts = line.splitn(5, '\t');
-        let (_, level, scope, _) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let (_, _, scope, _) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         if scope != "access" {
             return None;
         }
         let mut fields = fields(parts.next()?);
         fields.insert("node".to_owned(), node.to_owned());
-        Some(Self {
-            fields,
-            error: level == "error",
-        })
+        Some(Self { fields })
     }
 
     /// A field; `-` where it is missing.
@@ -34,8 +30,14 @@ impl Record {
         self.get("direction") == "inbound"
     }
 
-    pub fn is_error(&self) -> bool {
-        self.error
+    /// Whether it was let in by policy, however it ended.
+    pub fn is_allowed(&self) -> bool {
+        self.get("rule").starts_with("allowed")
+    }
+
+    /// Whether policy refused it.
+    pub fn is_denied(&self) -> bool {
+        self.get("rule").starts_with("denied")
     }
 }
 
@@ -82,7 +84,7 @@ mod tests {
         let line = "2026-01-01T00:00:00Z\terror\taccess\tconnection complete\tsrc.addr=[fd00::1]:5 src.workload=\"a\" \
                     direction=\"inbound\" bytes_sent=7 rule=\"said \\\"no\\\": why=because\"";
         let record = Record::parse("node-1", line).unwrap();
-        assert!(record.is_inbound() && record.is_error());
+        assert!(record.is_inbound() && !record.is_allowed() && !record.is_denied());
         assert_eq!(record.get("src.addr"), "[fd00::1]:5");
         assert_eq!(record.get("bytes_sent"), "7");
         assert_eq!(record.get("rule"), "said \"no\": why=because");

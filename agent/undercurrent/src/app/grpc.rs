@@ -14,7 +14,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use super::{
     call::CallArgs,
     connect::{Url, connect},
-    http::{Body, full, headers},
+    http::{Body, end, full, headers},
     payload::Payload,
     report::{Called, Seen},
 };
@@ -67,7 +67,7 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
     let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream)
         .await
         .context("HTTP/2")?;
-    tokio::spawn(connection);
+    let closing = tokio::spawn(connection);
     let payload = Payload::new(args.body.as_deref(), args.bytes).all();
     let path = if url.path == "/" {
         "/undercurrent.app.Echo/Echo"
@@ -86,6 +86,8 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called) -> Res
     called.status = Some(response.status().as_u16());
     called.headers = headers(response.headers());
     let body = response.into_body().collect().await.context("the response's body")?;
+    drop(sender);
+    end(closing).await;
     let status = body
         .trailers()
         .or(None)

@@ -139,17 +139,18 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called, http2:
     let request = request(url, args, http2)?
         .body(full(payload))
         .context("the request can't be sent")?;
+    let closing;
     let response = if http2 {
         let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream)
             .await
             .context("HTTP/2")?;
-        tokio::spawn(connection);
+        closing = tokio::spawn(connection);
         sender.send_request(request).await
     } else {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
             .await
             .context("HTTP/1.1")?;
-        tokio::spawn(connection);
+        closing = tokio::spawn(connection);
         sender.send_request(request).await
     };
     let response = response.context("request")?;
@@ -164,6 +165,7 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called, http2:
             kept.extend_from_slice(&bytes[..bytes.len().min((256_usize << 10).saturating_sub(kept.len()))]);
         }
     }
+    end(closing).await;
     called.bytes_received = received.1;
     if args.bytes.is_some() && url.path == "/echo" {
         let matches = received.hex() == sent.hex();
@@ -175,4 +177,10 @@ pub(super) async fn call(url: &Url, args: &CallArgs, called: &mut Called, http2:
     let status = called.status.unwrap_or_default();
     ensure!(status < 400, "status {status}");
     Ok(())
+}
+
+/// Lets a connection end in good order, once nobody sends on it any more: a process that ends first resets it.
+pub(super) async fn end<T>(connection: tokio::task::JoinHandle<T>) {
+    // One that a server keeps open is reset after all.
+    let _ = tokio::time::timeout(std::time::Duration::from_millis(200), connection).await;
 }
