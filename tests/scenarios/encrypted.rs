@@ -13,6 +13,7 @@ scenarios![
     http_between_pods_of_the_mesh_is_not_in_clear,
     a_service_address_is_no_way_around,
     only_hbone_crosses_between_nodes,
+    pods_of_one_node_are_encrypted_too,
 ];
 
 /// Nothing that occurs by itself.
@@ -117,5 +118,27 @@ fn only_hbone_crosses_between_nodes(mesh: &Mesh) -> Result<()> {
     let between = format!("((host {from} and host {to}) or (host {from6} and host {to6}))");
     let others = packets.matching(&format!("tcp and not port 15008 and {between}"))?;
     ensure!(others.is_empty(), "TCP that is not HBONE:\n{}", others.join("\n"));
+    Ok(())
+}
+
+/// What leaves a pod is ciphertext, even if it does not leave the node: seen on the node's ends of the pods' links.
+fn pods_of_one_node_are_encrypted_too(mesh: &Mesh) -> Result<()> {
+    let near = mesh.pod("mesh", "near");
+    for (from, is_clear) in [
+        (mesh.pod("outside", "client"), true),
+        (mesh.pod("mesh", "client"), false),
+    ] {
+        for address in near.addresses()? {
+            let capture = Capture::of_node("node-1")?;
+            say(from, address, MARKER)?;
+            let packets = capture.stop()?;
+            ensure!(
+                packets.contain(MARKER) == is_clear,
+                "{} to {address}: in clear is {}",
+                from.key(),
+                !is_clear
+            );
+        }
+    }
     Ok(())
 }

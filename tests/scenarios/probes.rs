@@ -16,6 +16,7 @@ scenarios![
     a_pod_with_the_nodes_network_is_refused,
     forwarded_traffic_is_refused,
     the_mesh_itself_is_let_in,
+    without_an_agent_probes_are_answered_and_nobody_else_is_let_in,
 ];
 
 fn strict(mesh: &Mesh) -> Pod<'_> {
@@ -142,6 +143,36 @@ fn the_mesh_itself_is_let_in(mesh: &Mesh) -> Result<()> {
             .pod("mesh", "client")
             .client(&["echo", &address.to_string(), "8001"])?;
         ensure!(result["same"] == true, "{result}");
+    }
+    Ok(())
+}
+
+/// Capture outlives the agent, and so does the proof of who a probe is.
+fn without_an_agent_probes_are_answered_and_nobody_else_is_let_in(mesh: &Mesh) -> Result<()> {
+    let node = mesh.node("node-2");
+    node.kill_agent()?;
+    let outcome = without_an_agent(mesh);
+    node.start_agent()?;
+    outcome?;
+    the_mesh_itself_is_let_in(mesh)
+}
+
+fn without_an_agent(mesh: &Mesh) -> Result<()> {
+    for address in strict(mesh).addresses()? {
+        let answer = ask_from("uc-node-2", address)?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "{address}: {answer}");
+        for from in [
+            mesh.pod("outside", "beside"),
+            mesh.pod("outside", "host"),
+            mesh.pod("mesh", "client"),
+        ] {
+            let result = from.client(&["refused", &address.to_string(), "8011", "1"])?;
+            ensure!(
+                result.get("bytes").is_none_or(|bytes| *bytes == 0),
+                "{} to {address}: {result}",
+                from.key()
+            );
+        }
     }
     Ok(())
 }

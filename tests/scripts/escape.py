@@ -152,6 +152,7 @@ def foreign_source(target, text, port):
     foreign = "fd00:bad::1" if ":" in target else "192.0.2.7"
     level, option = (socket.IPPROTO_IPV6, IPV6_TRANSPARENT) if ":" in target else (socket.IPPROTO_IP, IP_TRANSPARENT)
     with stream(target) as sock:
+        sock.settimeout(0.4)
         sock.setsockopt(level, option, 1)
         sock.bind((foreign, port))
         sock.connect((target, PORT))
@@ -163,6 +164,7 @@ def added_address(target, text, port):
     run("ip", "addr", "add", added, "dev", "eth0", *(["nodad"] if ":" in target else []))
     try:
         with stream(target) as sock:
+            sock.settimeout(0.4)
             sock.bind((added, port))
             sock.connect((target, PORT))
             return talk(sock, text)
@@ -184,6 +186,7 @@ def nat_in_the_pod(target, text, port):
         raise RuntimeError(done.stderr.decode())
     try:
         with stream(target) as sock:
+            sock.settimeout(0.4)
             sock.bind(("", port))
             sock.connect((own, 9999))
             return talk(sock, text)
@@ -434,7 +437,8 @@ def nested_namespace(target, text, port):
     finally:
         child.kill()
         child.wait()
-        for line in [["link", "set", "eth0", "nomaster"], ["link", "del", "nestbr"]]:
+        # The node has learnt the nested link's address; asking for the node's anew tells it the pod's own again.
+        for line in [["link", "set", "eth0", "nomaster"], ["link", "del", "nestbr"], ["neigh", "flush", "dev", "eth0"]]:
             subprocess.run(["ip", *line], capture_output=True)
 
 

@@ -60,6 +60,19 @@ impl Capture {
         )
     }
 
+    /// Captures on a node: its side of its pods' links, and its link to the fabric.
+    pub fn of_node(node: &str) -> Result<Self> {
+        let netns = format!("uc-{node}");
+        let to = SocketAddr::from(([172, 30, 0, if node == "node-1" { 2 } else { 1 }], 9));
+        Self::start(
+            &netns,
+            Sentinel {
+                netns: netns.clone(),
+                to,
+            },
+        )
+    }
+
     /// Captures everything that reaches a pod from its node.
     pub fn of_pod(netns: &str, node: &str, address: IpAddr) -> Result<Self> {
         Self::start(
