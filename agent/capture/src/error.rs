@@ -83,6 +83,30 @@ pub enum CaptureError {
         /// What the kernel said.
         error: io::Error,
     },
+    /// The capture by iptables needs a program that is not installed.
+    #[error("the program {0} is not installed, which capture by iptables needs (Debian: apt install iptables)")]
+    MissingProgram(&'static str),
+    /// A program of iptables failed.
+    #[error("{program} in {netns}: {said}")]
+    Iptables {
+        /// The program.
+        program: String,
+        /// In which network namespace.
+        netns: PathBuf,
+        /// What it, or the kernel, said.
+        said: String,
+    },
+    /// A process of the pod listens on a port that the rules redirect to.
+    #[error("{port} is taken in {netns}: a pod that is captured by iptables can't use it")]
+    PortTaken {
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// The port.
+        port: u16,
+    },
+    /// The node is captured by eBPF already.
+    #[error("{0} holds the pins of a capture by eBPF: take it down first (undercurrent uninstall)")]
+    OtherCapture(PathBuf),
     /// A task of ours ended before its time.
     #[error("the capture task was cancelled")]
     Cancelled,

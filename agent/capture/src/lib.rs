@@ -10,6 +10,9 @@
 //! out of the pod -----------> [guard]: the agent's TCP, and what is not TCP
 //! ```
 //!
+//! That is [`Node`], the capture by eBPF. For kernels that lack what it needs there is [`IptablesNode`], with other limits;
+//! [`Capture`] is either.
+//!
 //! Invariants, and the tests that hold them (`tests/`):
 //! - No TCP leaves a captured pod but through the agent, whatever a process in it does: `escapes.rs`.
 //! - The application sees the peer that it dialled, the server sees the client's address: `capture.rs`.
@@ -28,8 +31,10 @@ mod counters;
 mod diag;
 mod error;
 mod interfaces;
+mod iptables;
 mod kernel_log;
 mod maps;
+mod mode;
 mod netlink;
 mod netns;
 mod node;
@@ -47,7 +52,9 @@ pub use capabilities::{Capabilities, Hook, Support, probe};
 pub use cgroup::mount_point as cgroup_mount;
 pub use counters::GuardCounters;
 pub use error::CaptureError;
+pub use iptables::{IptablesNode, IptablesPodHandle, uninstall_iptables};
 pub use kernel_log::KernelLog;
+pub use mode::{Capture, CapturedPod};
 pub use node::{Node, NodeConfig, PodSpec};
 pub use sockets::{PodHandle, PodListeners};
 pub use uninstall::uninstall;

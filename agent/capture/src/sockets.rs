@@ -69,7 +69,7 @@ fn listen(port: u16, ip6: bool) -> io::Result<TcpListener> {
     }
 }
 
-fn listen_on(port: u16, ip6: bool) -> io::Result<TcpListener> {
+pub(crate) fn listen_on(port: u16, ip6: bool) -> io::Result<TcpListener> {
     let (domain, any) = if ip6 {
         (Domain::IPV6, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
     } else {
@@ -86,7 +86,7 @@ fn listen_on(port: u16, ip6: bool) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn tcp(domain: Domain) -> io::Result<Socket> {
+pub(crate) fn tcp(domain: Domain) -> io::Result<Socket> {
     Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))
 }
 

@@ -19,7 +19,7 @@ use std::{
 use identity::{Clock, Identities, LocalAuthority, generate_root};
 use l4::{Config, Pod, PodListeners, PodSockets, Proxy};
 use model::{Action, Match, OriginalDst, PeerAddr, Policy, Scope, StringMatch, TrustDomain};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use telemetry::{AccessLog, Format};
 
 const CLIENT: &str = "127.9.0.1";
@@ -28,7 +28,7 @@ const SERVER: &str = "127.9.0.2";
 struct Network(IpAddr);
 
 impl PodSockets for Network {
-    fn original_destination(&self, _: PeerAddr, _: SocketAddr) -> Option<OriginalDst> {
+    fn original_destination(&self, _: SockRef<'_>, _: PeerAddr, _: SocketAddr) -> Option<OriginalDst> {
         Some(OriginalDst(SocketAddr::new(SERVER.parse().unwrap(), 8080)))
     }
 

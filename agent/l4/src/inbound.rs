@@ -23,6 +23,7 @@ use identity::Credentials;
 use mesh::Snapshot;
 use model::{Authority, AuthorityError, OriginalDst, PeerAddr, Workload, canonical_ip, canonical_socket};
 use policy::Facts;
+use socket2::SockRef;
 use telemetry::Direction;
 use tokio::net::TcpStream;
 
@@ -65,10 +66,11 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
     let local = client
         .local_addr()
         .map_err(|error| Failure::Relay(format!("the client's socket failed: {error}")))?;
-    let OriginalDst(target) = connection
-        .pod
-        .sockets
-        .inbound_destination(PeerAddr(connection.client), canonical_socket(local));
+    let OriginalDst(target) = connection.pod.sockets.inbound_destination(
+        SockRef::from(client),
+        PeerAddr(connection.client),
+        canonical_socket(local),
+    );
     let target = canonical_socket(target);
     connection.known.borrow_mut().destination = Some(target);
     if is_own_port(target.port()) {

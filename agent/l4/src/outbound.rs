@@ -15,6 +15,7 @@ use std::{net::SocketAddr, rc::Rc, sync::Arc};
 use identity::Credentials;
 use mesh::Route;
 use model::{Authority, OriginalDst, PeerAddr, Service, Workload, WorkloadUid, canonical_socket};
+use socket2::SockRef;
 use telemetry::Direction;
 use tokio::net::TcpStream;
 
@@ -88,7 +89,7 @@ fn original_destination(connection: &Connection, client: &TcpStream) -> Result<O
     let OriginalDst(dialled) = connection
         .pod
         .sockets
-        .original_destination(PeerAddr(connection.client), canonical_socket(local))
+        .original_destination(SockRef::from(client), PeerAddr(connection.client), canonical_socket(local))
         .ok_or(Failure::NotCaptured)?;
     Ok(OriginalDst(canonical_socket(dialled)))
 }

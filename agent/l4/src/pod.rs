@@ -3,16 +3,17 @@
 use std::{io, net::IpAddr, net::SocketAddr, sync::Arc};
 
 use model::{OriginalDst, PeerAddr, WorkloadUid};
+use socket2::SockRef;
 
 /// Sockets in a pod's network namespace. Implemented where capture is; by plain loopback sockets in tests.
 pub trait PodSockets: Send + Sync + 'static {
-    /// Where a captured connection was going, taken by the accepted socket's two ends: `peer` is the application's
+    /// Where a captured connection was going, by the accepted socket and its two ends: `peer` is the application's
     /// address as `accept` told it. `None` if nobody captured it: somebody dialled the capture port itself.
-    fn original_destination(&self, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst>;
+    fn original_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst>;
 
     /// Where a plaintext connection that was steered to the inbound listener was going. With `sk_lookup` that is the
     /// accepted socket's own address.
-    fn inbound_destination(&self, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+    fn inbound_destination(&self, _accepted: SockRef<'_>, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
         OriginalDst(local)
     }
 

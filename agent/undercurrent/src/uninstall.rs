@@ -8,6 +8,8 @@ use std::{fs, io, path::PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 
+use crate::node::Records;
+
 /// Options of `undercurrent uninstall`.
 #[derive(Args, Clone, Debug)]
 pub struct UninstallArgs {
@@ -40,6 +42,10 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     }
     capture::uninstall(&args.pin_dir).with_context(|| format!("cannot take down {}", args.pin_dir.display()))?;
     let pods = args.state_dir.join("pods");
+    // The rules of a capture by iptables are in the pods themselves.
+    let records = if pods.is_dir() { Records::open(&pods)?.1 } else { Default::default() };
+    let namespaces = records.into_values().map(|record| record.netns);
+    capture::uninstall_iptables(namespaces).context("cannot take down the capture by iptables")?;
     for removed in [fs::remove_file(&socket), fs::remove_dir_all(&pods)] {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

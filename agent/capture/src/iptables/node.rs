@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fs,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -59,8 +60,11 @@ struct Captured {
 
 impl IptablesNode {
     /// Looks for the programs, and takes over the node's rules from an earlier agent. Must be called in the node's
-    /// network namespace.
-    pub fn start() -> Result<Self, CaptureError> {
+    /// network namespace. `pin_dir` is where the eBPF capture would be: both at once is refused.
+    pub fn start(pin_dir: &Path) -> Result<Self, CaptureError> {
+        if fs::read_dir(pin_dir).is_ok_and(|mut entries| entries.next().is_some()) {
+            return Err(CaptureError::OtherCapture(pin_dir.to_owned()));
+        }
         let home = Netns::own().tried(|| "opening the node's network namespace".into())?;
         let iptables = Iptables::find(&home)?;
         let mut probed = BTreeSet::new();
@@ -189,7 +193,6 @@ impl Inner {
         if netns.cookie() == self.home.cookie() {
             return Err(CaptureError::HostNetwork(spec.netns.clone()));
         }
-        let before = self.pods.get(&spec.uid);
         // A listener on the same port would be refused by the kernel anyway; this says why.
         let is_taken = |other: &PodState| other.spec.uid != spec.uid && other.captured.is_some();
         for other in self.pods.values().filter(|other| is_taken(other)) {
@@ -199,9 +202,6 @@ impl Inner {
                     owner: other.spec.uid.to_string(),
                 });
             }
-        }
-        if before.is_some_and(|before| before.netns.cookie() != netns.cookie()) {
-            tracing::debug!(pod = %spec.uid, "is in another namespace than before");
         }
         Ok(netns)
     }
@@ -238,9 +238,12 @@ impl Inner {
             Some(captured) => captured.listeners.clone(),
             None => Arc::new(sockets::listen(&netns, families(&netns).contains(&Family::Ip6))?),
         };
+        let addresses: Vec<IpAddr> = Addresses::of(spec)?.iter().collect();
+        self.check_addresses(spec, &netns)?;
+        self.probed.extend(&addresses);
+        self.apply_to_node()?;
         let repaired = self.apply(spec, &netns, forbid_non_tcp)?;
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
-        let addresses: Vec<IpAddr> = Addresses::of(spec)?.iter().collect();
         let handle = IptablesPodHandle::new(spec.uid.clone(), netns.clone(), addresses, listeners.clone());
         let state = PodState {
             spec: spec.clone(),
@@ -254,22 +257,23 @@ impl Inner {
         Ok(handle)
     }
 
-    /// Makes it so; says what was not. What answers and probes need comes before what redirects.
-    fn apply(&mut self, spec: &PodSpec, netns: &Netns, forbid_non_tcp: bool) -> Result<Vec<&'static str>, CaptureError> {
-        let addresses = Addresses::of(spec)?;
+    /// Capturing a namespace without the pod's addresses would give it another pod's identity.
+    fn check_addresses(&self, spec: &PodSpec, netns: &Netns) -> Result<(), CaptureError> {
         let network = interfaces::look(&self.home, netns)
             .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
-        for address in addresses.iter() {
+        for address in Addresses::of(spec)?.iter() {
             plan::holder(spec, &network, address)?;
         }
+        Ok(())
+    }
+
+    /// Makes it so in the pod; says what was not. What answers need comes before what redirects.
+    fn apply(&mut self, spec: &PodSpec, netns: &Netns, forbid_non_tcp: bool) -> Result<Vec<&'static str>, CaptureError> {
+        let addresses = Addresses::of(spec)?;
         let mut repaired = netns
             .enter(|| routes::route_marked(CONNECTION_MARK, addresses.ip4.is_some(), addresses.ip6.is_some()))
             .and_then(|result| result)
             .tried(|| format!("setting up the routes of {}", spec.netns.display()))?;
-        self.probed.extend(addresses.iter());
-        if self.apply_to_node()? {
-            repaired.push("rules for probes");
-        }
         for family in families(netns) {
             if self.apply_rules(netns, family, None, &Rules::of_pod(family, forbid_non_tcp))? {
                 repaired.push("rules");
@@ -352,8 +356,12 @@ impl Inner {
             .filter_map(|pod| Some((pod.spec.clone(), pod.netns.clone(), pod.captured.as_ref()?.forbid_non_tcp)))
             .collect();
         let mut repaired = Vec::new();
+        if self.apply_to_node()? {
+            repaired.push("the node's rules for probes".to_owned());
+        }
         for (spec, netns, forbid_non_tcp) in captured {
-            match self.apply(&spec, &netns, forbid_non_tcp) {
+            let checked = self.check_addresses(&spec, &netns);
+            match checked.and_then(|()| self.apply(&spec, &netns, forbid_non_tcp)) {
                 Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),
                 Err(error) => tracing::warn!(%error, pod = %spec.uid, "reconciling"),
             }

@@ -72,7 +72,7 @@ impl IptablesPodHandle {
 
     /// Duplicates of the listeners: they share one accept queue each.
     pub fn listeners(&self) -> io::Result<PodListeners> {
-        let duplicate = |listeners: &[TcpListener]| listeners.iter().map(TcpListener::try_clone).collect();
+        let duplicate = |listeners: &[TcpListener]| listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>();
         Ok(PodListeners {
             outbound: duplicate(&self.0.listeners.outbound)?,
             inbound: duplicate(&self.0.listeners.inbound)?,

@@ -25,7 +25,7 @@ pub struct NodeAgent {
     pub knowledge: mesh::Knowledge,
     pub problems: Problems,
     pub identities: identity::Identities,
-    pub capture: capture::Node,
+    pub capture: capture::Capture,
     pub proxy: Arc<l4::Proxy>,
     pub access_log: AccessLog,
     pub pods: Pods,
@@ -101,7 +101,7 @@ impl admin::Agent for NodeAgent {
             uptime_seconds: self.started.elapsed().as_secs(),
             pending: self.pending(),
             capture: CaptureStatus {
-                mode: "ebpf".to_owned(),
+                mode: self.capture.mode().to_owned(),
                 capabilities,
             },
             knowledge: KnowledgeStatus {

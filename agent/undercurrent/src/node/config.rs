@@ -73,6 +73,9 @@ pub struct NodeArgs {
 pub enum CaptureMode {
     /// By eBPF programs on the pods' cgroup, in their network namespaces and on their veths.
     Ebpf,
+    /// By iptables rules in each pod's network namespace, for kernels that lack what the eBPF programs need. No boundary
+    /// for a pod that is hostile and has CAP_NET_ADMIN or CAP_NET_RAW.
+    Iptables,
 }
 
 /// How connections are logged.

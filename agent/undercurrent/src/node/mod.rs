@@ -19,11 +19,13 @@ mod static_source;
 use std::{fs, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
+use capture::Capture;
 use telemetry::AccessLog;
 use tokio::signal::unix::{SignalKind, signal};
 
-use config::AccessLogMode;
+use config::{AccessLogMode, CaptureMode};
 pub use config::NodeArgs;
+pub use records::Records;
 
 /// The eBPF programs, aligned as their loader wants them.
 static EBPF_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("UNDERCURRENT_EBPF")));
@@ -45,10 +47,6 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 }
 
 async fn serve(args: NodeArgs) -> anyhow::Result<()> {
-    let capabilities = capture::probe();
-    if !capabilities.can_capture() {
-        bail!("this kernel lacks what capture needs; nothing is captured, so the agent ends:\n{capabilities}");
-    }
     let node = start_capture(&args)?;
     let (writer, knowledge) = mesh::new();
     let problems = static_source::follow(args.static_file.clone(), writer).context("cannot follow the static file")?;
@@ -72,7 +70,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     let agent = Arc::new(agent::NodeAgent {
         started: std::time::Instant::now(),
         node_name: args.node.clone(),
-        capabilities,
+        capabilities: node.capabilities(),
         knowledge,
         problems,
         identities: identities.clone(),
@@ -105,7 +103,18 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_capture(args: &NodeArgs) -> anyhow::Result<capture::Node> {
+fn start_capture(args: &NodeArgs) -> anyhow::Result<Capture> {
+    if args.capture == CaptureMode::Iptables {
+        let node = capture::IptablesNode::start(&args.pin_dir).context("cannot capture with iptables")?;
+        return Ok(Capture::Iptables(node));
+    }
+    let capabilities = capture::probe();
+    if !capabilities.can_capture() {
+        bail!(
+            "this kernel lacks what capture by eBPF needs; nothing is captured, so the agent ends \
+             (--capture iptables needs less):\n{capabilities}"
+        );
+    }
     let config = capture::NodeConfig {
         node: args.node.clone(),
         pin_dir: args.pin_dir.clone(),
@@ -114,11 +123,11 @@ fn start_capture(args: &NodeArgs) -> anyhow::Result<capture::Node> {
         object: &EBPF_OBJECT.0,
         kernel_log: args.ebpf_log,
     };
-    capture::Node::start(config).context("cannot capture")
+    Ok(Capture::Ebpf(capture::Node::start(config).context("cannot capture")?))
 }
 
 /// What the eBPF programs log, where that was asked for.
-async fn kernel_log(node: &capture::Node) -> std::io::Result<()> {
+async fn kernel_log(node: &Capture) -> std::io::Result<()> {
     match node.kernel_log() {
         Some(log) => log.run().await,
         None => std::future::pending().await,

@@ -23,10 +23,11 @@ use std::{
 
 use admin::{PodAdded, PodRemoved};
 use anyhow::Context;
-use capture::{PodHandle, PodSpec};
+use capture::{CapturedPod, PodSpec};
 use identity::Identities;
 use mesh::Knowledge;
 use model::{Identity, NamespacedName, OriginalDst, PeerAddr, Workload, WorkloadUid};
+use socket2::SockRef;
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,
@@ -41,7 +42,7 @@ const EVENTS: usize = 256;
 /// What the reconciler works with.
 pub struct Parts {
     pub node_name: Arc<str>,
-    pub capture: capture::Node,
+    pub capture: capture::Capture,
     pub knowledge: Knowledge,
     pub identities: Identities,
     pub proxy: Arc<l4::Proxy>,
@@ -402,11 +403,15 @@ impl Reconciler {
 }
 
 /// Capture's handle, as the proxy wants it.
-struct Sockets(PodHandle);
+struct Sockets(CapturedPod);
 
 impl l4::PodSockets for Sockets {
-    fn original_destination(&self, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst> {
-        self.0.original_destination(peer, local)
+    fn original_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst> {
+        self.0.original_destination(accepted, peer, local)
+    }
+
+    fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+        self.0.inbound_destination(accepted, peer, local)
     }
 
     fn outbound_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
