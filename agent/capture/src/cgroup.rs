@@ -18,6 +18,23 @@ pub(crate) struct Cgroup {
     pub(crate) level: u32,
 }
 
+/// The cgroup namespace that the kernel starts with always has this number (`PROC_CGROUP_INIT_INO`).
+const FIRST_NAMESPACE: &str = "cgroup:[4026531835]";
+
+/// Depths are counted from the mount's root, and the kernel counts them from the true one: they are the same only in
+/// the first cgroup namespace. In another the guard would take the agent for a stranger and drop all it sends.
+pub(crate) fn require_first_namespace() -> Result<(), CaptureError> {
+    let link = Path::new("/proc/self/ns/cgroup");
+    let namespace = fs::read_link(link).tried(|| "reading /proc/self/ns/cgroup".into())?;
+    if namespace == Path::new(FIRST_NAMESPACE) {
+        return Ok(());
+    }
+    Err(CaptureError::Cgroup {
+        path: link.to_owned(),
+        problem: "is a private cgroup namespace; the agent has to run in the host's".into(),
+    })
+}
+
 impl Cgroup {
     pub(crate) fn open(path: &Path) -> Result<Self, CaptureError> {
         let problem = |problem: &str| CaptureError::Cgroup {

@@ -21,7 +21,7 @@ use model::WorkloadUid;
 
 use crate::{
     capabilities,
-    cgroup::Cgroup,
+    cgroup::{self, Cgroup},
     counters::{self, GuardCounters},
     error::{CaptureError, Tried},
     kernel_log::KernelLog,
@@ -32,7 +32,7 @@ use crate::{
     pod::{self, PodState},
     programs::{self, Constants, Programs},
     sockets::PodHandle,
-    sys::{AttachType, Attached, Target},
+    sys::{self, AttachType, Attached, Target},
     uninstall,
 };
 
@@ -93,6 +93,7 @@ impl Node {
         if !capabilities.can_capture() {
             return Err(CaptureError::Unsupported(capabilities));
         }
+        cgroup::require_first_namespace()?;
         let pins = Pins::prepare(&config.pin_dir)?;
         let pods = Cgroup::open(&config.pods_cgroup)?;
         let agent = match &config.agent_cgroup {
@@ -128,6 +129,7 @@ impl Node {
         };
         inner.adopt_pods()?;
         inner.pins.remove_other_versions();
+        sys::return_free_memory();
         tracing::info!(node = config.node, pins = %config.pin_dir.display(), "capture stands");
         Ok(Self {
             inner: Arc::new(Mutex::new(inner)),

@@ -260,3 +260,12 @@ pub(crate) fn tcx_query() -> io::Result<bool> {
         Err(error) => Err(error),
     }
 }
+
+/// Gives back what loading the programs needed for a moment: several MiB, for the kernel's types among others.
+pub(crate) fn return_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: may be called at any time, by any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
