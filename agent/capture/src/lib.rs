@@ -19,7 +19,7 @@
 //! - A process of the host reaches a captured pod directly, nobody else does: `probes.rs`.
 //! - Connections that are older than the enrolment live on, also through the release: `lifecycle.rs`.
 //! - The agent may die at any time: what it captured stays captured, and fails closed; the next one takes over:
-//!   `lifecycle.rs`.
+//!   `restart.rs`.
 //! - Nothing is left after [`uninstall`]: `lifecycle.rs`.
 //!
 //! What it does not do: it spawns no task. [`Node::reconcile`] wants to be called now and then, and a [`KernelLog`] to

@@ -3,6 +3,8 @@
 
 #![allow(dead_code, missing_docs, unused_imports, clippy::unwrap_used)]
 
+pub mod two;
+
 use std::{
     collections::HashMap,
     io::{self, Write},
@@ -53,13 +55,13 @@ pub struct LoopbackNetwork {
 }
 
 impl PodSockets for LoopbackNetwork {
-    fn original_destination(&self, peer: PeerAddr, _local: SocketAddr) -> Option<OriginalDst> {
+    fn original_destination(&self, _accepted: SockRef<'_>, peer: PeerAddr, _local: SocketAddr) -> Option<OriginalDst> {
         let dialled = self.dialled.lock().unwrap().remove(&peer.0)?;
         assert_ne!(dialled.port(), PANIC_PORT, "a bug that the test makes");
         Some(OriginalDst(dialled))
     }
 
-    fn inbound_destination(&self, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+    fn inbound_destination(&self, _accepted: SockRef<'_>, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
         OriginalDst(self.steered.lock().unwrap().unwrap_or(local))
     }
 
