@@ -8,7 +8,15 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use system_tests::{Capture, Mesh, Pod, capture::Packets, netns, pod::no_error, scenarios, suite::part_not_run, wait};
+use system_tests::{
+    Capture, Mesh, Pod,
+    capture::Packets,
+    netns,
+    pod::no_error,
+    scenarios,
+    suite::{note, part_not_run},
+    wait,
+};
 
 scenarios![
     the_judge_sees_what_escapes,
@@ -136,7 +144,7 @@ fn none_escapes(mesh: &Mesh, ways: &[&str]) -> Result<()> {
         .collect();
     escaped.extend(seen.escaped()?);
     let tried = tried.join("\n");
-    println!("{tried}");
+    note(&tried);
     ensure!(escaped.is_empty(), "escaped:\n{}\ntried:\n{tried}", escaped.join("\n"));
     Ok(())
 }
@@ -183,7 +191,7 @@ fn a_nested_namespace_is_no_way_out(mesh: &Mesh) -> Result<()> {
         result = try_way(attacker(mesh), way, &text(way, true), &inside)?;
         Ok(())
     })?;
-    println!("{result}");
+    note(&result.to_string());
     ensure!(!seen.shows(&text(way, true)), "in clear: {result}");
     let escaped = seen.escaped()?;
     ensure!(escaped.is_empty(), "escaped: {}", escaped.join("\n"));
@@ -318,7 +326,7 @@ const PORTS: [&str; 3] = ["15001", "15006", "15008"];
 fn the_proxys_ports_cannot_be_stolen(mesh: &Mesh) -> Result<()> {
     let vandal = mesh.pod("escape", "vandal");
     let thief = vandal.start("steal.py", &PORTS)?;
-    println!("{}", thief.next()?);
+    note(&thief.next()?.to_string());
     for address in mesh.pod("mesh", "server").addresses()? {
         let result = vandal.client(&["echo", &address.to_string(), "8001", "mine", "100"])?;
         ensure!(result["same"] == true, "outbound: {result}");
@@ -344,7 +352,7 @@ fn a_pod_that_breaks_its_own_routes_is_repaired_and_leaks_nothing(mesh: &Mesh) -
     let broken = "for v in -4 -6; do while ip $v rule del fwmark 0x539/0xfff 2>/dev/null || ip $v rule del fwmark 0x539 2>/dev/null; do :; done; \
                   ip $v route flush table 100 2>/dev/null; done; ip rule; ip -6 rule";
     let seen = watched(mesh, || {
-        println!("{}", vandal.exec(&["sh", "-c", broken])?.stdout);
+        note(&vandal.exec(&["sh", "-c", broken])?.stdout);
         try_way(vandal, way, &text(way, true), &inside)?;
         try_way(vandal, "raw_ip", &text("raw_ip", true), &inside)?;
         Ok(())
@@ -362,24 +370,6 @@ fn a_pod_that_breaks_its_own_routes_is_repaired_and_leaks_nothing(mesh: &Mesh) -
     })
 }
 
-const FILE: &str = "escape.yaml";
-
-fn enrol(mesh: &Mesh, pod: &str, mode: &str) -> Result<()> {
-    let name = format!("{{name: {pod}, namespace: late, labels: {{istio.io/dataplane-mode: ");
-    mesh.change(FILE, |text| {
-        let (before, after) = text.split_once(&name).unwrap_or((&text, ""));
-        let after = after.split_once('}').map_or("", |(_, after)| after);
-        format!("{before}{name}{mode}}}{after}")
-    })?;
-    wait::until_true(&format!("{pod} is as it should be"), || {
-        let status = mesh.node("node-1").status()?;
-        Ok(status
-            .pods
-            .iter()
-            .any(|one| one.name == pod && one.captured == (mode == "ambient")))
-    })
-}
-
 fn ports_taken_and_sockets_made_before_enrolment_do_not_escape(mesh: &Mesh) -> Result<()> {
     let early = mesh.pod("late", "early-bird");
     let mut thief = early.start("steal.py", &PORTS)?;
@@ -388,7 +378,7 @@ fn ports_taken_and_sockets_made_before_enrolment_do_not_escape(mesh: &Mesh) -> R
         PORTS.iter().all(|port| listens[port] == "listens"),
         "before enrolment any port is free: {listens}"
     );
-    enrol(mesh, "early-bird", "ambient")?;
+    mesh.enrol("early-bird", true)?;
     let server = mesh.pod("outside", "server").v4()?;
     let seen = watched(mesh, || {
         thief.say(&format!("connect {server} 8002"))?;
@@ -412,7 +402,7 @@ fn ports_taken_and_sockets_made_before_enrolment_do_not_escape(mesh: &Mesh) -> R
             .client(&["refused", &address.to_string(), "8099"])?;
     }
     let came = thief.finish()?;
-    enrol(mesh, "early-bird", "none")?;
+    mesh.enrol("early-bird", false)?;
     ensure!(
         came["came"].as_array().is_some_and(Vec::is_empty),
         "connections were taken over: {came}"

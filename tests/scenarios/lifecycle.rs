@@ -3,12 +3,14 @@
 use std::{fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use system_tests::{Capture, Mesh, Pod, machine, netns, scenarios, wait};
+use system_tests::{Capture, Mesh, Pod, machine, netns, scenarios, suite::note, wait};
 
 scenarios![
     a_killed_agent_lets_nothing_out_and_its_successor_takes_over,
     a_killed_agent_of_the_server_is_survived,
     pods_are_found_again_without_being_told,
+    a_restarted_agent_lets_nothing_out,
+    an_address_that_went_to_another_pod_has_its_identity,
     a_running_pod_is_enrolled_without_disturbing_its_connections,
     a_released_pod_is_as_if_it_had_never_been_enrolled,
     a_captured_pod_has_no_firewall_rules,
@@ -65,11 +67,11 @@ fn killed_under_load(mesh: &Mesh, node: &'static str, marker: &str) -> Result<()
         .iter()
         .find(|at| **at > dead)
         .context("no connection after the crash")?;
-    println!(
+    note(&format!(
         "dead for {} ms, served {} ms after readiness was seen",
         ready - dead,
         first.saturating_sub(ready)
-    );
+    ));
     ensure!(
         *first < ready + 2000,
         "the first connection came {} ms after readiness",
@@ -117,22 +119,62 @@ fn pods_are_found_again_without_being_told(mesh: &Mesh) -> Result<()> {
     Ok(())
 }
 
-const FILE: &str = "escape.yaml";
+/// Told to end, an agent drains; what captures stays, and the next one takes over.
+fn a_restarted_agent_lets_nothing_out(mesh: &Mesh) -> Result<()> {
+    let (address, marker) = (server(mesh).v4()?.to_string(), "rS5-restarted-");
+    for node in ["node-1", "node-2"] {
+        let capture = Capture::on_fabric()?;
+        let storm = client(mesh).start("client.py", &["storm", &address, "8001", "40", marker])?;
+        storm.next()?;
+        mesh.node(node).access_log()?.line_with(&["direction="])?;
+        mesh.playground(&["restart-agent", node])?;
+        wait::until_true("connections are served again", || {
+            Ok(client(mesh).client(&["echo", &address, "8001", marker])?["same"] == true)
+        })?;
+        let result = storm.finish()?;
+        note(&format!("restarted {node}: {}", result["failures"]));
+        ensure!(
+            !capture.stop()?.contain(marker),
+            "the marker was on the fabric in clear"
+        );
+    }
+    Ok(())
+}
 
-fn enrol(mesh: &Mesh, pod: &str, mode: &str) -> Result<()> {
-    let name = format!("{{name: {pod}, namespace: late, labels: {{istio.io/dataplane-mode: ");
-    mesh.change(FILE, |text| {
-        let (before, after) = text.split_once(&name).unwrap_or((&text, ""));
-        let after = after.split_once('}').map_or("", |(_, after)| after);
-        format!("{before}{name}{mode}}}{after}")
+/// The pool's tunnels are to an identity, not to an address: the newcomer must not get what was meant for the old pod.
+fn an_address_that_went_to_another_pod_has_its_identity(mesh: &Mesh) -> Result<()> {
+    let first = mesh.pod("life", "first");
+    let addresses = first.addresses()?;
+    for address in addresses {
+        ensure!(client(mesh).client(&["echo", &address.to_string(), "8001"])?["same"] == true);
+    }
+    let watcher = client(mesh).start("client.py", &["watch", &addresses[0].to_string(), "8013"])?;
+    ensure!(watcher.next()?["first"] == "tick\n", "no connection");
+    let log = mesh.node("node-1").access_log()?;
+    mesh.change("lifecycle.yaml", |text| {
+        text.replace(
+            "{name: first, namespace: life}\nspec",
+            "{name: second, namespace: life}\nspec",
+        )
+        .replace("serviceAccountName: first", "serviceAccountName: second")
     })?;
-    wait::until_true(&format!("{pod} is as it should be"), || {
-        let status = mesh.node("node-1").status()?;
-        Ok(status
-            .pods
-            .iter()
-            .any(|one| one.name == pod && one.captured == (mode == "ambient")))
-    })
+    let end = watcher.next()?;
+    ensure!(
+        end["end"].is_string(),
+        "a connection to a pod that is gone lives on: {end}"
+    );
+    let second = mesh.pod("life", "second");
+    ensure!(
+        second.addresses()? == addresses,
+        "the newcomer has another address: this shows nothing"
+    );
+    for address in addresses {
+        let result = client(mesh).client(&["echo", &address.to_string(), "8001"])?;
+        ensure!(result["same"] == true, "{result}");
+    }
+    let line = log.line_with(&["dst.workload=\"second\"", "direction=\"outbound\""])?;
+    ensure!(line.contains("spiffe://cluster.local/ns/life/sa/second"), "{line}");
+    Ok(())
 }
 
 /// Rules, routes, links, settings: what a capture may have changed in a pod.
@@ -183,7 +225,7 @@ fn a_running_pod_is_enrolled_without_disturbing_its_connections(mesh: &Mesh) -> 
     for watcher in [&out, &in_mesh, &inward] {
         ensure!(watcher.next()?["first"] == "tick\n", "no connection");
     }
-    enrol(mesh, "comer", "ambient")?;
+    mesh.enrol("comer", true)?;
     // New ones are captured ...
     let capture = Capture::on_fabric()?;
     let marker = "eN7-enrolled-";
@@ -207,7 +249,7 @@ fn a_running_pod_is_enrolled_without_disturbing_its_connections(mesh: &Mesh) -> 
         during != before,
         "capture leaves a trace while it is there, or this comparison sees nothing"
     );
-    enrol(mesh, "comer", "none")?;
+    mesh.enrol("comer", false)?;
     is_restored(comer, &before)
 }
 
@@ -240,12 +282,12 @@ fn a_released_pod_is_as_if_it_had_never_been_enrolled(mesh: &Mesh) -> Result<()>
     let before = network_of(comer)?;
     let interfaces = || netns::says("uc-node-1", "tc", &["filter", "show", "dev", "eth0", "ingress"]);
     let filters = interfaces()?;
-    enrol(mesh, "comer", "ambient")?;
+    mesh.enrol("comer", true)?;
     let far = server(mesh).v4()?.to_string();
     // One that goes through the agent, and is to be finished by it.
     let mut carried = comer.start("client.py", &["watch", &far, "8013"])?;
     ensure!(carried.next()?["first"] == "tick\n", "no connection");
-    enrol(mesh, "comer", "none")?;
+    mesh.enrol("comer", false)?;
     ensure!(interfaces()? == filters, "something was left on the node's link");
     let capture = Capture::on_fabric()?;
     let marker = "rL2-released-";

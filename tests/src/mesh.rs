@@ -68,6 +68,22 @@ impl Mesh {
         self.bring_up()
     }
 
+    /// Takes a pod of the namespace `late` into the mesh, or out of it, by its label and while it runs.
+    pub fn enrol(&self, pod: &str, into: bool) -> Result<()> {
+        let mode = |into: bool| if into { "ambient" } else { "none" };
+        let labelled = |into: bool| {
+            format!(
+                "{{name: {pod}, namespace: late, labels: {{istio.io/dataplane-mode: {}}}",
+                mode(into)
+            )
+        };
+        self.change("escape.yaml", |text| text.replace(&labelled(!into), &labelled(into)))?;
+        wait::until_true(&format!("{pod} is captured: {into}"), || {
+            let status = self.node("node-1").status()?;
+            Ok(status.pods.iter().any(|one| one.name == pod && one.captured == into))
+        })
+    }
+
     /// Takes it down.
     pub fn down(&self) -> Result<()> {
         self.playground(&["down"]).map(drop)

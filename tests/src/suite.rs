@@ -1,13 +1,14 @@
 //! Runs scenarios one after another on one mesh, and says what they came to in libtest's words.
 
 use std::{
+    fs::File,
     io::Write,
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Instant,
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::{Mesh, machine};
@@ -28,6 +29,9 @@ macro_rules! scenarios {
         ];
     };
 }
+
+/// What `playground` says if there is another one than ours: its names are the machine's, and it is not ours to end.
+const OCCUPIED: &str = "there can be only one";
 
 /// The mesh, once a scenario needed it; or why there is none.
 #[derive(Default)]
@@ -59,18 +63,24 @@ fn trial(scenario: Scenario, shared: Arc<Shared>) -> Trial {
 impl Shared {
     fn run(&self, name: &str, run: fn(&Mesh) -> Result<()>) -> Result<()> {
         let mut mesh = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Err(_)) = &*mesh {
-            anyhow::bail!("there is no mesh: see the first scenario");
-        }
+        let is_first = mesh.is_none();
         let mesh = mesh.get_or_insert_with(|| {
             let started = Instant::now();
             let mesh = Mesh::up().map_err(|error| explained(&error));
-            println!("(the mesh was made in {:.1} s)", started.elapsed().as_secs_f64());
+            note(&format!(
+                "the mesh was made in {:.1} s",
+                started.elapsed().as_secs_f64()
+            ));
             mesh
         });
-        let mesh = mesh
-            .as_ref()
-            .map_err(|why| anyhow::anyhow!("there is no mesh: {why}"))?;
+        let mesh = match mesh {
+            Ok(mesh) => mesh,
+            Err(why) if why.contains(OCCUPIED) => {
+                return part_not_run(name, "somebody's playground is up; take it down");
+            }
+            Err(why) if is_first => anyhow::bail!("there is no mesh: {why}"),
+            Err(_) => anyhow::bail!("there is no mesh: see the first scenario"),
+        };
         let started = Instant::now();
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(mesh)));
         let outcome = outcome.unwrap_or_else(|panic| {
@@ -78,11 +88,25 @@ impl Shared {
             let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
             Err(anyhow::anyhow!("panicked: {}", text.unwrap_or_default()))
         });
-        println!("({name}: {:.1} s)", started.elapsed().as_secs_f64());
-        outcome.or_else(|error| {
-            let logs = mesh.save_logs(name)?;
-            Err(error).with_context(|| format!("logs are in {}", logs.display()))
+        note(&format!("{name}: {:.1} s", started.elapsed().as_secs_f64()));
+        outcome.map_err(|error| match mesh.save_logs(name) {
+            Ok(logs) => error.context(format!("logs are in {}", logs.display())),
+            Err(_) => error,
         })
+    }
+}
+
+/// What may interest a reader of a good run, too: `target/system-tests/notes.txt` has it, the terminal does not.
+pub fn note(line: &str) {
+    static FILE: OnceLock<Option<File>> = OnceLock::new();
+    let file = FILE.get_or_init(|| {
+        let directory = machine::root().join("target/system-tests");
+        std::fs::create_dir_all(&directory).ok()?;
+        File::create(directory.join("notes.txt")).ok()
+    });
+    if let Some(mut file) = file.as_ref() {
+        // Notes are for convenience: without them the run is as good.
+        let _ = writeln!(file, "{line}");
     }
 }
 
@@ -96,7 +120,7 @@ fn explained(error: &anyhow::Error) -> String {
 fn not_run(name: &str, why: &str) -> Result<(), Failed> {
     println!("not run: {name}: {why}");
     if let Some(path) = std::env::var_os("UNDERCURRENT_NOT_RUN") {
-        let file = std::fs::File::options().create(true).append(true).open(path);
+        let file = File::options().create(true).append(true).open(path);
         let _ = file.and_then(|mut file| writeln!(file, "{name}: {why}"));
     }
     if std::env::var_os("CI").is_some_and(|value| value == "true") {
