@@ -1,5 +1,7 @@
 //! The verdicts against a specification small enough to be read at a glance, over random policies and peers.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 
 use ipnet::IpNet;
