@@ -43,7 +43,11 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     capture::uninstall(&args.pin_dir).with_context(|| format!("cannot take down {}", args.pin_dir.display()))?;
     let pods = args.state_dir.join("pods");
     // The rules of a capture by iptables are in the pods themselves.
-    let records = if pods.is_dir() { Records::open(&pods)?.1 } else { Default::default() };
+    let records = if pods.is_dir() {
+        Records::open(&pods)?.1
+    } else {
+        Default::default()
+    };
     let namespaces = records.into_values().map(|record| record.netns);
     capture::uninstall_iptables(namespaces).context("cannot take down the capture by iptables")?;
     for removed in [fs::remove_file(&socket), fs::remove_dir_all(&pods)] {

@@ -16,7 +16,9 @@
 //! Invariants, and the tests that hold them (`tests/iptables.rs`, and scenarios of the same name in `tests/`):
 //! - What is as it should be is not touched; what is not, is repaired: `a_spoiled_rule_is_repaired`.
 //! - Connections older than the capture live on: `a_connection_from_before_lives_on`.
-//! - Release and uninstall leave no rule, no route: `nothing_is_left`. Empty tables stay: live connections need them.
+//! - Release and uninstall leave no rule, no route: `nothing_is_left`. Empty tables stay.
+//! - What the agent carries when its pod is released is reset, and does not go on in plaintext:
+//!   `a_redirected_connection_ends_with_the_capture`.
 //! - The agent dead, the rules redirect to nobody: refused: `without_an_agent_connections_are_refused`.
 //!
 //! Limits, which the eBPF capture does not have:

@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use abi::Address;
+use abi::{Address, CAPTURE_PORTS, INBOUND_PORT};
 use model::WorkloadUid;
 
 use super::{
@@ -105,8 +105,8 @@ impl IptablesNode {
         self.run(move |inner| inner.capture(&spec, forbid_non_tcp)).await
     }
 
-    /// Ends a pod's capture and removes what was put into it; the pod stays known. Live outbound connections go on;
-    /// inbound ones need what is removed, and are reset.
+    /// Ends a pod's capture and removes what was put into it; the pod stays known. Connections that the agent carries
+    /// need what is removed, and are reset; those from before the capture live on.
     pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
         let uid = uid.clone();
         self.run(move |inner| inner.release(&uid)).await
@@ -168,7 +168,10 @@ pub fn uninstall_iptables(pods: impl IntoIterator<Item = PathBuf>) -> Result<(),
 /// The families that a namespace's kernel has.
 fn families(netns: &Netns) -> Vec<Family> {
     let ip6 = netns.enter(|| Path::new("/proc/sys/net/ipv6").exists()).unwrap_or(true);
-    Family::ALL.into_iter().filter(|family| ip6 || *family == Family::Ip4).collect()
+    Family::ALL
+        .into_iter()
+        .filter(|family| ip6 || *family == Family::Ip4)
+        .collect()
 }
 
 /// Removes whatever is ours from a namespace.
@@ -196,7 +199,11 @@ impl Inner {
         // A listener on the same port would be refused by the kernel anyway; this says why.
         let is_taken = |other: &PodState| other.spec.uid != spec.uid && other.captured.is_some();
         for other in self.pods.values().filter(|other| is_taken(other)) {
-            if let Some(address) = spec.addresses.iter().find(|address| other.spec.addresses.contains(address)) {
+            if let Some(address) = spec
+                .addresses
+                .iter()
+                .find(|address| other.spec.addresses.contains(address))
+            {
                 return Err(CaptureError::AddressTaken {
                     address: *address,
                     owner: other.spec.uid.to_string(),
@@ -268,7 +275,12 @@ impl Inner {
     }
 
     /// Makes it so in the pod; says what was not. What answers need comes before what redirects.
-    fn apply(&mut self, spec: &PodSpec, netns: &Netns, forbid_non_tcp: bool) -> Result<Vec<&'static str>, CaptureError> {
+    fn apply(
+        &mut self,
+        spec: &PodSpec,
+        netns: &Netns,
+        forbid_non_tcp: bool,
+    ) -> Result<Vec<&'static str>, CaptureError> {
         let addresses = Addresses::of(spec)?;
         let mut repaired = netns
             .enter(|| routes::route_marked(CONNECTION_MARK, addresses.ip4.is_some(), addresses.ip6.is_some()))
@@ -317,7 +329,10 @@ impl Inner {
     }
 
     fn release(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
-        let state = self.pods.get_mut(uid).ok_or_else(|| CaptureError::UnknownPod(uid.clone()))?;
+        let state = self
+            .pods
+            .get_mut(uid)
+            .ok_or_else(|| CaptureError::UnknownPod(uid.clone()))?;
         state.captured = None;
         let (netns, addresses) = (state.netns.clone(), state.spec.addresses.clone());
         self.remove_from(&netns, &addresses)
@@ -333,12 +348,16 @@ impl Inner {
     /// Removes what is in a pod, and what the node has for it.
     fn remove_from(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
         self.printed.retain(|(cookie, _), _| *cookie != netns.cookie());
-        let is_captured = netns
-            .enter(|| routes::is_marked_routed(CONNECTION_MARK))
-            .and_then(|result| result)
-            .tried(|| format!("looking at the routes of {}", netns.path().display()))?;
-        if is_captured {
-            reset_inbound(&self.home, netns);
+        let mut was_captured = false;
+        for family in families(netns) {
+            if let Some(removal) = self.iptables.saved(netns, family, None)?.removal_of_redirects() {
+                self.iptables.restore(netns, family, &removal)?;
+                was_captured = true;
+            }
+        }
+        if was_captured {
+            // The other rules still hold conntrack, without which what was redirected would leave the pod as it is.
+            reset_redirected(&self.home, netns);
         }
         clean(&self.iptables, netns)?;
         let before = self.probed.len();
@@ -353,7 +372,13 @@ impl Inner {
         let captured: Vec<(PodSpec, Netns, bool)> = self
             .pods
             .values()
-            .filter_map(|pod| Some((pod.spec.clone(), pod.netns.clone(), pod.captured.as_ref()?.forbid_non_tcp)))
+            .filter_map(|pod| {
+                Some((
+                    pod.spec.clone(),
+                    pod.netns.clone(),
+                    pod.captured.as_ref()?.forbid_non_tcp,
+                ))
+            })
             .collect();
         let mut repaired = Vec::new();
         if self.apply_to_node()? {
@@ -370,9 +395,10 @@ impl Inner {
     }
 }
 
-/// Resets the agent's connections to the pod's applications from clients' addresses: without the rules, answers to them
-/// would leave the pod in plaintext. They are those whose own end is at none of the pod's addresses.
-fn reset_inbound(home: &Netns, netns: &Netns) {
+/// Resets the connections that need the rules, for without them they would not stand still, but leave the pod in
+/// plaintext: the agent's ends of what was redirected, and of what it dialled from clients' addresses. The latter are
+/// those at none of the pod's own addresses.
+fn reset_redirected(home: &Netns, netns: &Netns) {
     let Ok(network) = interfaces::look(home, netns) else {
         return;
     };
@@ -383,13 +409,15 @@ fn reset_inbound(home: &Netns, netns: &Netns) {
         .collect();
     let reset = netns.enter(|| -> std::io::Result<()> {
         for socket in diag::list(diag::state::CONNECTED)? {
-            if !own.contains(&socket.local.address) && own.contains(&socket.remote.address) {
+            let redirected = [CAPTURE_PORTS[0], INBOUND_PORT].contains(&socket.local.port);
+            let from_client = !own.contains(&socket.local.address) && own.contains(&socket.remote.address);
+            if redirected || from_client {
                 diag::destroy(&socket)?;
             }
         }
         Ok(())
     });
     if let Err(error) = reset.and_then(|result| result) {
-        tracing::warn!(%error, netns = %netns.path().display(), "resetting a pod's inbound connections");
+        tracing::warn!(%error, netns = %netns.path().display(), "resetting a pod's connections");
     }
 }

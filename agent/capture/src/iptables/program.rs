@@ -53,16 +53,26 @@ pub(crate) struct Iptables {
 impl Iptables {
     /// The backend that the node's own rules are in, else what the machine's `iptables` is.
     pub(crate) fn find(node: &Netns) -> Result<Self, CaptureError> {
-        let installed: Vec<Backend> = Backend::ALL.into_iter().filter(|backend| backend.is_installed()).collect();
+        let installed: Vec<Backend> = Backend::ALL
+            .into_iter()
+            .filter(|backend| backend.is_installed())
+            .collect();
         let Some(first) = installed.first() else {
-            let missing = ["iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore"]
-                .into_iter()
-                .find(|program| !is_on_the_path(program));
+            let missing = [
+                "iptables-save",
+                "iptables-restore",
+                "ip6tables-save",
+                "ip6tables-restore",
+            ]
+            .into_iter()
+            .find(|program| !is_on_the_path(program));
             return Err(CaptureError::MissingProgram(missing.unwrap_or("iptables-restore")));
         };
         let in_use = |backend: Backend| {
             installed.contains(&backend)
-                && Self { backend }.saved(node, Family::Ip4, None).is_ok_and(|saved| saved.has_rules())
+                && Self { backend }
+                    .saved(node, Family::Ip4, None)
+                    .is_ok_and(|saved| saved.has_rules())
         };
         let backend = match (in_use(Backend::Legacy), in_use(Backend::Nft)) {
             (true, false) => Backend::Legacy,
@@ -108,7 +118,11 @@ fn run(netns: &Netns, program: &str, words: &[&str], input: &str) -> Result<Outp
 
 fn exchange(program: &str, words: &[&str], input: &str) -> io::Result<Output> {
     let mut command = Command::new(program);
-    command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         // If it ended early its standard error says why. What we write is smaller than a pipe holds.

@@ -34,7 +34,9 @@ pub(crate) fn listen(netns: &Netns, ip6: bool) -> Result<PodListeners, CaptureEr
                 netns: netns.path().to_owned(),
                 port,
             }),
-            other => other.map(|listener| vec![listener]).tried(|| format!("listening on {port} in a pod")),
+            other => other
+                .map(|listener| vec![listener])
+                .tried(|| format!("listening on {port} in a pod")),
         }
     };
     Ok(PodListeners {
@@ -72,7 +74,8 @@ impl IptablesPodHandle {
 
     /// Duplicates of the listeners: they share one accept queue each.
     pub fn listeners(&self) -> io::Result<PodListeners> {
-        let duplicate = |listeners: &[TcpListener]| listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>();
+        let duplicate =
+            |listeners: &[TcpListener]| listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>();
         Ok(PodListeners {
             outbound: duplicate(&self.0.listeners.outbound)?,
             inbound: duplicate(&self.0.listeners.inbound)?,
@@ -83,7 +86,9 @@ impl IptablesPodHandle {
     /// Where a redirected connection was meant to go. None for one that was made to the capture port itself.
     pub fn original_destination(&self, accepted: SockRef<'_>, local: SocketAddr) -> Option<OriginalDst> {
         let local = canonical_socket(local);
-        original(accepted, local).filter(|original| *original != local).map(OriginalDst)
+        original(accepted, local)
+            .filter(|original| *original != local)
+            .map(OriginalDst)
     }
 
     /// Where a plaintext connection to the pod was meant to go. Where that is not the pod itself, as with what a nested
