@@ -26,8 +26,6 @@ scenarios![
     every_try_is_counted,
     a_captured_socket_reaches_its_peer_through_the_mesh,
     the_proxys_ports_cannot_be_dialled,
-    udp_and_icmp_work_as_before,
-    udp_and_icmp_are_dropped_where_that_is_set,
     the_proxys_ports_cannot_be_stolen,
     a_pod_that_breaks_its_own_routes_is_repaired_and_leaks_nothing,
     ports_taken_and_sockets_made_before_enrolment_do_not_escape,
@@ -270,55 +268,6 @@ fn the_proxys_ports_cannot_be_dialled(mesh: &Mesh) -> Result<()> {
     }
     // Nobody goes round in circles.
     a_captured_socket_reaches_its_peer_through_the_mesh(mesh)
-}
-
-fn ping(from: Pod<'_>, to: IpAddr) -> Result<bool> {
-    // No ping program is needed: the kernel's ICMP sockets do.
-    let code = format!(
-        "import socket,sys\n\
-         v6={}\n\
-         s=socket.socket(socket.AF_INET6 if v6 else socket.AF_INET,socket.SOCK_DGRAM,58 if v6 else 1)\n\
-         s.settimeout(2)\n\
-         s.sendto(bytes([128 if v6 else 8,0,0,0,0,1,0,1])+b'ping',('{to}',0))\n\
-         s.recv(100)\n",
-        if to.is_ipv6() { "True" } else { "False" }
-    );
-    Ok(from.exec(&["python3", "-c", &code])?.code == Some(0))
-}
-
-fn udp(from: Pod<'_>, to: IpAddr) -> Result<bool> {
-    Ok(from.client(&["udp", &to.to_string(), "8012"])?["answered"] == true)
-}
-
-fn udp_and_icmp_work_as_before(mesh: &Mesh) -> Result<()> {
-    for to in [
-        mesh.pod("mesh", "server"),
-        mesh.pod("outside", "server"),
-        mesh.pod("outside", "near"),
-    ] {
-        for address in to.addresses()? {
-            ensure!(udp(attacker(mesh), address)?, "UDP to {address} is not answered");
-            ensure!(ping(attacker(mesh), address)?, "ICMP to {address} is not answered");
-        }
-    }
-    Ok(())
-}
-
-fn udp_and_icmp_are_dropped_where_that_is_set(mesh: &Mesh) -> Result<()> {
-    let quiet = mesh.pod("escape", "tcp-only");
-    let node = mesh.node("node-1");
-    for address in mesh.pod("outside", "server").addresses()? {
-        let before = node.dropped(&quiet)?;
-        ensure!(!udp(quiet, address)?, "UDP to {address} is answered");
-        ensure!(!ping(quiet, address)?, "ICMP to {address} is answered");
-        wait::until_true("the drops are counted", || Ok(node.dropped(&quiet)? > before + 1))?;
-    }
-    // TCP, and what it needs of ICMP and neighbour discovery, still works.
-    for address in mesh.pod("mesh", "server").addresses()? {
-        let result = quiet.client(&["echo", &address.to_string(), "8001", "tcp", "10000"])?;
-        ensure!(result["same"] == true, "{result}");
-    }
-    Ok(())
 }
 
 const PORTS: [&str; 3] = ["15001", "15006", "15008"];

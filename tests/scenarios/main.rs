@@ -7,6 +7,7 @@ mod hostile;
 mod lifecycle;
 mod policy;
 mod probes;
+mod reach;
 
 use system_tests::suite;
 
@@ -14,6 +15,7 @@ fn main() -> std::process::ExitCode {
     // The lifecycle comes last: its last scenario takes the mesh down.
     suite::run(&[
         bytes::SCENARIOS,
+        reach::SCENARIOS,
         encrypted::SCENARIOS,
         probes::SCENARIOS,
         policy::SCENARIOS,

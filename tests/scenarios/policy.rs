@@ -10,6 +10,8 @@ scenarios![
     permissive_lets_plaintext_in,
     only_the_principal_that_is_allowed_is_let_in,
     a_denied_principal_is_refused_and_the_others_are_not,
+    a_policy_by_address_judges_the_clients_own_address,
+    a_port_may_be_less_strict_than_its_pod,
     a_change_of_policy_closes_a_live_connection,
     a_policy_that_is_gone_no_longer_refuses,
 ];
@@ -132,6 +134,44 @@ fn a_denied_principal_is_refused_and_the_others_are_not(mesh: &Mesh) -> Result<(
     // Another port is another matter.
     let result = friend.client(&["speaks-first", &server(mesh).v4()?.to_string(), "8002"])?;
     ensure!(result["end"] == "eof" && result["server"].is_object(), "{result}");
+    Ok(())
+}
+
+/// The address is the pod's own: neither the node's nor the agent's.
+fn a_policy_by_address_judges_the_clients_own_address(mesh: &Mesh) -> Result<()> {
+    let [friend, stranger, outside] = pods(mesh);
+    let blocks: Vec<String> = friend
+        .addresses()?
+        .iter()
+        .map(|address| format!("'{address}'"))
+        .collect();
+    let spec = format!(
+        "{{action: DENY, rules: [{{from: [{{source: {{ipBlocks: [{}]}}}}]}}]}}",
+        blocks.join(", ")
+    );
+    with_policies(mesh, &authorization("not-from-there", &spec))?;
+    until_answers(friend, server(mesh), false)?;
+    for address in server(mesh).addresses()? {
+        let result = friend.client(&["echo", &address.to_string(), "8001"])?;
+        ensure!(result["same"] != true, "by {address} the friend was let in");
+    }
+    ensure!(answers(stranger, server(mesh))?, "the stranger was refused");
+    ensure!(answers(outside, server(mesh))?, "plaintext was refused");
+    Ok(())
+}
+
+fn a_port_may_be_less_strict_than_its_pod(mesh: &Mesh) -> Result<()> {
+    let [friend, _, outside] = pods(mesh);
+    let head = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n";
+    let name = "metadata: {name: one-port, namespace: policy}\n";
+    let spec = "spec: {selector: {matchLabels: {app: server}}, mtls: {mode: STRICT}, portLevelMtls: {8002: {mode: PERMISSIVE}}}\n";
+    with_policies(mesh, &[head, name, spec].concat())?;
+    until_answers(outside, server(mesh), false)?;
+    ensure!(answers(friend, server(mesh))?, "the friend was refused");
+    for address in server(mesh).addresses()? {
+        let result = outside.client(&["speaks-first", &address.to_string(), "8002"])?;
+        ensure!(result["server"].is_object(), "the open port is closed: {result}");
+    }
     Ok(())
 }
 
