@@ -89,7 +89,11 @@ fn original_destination(connection: &Connection, client: &TcpStream) -> Result<O
     let OriginalDst(dialled) = connection
         .pod
         .sockets
-        .original_destination(SockRef::from(client), PeerAddr(connection.client), canonical_socket(local))
+        .original_destination(
+            SockRef::from(client),
+            PeerAddr(connection.client),
+            canonical_socket(local),
+        )
         .ok_or(Failure::NotCaptured)?;
     Ok(OriginalDst(canonical_socket(dialled)))
 }

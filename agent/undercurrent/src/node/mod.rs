@@ -23,8 +23,8 @@ use capture::Capture;
 use telemetry::AccessLog;
 use tokio::signal::unix::{SignalKind, signal};
 
-use config::{AccessLogMode, CaptureMode};
 pub use config::NodeArgs;
+use config::{AccessLogMode, CaptureMode};
 pub use records::Records;
 
 /// The eBPF programs, aligned as their loader wants them.
