@@ -120,6 +120,17 @@ pub(crate) fn unroute_marked(mark: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether what has the mark is routed to the loopback device, in any family. Inside the pod's namespace.
+pub(crate) fn is_marked_routed(mark: u32) -> io::Result<bool> {
+    let mut route = Route::open()?;
+    for family in FAMILIES {
+        if has_rule(&mut route, family, mark)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn remove_marked(route: &mut Route, family: AddressFamily, mark: u32) -> io::Result<()> {
     removed(route.change(RouteNetlinkMessage::DelRoute(local_route(family)), 0))?;
     removed(route.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0))

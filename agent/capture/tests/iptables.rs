@@ -7,10 +7,11 @@ mod lab;
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpListener},
+    time::Instant,
 };
 
 use capture::{CaptureError, IptablesNode, IptablesPodHandle, PodListeners};
-use lab::{Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, connect, nobody_came};
+use lab::{Lab, OUTSIDE4, OUTSIDE6, PATIENCE, TestPod, accept, connect, nobody_came};
 use model::{OriginalDst, PeerAddr};
 use socket2::SockRef;
 
@@ -35,6 +36,15 @@ fn rules(lab: &Lab, netns: Option<&str>) -> String {
         .filter(|line| line.starts_with('-'))
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// Waits until the last of what a released pod `a` had is gone.
+async fn drained(lab: &Lab, node: &IptablesNode) {
+    let deadline = Instant::now() + PATIENCE;
+    while !rules(lab, Some("a")).is_empty() {
+        assert!(Instant::now() < deadline, "{}", lab.run(Some("a"), "ss -tan"));
+        node.reconcile().await.unwrap();
+    }
 }
 
 fn accepted_destination(handle: &IptablesPodHandle, listener: &TcpListener) -> Option<OriginalDst> {
@@ -126,17 +136,19 @@ fn the_application_sees_the_client() {
             upstream.read_to_string(&mut back).unwrap();
             assert_eq!(back, "back");
         }
-        // Its end is at the client's address: it must not outlive the rules that bring answers to it.
+        // Its end is at the client's address, and needs a part of the rules after the release, too.
         let target = SocketAddr::new(pod.ip4(), 8080);
-        let mut upstream = connect(
-            handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap(),
-            target,
-        )
-        .unwrap();
+        let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+        let mut upstream = connect(socket, target).unwrap();
         app.must("c, a = l.accept()");
         node.release(pod.uid()).await.unwrap();
-        upstream.read_exact(&mut [0]).unwrap_err();
-        assert!(app.tell("c.recv(1)").unwrap_err().starts_with("ECONNRESET"));
+        app.must("c.sendall(b'still'); c.close()");
+        let mut said = String::new();
+        upstream.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "still");
+        drop(upstream);
+        outside.must("s.close()");
+        drained(&lab, &node).await;
     });
 }
 
@@ -202,18 +214,37 @@ fn a_connection_from_before_lives_on() {
 }
 
 #[test]
-fn a_redirected_connection_ends_with_the_capture() {
-    lab::test("a_redirected_connection_ends_with_the_capture", |lab| async move {
+fn a_redirected_connection_outlives_the_release() {
+    lab::test("a_redirected_connection_outlives_the_release", |lab| async move {
         let node = start(&lab);
         let pod = lab.pod("a", 2);
-        let (_handle, listeners) = captured(&node, &pod).await;
+        let (handle, listeners) = captured(&node, &pod).await;
         let mut app = lab.in_pod(&pod);
         app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
         let (mut stream, _) = accept(&listeners.outbound[0]);
-        app.must("s.sendall(b'captured')");
-        stream.read_exact(&mut [0; 8]).unwrap();
         node.release(pod.uid()).await.unwrap();
+        drop((handle, listeners));
+        app.must("s.sendall(b'still')");
+        stream.read_exact(&mut [0; 5]).unwrap();
+        stream.write_all(b"here").unwrap();
+        assert_eq!(app.must("s.recv(9)"), "b'here'");
+        assert!(!rules(&lab, Some("a")).contains("REDIRECT"));
+        // Captured again meanwhile, released again: as before.
+        captured(&node, &pod).await;
+        node.release(pod.uid()).await.unwrap();
+        node.reconcile().await.unwrap();
+        app.must("s.sendall(b'still'); s.close()");
+        stream.read_exact(&mut [0; 5]).unwrap();
+        drop(stream);
+        drained(&lab, &node).await;
+
+        // A pod that is gone needs nothing any more: whoever still holds on is told.
+        let (_handle, listeners) = captured(&node, &pod).await;
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let (_stream, _) = accept(&listeners.outbound[0]);
+        node.forget(pod.uid()).await;
         assert!(app.tell("s.recv(1)").unwrap_err().starts_with("ECONNRESET"));
+        assert_eq!(rules(&lab, Some("a")), "");
     });
 }
 

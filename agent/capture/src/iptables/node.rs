@@ -21,7 +21,7 @@ use super::{
 use crate::{
     PodListeners, PodSpec,
     capabilities::{Capabilities, Hook, Support},
-    diag,
+    diag::{self, TcpSocket},
     error::{CaptureError, Tried},
     interfaces,
     netns::Netns,
@@ -51,6 +51,8 @@ struct PodState {
     spec: PodSpec,
     netns: Netns,
     captured: Option<Captured>,
+    /// Released, but connections still need a part of what was put into it.
+    is_draining: bool,
 }
 
 struct Captured {
@@ -105,14 +107,14 @@ impl IptablesNode {
         self.run(move |inner| inner.capture(&spec, forbid_non_tcp)).await
     }
 
-    /// Ends a pod's capture and removes what was put into it; the pod stays known. Connections that the agent carries
-    /// need what is removed, and are reset; those from before the capture live on.
+    /// Ends a pod's capture and removes what was put into it; the pod stays known. Connections that the agent carries go
+    /// on: what they need is removed by [`Self::reconcile`] after the last of them.
     pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
         let uid = uid.clone();
         self.run(move |inner| inner.release(&uid)).await
     }
 
-    /// A pod is gone.
+    /// A pod is gone. Connections that it still has through the agent are reset.
     pub async fn forget(&self, uid: &WorkloadUid) {
         let uid = uid.clone();
         let forgotten = self.run(move |inner| inner.forget(&uid));
@@ -233,6 +235,7 @@ impl Inner {
             spec: spec.clone(),
             netns,
             captured: None,
+            is_draining: false,
         };
         self.pods.insert(spec.uid.clone(), state);
         Ok(())
@@ -259,6 +262,7 @@ impl Inner {
                 forbid_non_tcp,
                 listeners,
             }),
+            is_draining: false,
         };
         self.pods.insert(spec.uid.clone(), state);
         Ok(handle)
@@ -334,8 +338,26 @@ impl Inner {
             .get_mut(uid)
             .ok_or_else(|| CaptureError::UnknownPod(uid.clone()))?;
         state.captured = None;
+        state.is_draining = true;
+        let netns = state.netns.clone();
+        self.remove_redirects(&netns)?;
+        self.end_drained(uid)
+    }
+
+    /// Removes the rest of what was in a released pod, once nothing needs it any more.
+    fn end_drained(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        let Some(state) = self.pods.get_mut(uid).filter(|state| state.is_draining) else {
+            return Ok(());
+        };
+        if !redirected(&self.home, &state.netns)?.is_empty() {
+            return Ok(());
+        }
         let (netns, addresses) = (state.netns.clone(), state.spec.addresses.clone());
-        self.remove_from(&netns, &addresses)
+        self.remove_from(&netns, &addresses)?;
+        if let Some(state) = self.pods.get_mut(uid) {
+            state.is_draining = false;
+        }
+        Ok(())
     }
 
     fn forget(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
@@ -345,19 +367,27 @@ impl Inner {
         }
     }
 
-    /// Removes what is in a pod, and what the node has for it.
-    fn remove_from(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
-        self.printed.retain(|(cookie, _), _| *cookie != netns.cookie());
-        let mut was_captured = false;
+    /// Removes what captures new connections; tells whether there was anything. The other rules stay: they hold
+    /// conntrack, without which what was redirected would leave the pod as it is, in plaintext.
+    fn remove_redirects(&mut self, netns: &Netns) -> Result<bool, CaptureError> {
+        let mut removed = false;
         for family in families(netns) {
             if let Some(removal) = self.iptables.saved(netns, family, None)?.removal_of_redirects() {
                 self.iptables.restore(netns, family, &removal)?;
-                was_captured = true;
+                removed = true;
             }
         }
-        if was_captured {
-            // The other rules still hold conntrack, without which what was redirected would leave the pod as it is.
-            reset_redirected(&self.home, netns);
+        Ok(removed)
+    }
+
+    /// Removes what is in a pod, and what the node has for it. Connections that need it are reset.
+    fn remove_from(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
+        self.printed.retain(|(cookie, _), _| *cookie != netns.cookie());
+        if self.remove_redirects(netns)? || routed(netns)? {
+            for socket in redirected(&self.home, netns)? {
+                // It may have ended by itself meanwhile.
+                let _ = netns.enter(|| diag::destroy(&socket));
+            }
         }
         clean(&self.iptables, netns)?;
         let before = self.probed.len();
@@ -391,33 +421,41 @@ impl Inner {
                 Err(error) => tracing::warn!(%error, pod = %spec.uid, "reconciling"),
             }
         }
+        let uids: Vec<WorkloadUid> = self.pods.keys().cloned().collect();
+        for uid in uids {
+            if let Err(error) = self.end_drained(&uid) {
+                tracing::warn!(%error, pod = %uid, "ending a capture");
+            }
+        }
         Ok(repaired)
     }
 }
 
-/// Resets the connections that need the rules, for without them they would not stand still, but leave the pod in
-/// plaintext: the agent's ends of what was redirected, and of what it dialled from clients' addresses. The latter are
-/// those at none of the pod's own addresses.
-fn reset_redirected(home: &Netns, netns: &Netns) {
-    let Ok(network) = interfaces::look(home, netns) else {
-        return;
-    };
-    let own: Vec<Address> = network
-        .interfaces
-        .iter()
+/// Whether answers to the agent are routed back to it.
+fn routed(netns: &Netns) -> Result<bool, CaptureError> {
+    netns
+        .enter(|| routes::is_marked_routed(CONNECTION_MARK))
+        .and_then(|result| result)
+        .tried(|| format!("looking at the routes of {}", netns.path().display()))
+}
+
+/// The connections that need the rules: the agent's ends of what was redirected, and of what it dialled from clients'
+/// addresses. The latter are those at none of the pod's own addresses.
+fn redirected(home: &Netns, netns: &Netns) -> Result<Vec<TcpSocket>, CaptureError> {
+    let network =
+        interfaces::look(home, netns).tried(|| format!("looking at the interfaces of {}", netns.path().display()))?;
+    let interfaces = network.interfaces.iter();
+    let own: Vec<Address> = interfaces
         .flat_map(|interface| interface.addresses.iter().copied().map(Address::from_ip))
         .collect();
-    let reset = netns.enter(|| -> std::io::Result<()> {
-        for socket in diag::list(diag::state::CONNECTED)? {
-            let redirected = [CAPTURE_PORTS[0], INBOUND_PORT].contains(&socket.local.port);
-            let from_client = !own.contains(&socket.local.address) && own.contains(&socket.remote.address);
-            if redirected || from_client {
-                diag::destroy(&socket)?;
-            }
-        }
-        Ok(())
+    let mut sockets = netns
+        .enter(|| diag::list(diag::state::CONNECTED))
+        .and_then(|result| result)
+        .tried(|| "listing the pod's connections".into())?;
+    sockets.retain(|socket| {
+        let redirected = [CAPTURE_PORTS[0], INBOUND_PORT].contains(&socket.local.port);
+        let from_client = !own.contains(&socket.local.address) && own.contains(&socket.remote.address);
+        redirected || from_client
     });
-    if let Err(error) = reset.and_then(|result| result) {
-        tracing::warn!(%error, netns = %netns.path().display(), "resetting a pod's connections");
-    }
+    Ok(sockets)
 }

@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU16, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use abi::{CAPTURE_PORTS, HBONE_PORT, INBOUND_PORT, MARK};
@@ -22,13 +23,15 @@ use crate::{
     sys,
 };
 
+const CLOSING: Duration = Duration::from_millis(500);
+
 /// Clients that are remembered to have come in plaintext; beyond that all are treated as such.
 const CLIENTS: usize = 4096;
 
 /// Opens the listeners, on exactly the ports that the rules name.
 pub(crate) fn listen(netns: &Netns, ip6: bool) -> Result<PodListeners, CaptureError> {
     let listen = |port| {
-        let listener = netns.enter(|| listen_on(port, ip6)).and_then(|result| result);
+        let listener = netns.enter(|| listen_when_free(port, ip6)).and_then(|result| result);
         match listener {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(CaptureError::PortTaken {
                 netns: netns.path().to_owned(),
@@ -44,6 +47,19 @@ pub(crate) fn listen(netns: &Netns, ip6: bool) -> Result<PodListeners, CaptureEr
         inbound: listen(INBOUND_PORT)?,
         hbone: listen(HBONE_PORT)?,
     })
+}
+
+/// The proxy may be about to close its listeners of a capture that just ended.
+fn listen_when_free(port: u16, ip6: bool) -> io::Result<TcpListener> {
+    let deadline = Instant::now() + CLOSING;
+    loop {
+        match listen_on(port, ip6) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(CLOSING / 20);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// A captured pod, as the proxy uses it.
