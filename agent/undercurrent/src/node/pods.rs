@@ -268,6 +268,8 @@ impl Reconciler {
         }
         let settled = self.parts.knowledge.snapshot().ready() && self.pods.values().all(|pod| pod.problem.is_none());
         if settled && !self.view.settled() {
+            // Whoever sees the agent ready sees its pods.
+            self.show();
             self.view.lock().settled = true;
             if let Err(error) = self.parts.capture.forget_untold().await {
                 tracing::error!(%error, "cannot forget pods that went while no agent ran");
