@@ -13,7 +13,7 @@ use system_tests::suite;
 
 fn main() -> std::process::ExitCode {
     // The lifecycle comes last: its last scenario takes the mesh down.
-    suite::run(&[
+    let themes = [
         bytes::SCENARIOS,
         reach::SCENARIOS,
         encrypted::SCENARIOS,
@@ -22,5 +22,6 @@ fn main() -> std::process::ExitCode {
         escape::SCENARIOS,
         hostile::SCENARIOS,
         lifecycle::SCENARIOS,
-    ])
+    ];
+    suite::run("ebpf", &themes, &[])
 }

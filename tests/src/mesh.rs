@@ -23,6 +23,8 @@ pub struct Mesh {
     manifests: Mutex<Manifests>,
     /// What there was before.
     before: Leftovers,
+    /// How traffic is captured: `ebpf` or `iptables`.
+    capture: &'static str,
     /// False while it may be somebody else's playground that is up.
     is_ours: bool,
     _lock: Flock<File>,
@@ -30,13 +32,14 @@ pub struct Mesh {
 
 impl Mesh {
     /// Takes down what an earlier run left, and brings up the mesh of `tests/manifests`.
-    pub fn up() -> Result<Self> {
+    pub fn up(capture: &'static str) -> Result<Self> {
         let binary = machine::binary().map_err(|why| anyhow!(why))?;
         let mut mesh = Self {
             binary,
             manifests: Mutex::new(Manifests::load()?),
             before: Leftovers::default(),
             is_ours: false,
+            capture,
             _lock: lock()?,
         };
         mesh.down()?;
@@ -52,8 +55,8 @@ impl Mesh {
             .manifests
             .lock()
             .map_err(|_| anyhow!("a scenario panicked while it changed manifests"))?;
-        // Another way of capturing, to see the same scenarios on it; `none` shows which of them can fail.
-        let capture = std::env::var("UNDERCURRENT_TESTS_CAPTURE").unwrap_or("ebpf".to_owned());
+        // `none` shows which of the scenarios can fail.
+        let capture = std::env::var("UNDERCURRENT_TESTS_CAPTURE").unwrap_or(self.capture.to_owned());
         let directory = manifests.directory().to_string_lossy();
         self.playground(&["up", "--nodes", "2", "--capture", &capture, "--manifests", &directory])
             .map(drop)

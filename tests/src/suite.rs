@@ -34,19 +34,26 @@ macro_rules! scenarios {
 const OCCUPIED: &str = "there can be only one";
 
 /// The mesh, once a scenario needed it; or why there is none.
-#[derive(Default)]
-struct Shared(Mutex<Option<Result<Mesh, String>>>);
+struct Shared {
+    mesh: Mutex<Option<Result<Mesh, String>>>,
+    capture: &'static str,
+}
 
-/// Runs them all, as the command line asks.
-pub fn run(themes: &[&[Scenario]]) -> ExitCode {
+/// Runs them all, as the command line asks, on a mesh that captures in this way; but for those, by name, that can't hold
+/// with it.
+pub fn run(capture: &'static str, themes: &[&[Scenario]], but: &[&str]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // One mesh: a scenario may kill an agent.
     arguments.test_threads = Some(1);
-    let shared = Arc::new(Shared::default());
+    let shared = Arc::new(Shared {
+        mesh: Mutex::default(),
+        capture,
+    });
     let scenarios = themes.iter().copied().flatten().copied();
+    let scenarios = scenarios.filter(|scenario| !but.iter().any(|name| scenario.name.ends_with(name)));
     let trials = scenarios.map(|scenario| trial(scenario, shared.clone())).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    drop(shared.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+    drop(shared.mesh.lock().unwrap_or_else(PoisonError::into_inner).take());
     conclusion.exit_code()
 }
 
@@ -62,11 +69,11 @@ fn trial(scenario: Scenario, shared: Arc<Shared>) -> Trial {
 
 impl Shared {
     fn run(&self, name: &str, run: fn(&Mesh) -> Result<()>) -> Result<()> {
-        let mut mesh = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mesh = self.mesh.lock().unwrap_or_else(PoisonError::into_inner);
         let is_first = mesh.is_none();
         let mesh = mesh.get_or_insert_with(|| {
             let started = Instant::now();
-            let mesh = Mesh::up().map_err(|error| explained(&error));
+            let mesh = Mesh::up(self.capture).map_err(|error| explained(&error));
             note(&format!(
                 "the mesh was made in {:.1} s",
                 started.elapsed().as_secs_f64()
@@ -102,7 +109,11 @@ pub fn note(line: &str) {
     let file = FILE.get_or_init(|| {
         let directory = machine::root().join("target/system-tests");
         std::fs::create_dir_all(&directory).ok()?;
-        File::create(directory.join("notes.txt")).ok()
+        File::options()
+            .create(true)
+            .append(true)
+            .open(directory.join("notes.txt"))
+            .ok()
     });
     if let Some(mut file) = file.as_ref() {
         // Notes are for convenience: without them the run is as good.
