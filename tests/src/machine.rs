@@ -4,6 +4,7 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 /// The checkout.
@@ -11,9 +12,33 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
 }
 
-/// The scripts that run inside pods; pods see the machine's files.
+/// The scripts that run inside pods. Pods see the machine's files, but for `/tmp` and the like, where the checkout may
+/// be: so they are copied to where a pod can read them, until [`remove_scripts`].
 pub fn scripts() -> PathBuf {
-    root().join("tests/scripts")
+    static COPIED: OnceLock<()> = OnceLock::new();
+    COPIED.get_or_init(|| copy_scripts().expect("the scripts are copied to where pods see them"));
+    copied_scripts()
+}
+
+fn copied_scripts() -> PathBuf {
+    format!("/var/lib/undercurrent/system-tests-{}", std::process::id()).into()
+}
+
+fn copy_scripts() -> std::io::Result<()> {
+    fs::create_dir_all(copied_scripts())?;
+    for entry in fs::read_dir(root().join("tests/scripts"))? {
+        let path = entry?.path();
+        if let (true, Some(name)) = (path.is_file(), path.file_name()) {
+            fs::copy(&path, copied_scripts().join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes what [`scripts`] copied.
+pub fn remove_scripts() {
+    // Nothing there is as good.
+    let _ = fs::remove_dir_all(copied_scripts());
 }
 
 /// The program under test: given by `UNDERCURRENT_BIN` (or `UNDERCURRENT_BINARY`, as `cargo xtask test` calls it), else

@@ -54,6 +54,7 @@ pub fn run(capture: &'static str, themes: &[&[Scenario]], but: &[&str]) -> ExitC
     let trials = scenarios.map(|scenario| trial(scenario, shared.clone())).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(shared.mesh.lock().unwrap_or_else(PoisonError::into_inner).take());
+    machine::remove_scripts();
     conclusion.exit_code()
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
     sync::Arc,
 };
@@ -52,9 +52,10 @@ impl FromStr for Authority {
             return Err(error());
         }
         let port = port.parse().map_err(|_| error())?;
-        // `10.0.0.1:080` is no socket address to the standard library, and must not become a host of that name.
-        if let Ok(address) = host.parse::<IpAddr>() {
-            return Ok(Self::Address(SocketAddr::new(address, port)));
+        // `10.0.0.1:080` is no socket address to the standard library, and must not become a host of that name. IPv6
+        // without brackets is nothing at all: where would the port begin?
+        if let Ok(address) = host.parse::<Ipv4Addr>() {
+            return Ok(Self::Address(SocketAddr::new(address.into(), port)));
         }
         let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '*');
         if host.is_empty() || host.len() > 253 || !host.chars().all(is_name) {

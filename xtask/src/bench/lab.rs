@@ -81,7 +81,10 @@ impl Lab {
         let directory = workspace.target("bench/lab");
         let manifests = directory.join("manifests");
         std::fs::create_dir_all(&manifests)?;
-        let load = workspace.target("release/load");
+        // Pods do not see /tmp and the like, where the checkout may be.
+        let load = PathBuf::from("/var/lib/undercurrent/bench/load");
+        std::fs::create_dir_all(load.parent().unwrap_or(Path::new("/")))?;
+        std::fs::copy(workspace.target("release/load"), &load).context("copying the load generator for the pods")?;
         std::fs::write(manifests.join("bench.yaml"), manifest(pairs, &load.to_string_lossy()))?;
         let lab = Lab {
             undercurrent,
@@ -151,6 +154,8 @@ impl Drop for Lab {
         if !down.is_ok_and(|status| status.success()) {
             crate::step::note("the lab may not be gone: `undercurrent playground down` removes it");
         }
+        // A copy: nothing is lost if it stays.
+        let _ = std::fs::remove_file(&self.load);
     }
 }
 
