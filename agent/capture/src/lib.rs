@@ -41,6 +41,7 @@ mod node;
 mod pins;
 mod plan;
 mod pod;
+mod ports;
 mod programs;
 mod routes;
 mod sockets;

@@ -5,17 +5,14 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
-    sync::{
-        Arc,
-        atomic::{AtomicU16, Ordering},
-    },
+    sync::Arc,
 };
 
 use abi::{Address, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey, PlaintextClient};
 use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_socket};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{maps::Lookups, netns::Netns, routes::same_family, sys};
+use crate::{maps::Lookups, netns::Netns, ports::PortsBeside, routes::same_family, sys};
 
 const BACKLOG: i32 = 4096;
 
@@ -99,8 +96,8 @@ struct Inner {
     netns: Netns,
     lookups: Lookups,
     listeners: Arc<Listeners>,
-    /// Where [`PodHandle::bind_beside_plaintext`] goes on.
-    next_port: AtomicU16,
+    /// For clients that come in plaintext, too.
+    ports_beside: PortsBeside,
 }
 
 impl PodHandle {
@@ -110,7 +107,7 @@ impl PodHandle {
             netns,
             lookups,
             listeners,
-            next_port: AtomicU16::new(0),
+            ports_beside: PortsBeside::default(),
         }))
     }
 
@@ -169,30 +166,12 @@ impl PodHandle {
             pod: Address::from_ip(target.ip()),
             client: Address::from_ip(source),
         };
-        if self.0.lookups.comes_in_plaintext(&client) && self.bind_beside_plaintext(&socket, source)? {
+        if self.0.lookups.comes_in_plaintext(&client) && self.0.ports_beside.bind(&socket, source)? {
             return Ok(socket);
         }
         sys::set_bind_address_no_port(&socket)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
         Ok(socket)
-    }
-
-    /// Binds to a port that a client with the usual settings does not have. The client's own connection to the pod, and
-    /// the agent's to the application, would otherwise now and then have the same ends, and one of them die. False:
-    /// the next few are all taken.
-    fn bind_beside_plaintext(&self, socket: &Socket, source: IpAddr) -> io::Result<bool> {
-        const TRIES: u16 = 32;
-        /// Above Linux's default range for clients, 32768 to 60999.
-        const FIRST: u16 = 61000;
-        const COUNT: u16 = u16::MAX - FIRST;
-        for _ in 0..TRIES {
-            let port = FIRST + self.0.next_port.fetch_add(1, Ordering::Relaxed) % COUNT;
-            match socket.bind(&SocketAddr::new(source, port).into()) {
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-                result => return result.map(|()| true),
-            }
-        }
-        Ok(false)
     }
 }
 

@@ -46,7 +46,7 @@ pub struct UpArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=200))]
     pub nodes: Option<u8>,
     /// How the agents capture traffic; `none` runs no agents: plain networking [default: ebpf, or as it is].
-    #[arg(long, value_name = "MODE", value_parser = ["ebpf", "iptables", "auto", "none"])]
+    #[arg(long, value_name = "MODE", value_parser = ["ebpf", "iptables", "none"])]
     pub capture: Option<String>,
     /// The agents' access log [default: text, or as it is].
     #[arg(long, value_name = "FORMAT", value_parser = ["off", "text", "json"])]

@@ -4,10 +4,7 @@ use std::{
     collections::HashSet,
     io,
     net::{IpAddr, SocketAddr, TcpListener},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU16, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -18,6 +15,7 @@ use socket2::{Domain, SockRef, Socket};
 use crate::{
     error::{CaptureError, Tried},
     netns::Netns,
+    ports::PortsBeside,
     routes::same_family,
     sockets::{PodListeners, listen_on, tcp},
     sys,
@@ -72,8 +70,8 @@ struct Inner {
     addresses: Vec<IpAddr>,
     listeners: Arc<PodListeners>,
     in_plaintext: Mutex<HashSet<IpAddr>>,
-    /// Where [`IptablesPodHandle::bind_beside_plaintext`] goes on.
-    next_port: AtomicU16,
+    /// Conntrack would take a connection with the ends of a client's own for that one, and redirect it.
+    ports_beside: PortsBeside,
 }
 
 impl IptablesPodHandle {
@@ -84,7 +82,7 @@ impl IptablesPodHandle {
             addresses,
             listeners,
             in_plaintext: Mutex::default(),
-            next_port: AtomicU16::new(0),
+            ports_beside: PortsBeside::default(),
         }))
     }
 
@@ -143,7 +141,7 @@ impl IptablesPodHandle {
         } else {
             socket.set_ip_transparent_v6(true)?;
         }
-        if self.comes_in_plaintext(source) && self.bind_beside_plaintext(&socket, source)? {
+        if self.comes_in_plaintext(source) && self.0.ports_beside.bind(&socket, source)? {
             return Ok(socket);
         }
         sys::set_bind_address_no_port(&socket)?;
@@ -154,23 +152,6 @@ impl IptablesPodHandle {
     fn comes_in_plaintext(&self, client: IpAddr) -> bool {
         let clients = self.0.in_plaintext.lock().unwrap_or_else(PoisonError::into_inner);
         clients.len() >= CLIENTS || clients.contains(&client)
-    }
-
-    /// Binds to a port that a client with the usual settings does not have: conntrack would take a connection with the
-    /// ends of the client's own for that one, and redirect it. False: the next few are all taken.
-    fn bind_beside_plaintext(&self, socket: &Socket, source: IpAddr) -> io::Result<bool> {
-        const TRIES: u16 = 32;
-        /// Above Linux's default range for clients, 32768 to 60999.
-        const FIRST: u16 = 61000;
-        const COUNT: u16 = u16::MAX - FIRST;
-        for _ in 0..TRIES {
-            let port = FIRST + self.0.next_port.fetch_add(1, Ordering::Relaxed) % COUNT;
-            match socket.bind(&SocketAddr::new(source, port).into()) {
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-                result => return result.map(|()| true),
-            }
-        }
-        Ok(false)
     }
 }
 
