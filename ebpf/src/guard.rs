@@ -29,6 +29,7 @@ use crate::{
 const ROOT_CGROUP: u64 = 1;
 
 const TCP_TIME_WAIT: u32 = 6;
+const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
 
 const AF_INET6: u32 = 10;
@@ -85,7 +86,10 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
         // SAFETY: not null, as checked above.
         let state = unsafe { core::ptr::read_volatile(&raw const (*sk).state) };
         // The SYN-ACK of a SYN cookie has only the listener.
-        let untouched = state == TCP_LISTEN || matches_socket(sk, segment);
+        // A connection that nobody had accepted yet is reset when its listener ends, and has lost its ports by the time
+        // that the packet gets here. Without that reset the peer would wait in vain; it carries nothing.
+        let buried = state == TCP_CLOSE && segment.empty && segment.flags & (RST | SYN | FIN) == RST;
+        let untouched = state == TCP_LISTEN || buried || matches_socket(sk, segment);
         return if untouched && !is_own(interface, &segment.flow.remote.address) {
             Ok(())
         } else {
