@@ -46,7 +46,7 @@ pub struct NodeArgs {
         default_value = "/sys/fs/bpf/undercurrent"
     )]
     pub pin_dir: PathBuf,
-    /// Threads that carry traffic [default: one per core, at most 4].
+    /// Threads that carry traffic [default: one per core, at most 2].
     #[arg(long, env = "UNDERCURRENT_SHARDS", value_name = "N")]
     pub shards: Option<usize>,
     /// One line for each connection, on standard output.
