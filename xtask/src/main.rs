@@ -13,6 +13,7 @@
 //! | clippy, all targets | 1 min 45 s |
 //! | unit tests, built in the dev profile | 2 min 10 s |
 //! | the release binary | 2 min |
+//! | fuzz targets, a moment each | 1 min 30 s |
 //!
 //! Clippy and the tests share the dev profile, so build scripts (aws-lc's C code above all) run once for both. The
 //! tests that start the binary start the release one, which `demo` and `bench` use as well: unoptimised cryptography

@@ -134,14 +134,29 @@ impl Checks {
             .args(filter);
         test.env(NOT_RUN, &not_run).env(BINARY, self.workspace.binary());
         let mut sum = Sum::default();
-        let good = self
-            .steps
-            .show("tests", "run all tests", &mut test, |line| sum.add(line))?;
-        if !good {
-            self.failed.push("tests".to_owned());
+        self.show("tests", "run all tests", &mut test, &mut sum)?;
+        if filter.is_empty() {
+            // A workspace of its own, since fuzzing wants other flags.
+            let mut fuzz = build::cargo(&self.workspace);
+            fuzz.args([
+                "test",
+                "--locked",
+                "--manifest-path",
+                "tests/fuzz/Cargo.toml",
+                "--target-dir",
+            ])
+            .arg(self.workspace.target("fuzz"));
+            self.show("fuzz", "run every fuzz target for a moment", &mut fuzz, &mut sum)?;
         }
         self.not_run.extend(lines(&not_run));
         Ok(sum)
+    }
+
+    fn show(&mut self, name: &str, title: &str, test: &mut Command, sum: &mut Sum) -> Result<()> {
+        if !self.steps.show(name, title, test, |line| sum.add(line))? {
+            self.failed.push(name.to_owned());
+        }
+        Ok(())
     }
 
     fn conclude(self, tests: &Sum) -> Result<()> {
