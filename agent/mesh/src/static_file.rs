@@ -207,4 +207,28 @@ services:
         let (again, _) = parse(&write(&contents)).unwrap();
         assert_eq!(again, contents);
     }
+
+    /// A good file with one stretch of it replaced: closer to what goes wrong than random text is.
+    fn damaged() -> impl proptest::strategy::Strategy<Value = String> {
+        use proptest::prelude::*;
+        let good = "settings: {trustDomain: td, nonTcp: Forbid}\nworkloads:\n- {uid: u, name: a, namespace: n, \
+                    workloadIps: [10.0.0.1], services: {n/h: {80: 81}}}\nservices:\n- {name: s, namespace: n, \
+                    hostname: h, vips: [/10.1.0.1], ports: {80: 81}}\npolicies:\n- {name: p, namespace: n, scope: \
+                    Global, action: Deny, rules: [[[{principals: [Presence]}]]]}\n";
+        (0..good.len(), 0..12usize, "[ -~\\n]{0,8}").prop_map(move |(start, length, text)| {
+            let end = (start + length).min(good.len());
+            format!("{}{text}{}", &good[..start], &good[end..])
+        })
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_the_file_holds_it_is_read_or_refused(text in damaged()) {
+            if let Ok((contents, rejected)) = parse(&text) {
+                let (mut writer, knowledge) = crate::new();
+                writer.replace(contents, &rejected);
+                assert!(knowledge.snapshot().ready());
+            }
+        }
+    }
 }
