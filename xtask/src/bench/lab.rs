@@ -155,7 +155,7 @@ impl Drop for Lab {
             crate::step::note("the lab may not be gone: `undercurrent playground down` removes it");
         }
         // A copy: nothing is lost if it stays.
-        let _ = std::fs::remove_file(&self.load);
+        let _ = self.load.parent().map(std::fs::remove_dir_all);
     }
 }
 
