@@ -15,6 +15,7 @@ const ALL: &[&str] = &["*"];
 const ARROWS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("tasks", &[]),
+    ("proto", &[]),
     ("abi", &[]),
     ("policy", &["model"]),
     ("routing", &["model"]),
@@ -43,6 +44,8 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("discovery", &["identity", "mesh", "model", "proto", "tasks"]),
+    // The embedded API checks objects by the code that the webhook of a real cluster runs.
+    ("store", &["k8s", "model", "tasks"]),
     (
         "control",
         &["identity", "k8s", "model", "proto", "store", "tasks", "telemetry"],

@@ -1,0 +1,1 @@
+//! A small, Kubernetes-shaped API.
