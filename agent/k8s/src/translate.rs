@@ -7,8 +7,8 @@ use std::{
 };
 
 use model::{
-    HealthStatus, MeshSettings, NamespacedName, NetworkAddress, NetworkMode, Policy, TrustDomain, TunnelProtocol,
-    Workload, WorkloadUid,
+    HealthStatus, MeshSettings, NamespacedName, NetworkAddress, NetworkMode, Policy, PortMap, SortedMap, TrustDomain,
+    TunnelProtocol, Workload, WorkloadUid,
 };
 
 use crate::{
@@ -194,10 +194,7 @@ fn model_service(service: &Service, context: &Context) -> model::Service {
         namespace: service.metadata.namespace.as_str().into(),
         hostname: hostname(service).into(),
         vips: vips
-            .map(|address| NetworkAddress {
-                network: "".into(),
-                address: *address,
-            })
+            .map(|address| NetworkAddress::new("", *address))
             .collect(),
         ports: service
             .spec
@@ -206,6 +203,7 @@ fn model_service(service: &Service, context: &Context) -> model::Service {
             .filter(is_tcp)
             .map(|port| (port.port, target(port)))
             .collect(),
+        ..model::Service::default()
     }
 }
 
@@ -288,11 +286,12 @@ fn model_workload(
         authorization_policies: Vec::new(),
         status: HealthStatus::Healthy,
         non_tcp,
+        ..Workload::default()
     }
 }
 
 /// The services that select a pod, with the ports that it serves them on.
-fn endpoints_of(pod: &Pod, objects: &Objects) -> BTreeMap<NamespacedName, BTreeMap<u16, u16>> {
+fn endpoints_of(pod: &Pod, objects: &Objects) -> SortedMap<NamespacedName, PortMap> {
     let selected = objects.services.iter().filter(|(_, service)| {
         let spec = &service.spec;
         service.metadata.namespace == pod.metadata.namespace

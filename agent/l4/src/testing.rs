@@ -22,6 +22,6 @@ pub(crate) fn workload(name: &str, namespace: &str, ip: &str) -> Workload {
         services: Default::default(),
         authorization_policies: Vec::new(),
         status: model::HealthStatus::Healthy,
-        non_tcp: model::NonTcp::Inherit,
+        ..Workload::default()
     }
 }

@@ -5,15 +5,25 @@
 //! (`undercurrent node --static`), whose names are ztunnel's for its local configuration, so that one file serves both.
 
 mod address;
+mod gateway;
 mod identity;
 mod policy;
 mod service;
 mod settings;
+mod sorted;
 mod workload;
 
 pub use address::{Authority, AuthorityError, OriginalDst, PeerAddr, canonical_ip, canonical_socket};
+pub use gateway::{GatewayAddress, GatewayDestination};
 pub use identity::{Identity, IdentityError, NamespacedName, TrustDomain};
 pub use policy::{Action, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch};
-pub use service::{NetworkAddress, Service};
+pub use service::{
+    AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NetworkAddress, RoutingScope, Service,
+    Visibility,
+};
 pub use settings::{MeshSettings, NonTcp};
-pub use workload::{HealthStatus, NetworkMode, TunnelProtocol, Workload, WorkloadUid};
+pub use sorted::{PortMap, SortedMap};
+pub use workload::{
+    ApplicationTunnel, ApplicationTunnelProtocol, HealthStatus, Locality, NetworkMode, TunnelProtocol, Workload,
+    WorkloadUid,
+};

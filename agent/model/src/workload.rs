@@ -1,14 +1,14 @@
 //! A workload: something with addresses that connections come from and go to. Field by field Istio's
 //! `istio.workload.Workload`, as far as it is acted upon.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+use std::{fmt, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Identity, NamespacedName, NonTcp, TrustDomain};
+use crate::{GatewayAddress, Identity, NamespacedName, NonTcp, PortMap, SortedMap, TrustDomain, service::is_default};
 
 /// A workload's unique name in the mesh, such as `cluster1//v1/Pod/default/web-0`.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct WorkloadUid(pub Arc<str>);
 
@@ -63,6 +63,48 @@ pub enum HealthStatus {
     Unhealthy,
 }
 
+/// What the workload's own listener expects before the application's bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum ApplicationTunnelProtocol {
+    /// Nothing: the workload takes any authority, at this port.
+    #[default]
+    None,
+    /// A PROXY header, version 2.
+    Proxy,
+}
+
+/// How what arrives by HBONE is handed to the workload, where not simply dialled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct ApplicationTunnel {
+    /// What goes before the bytes.
+    pub protocol: ApplicationTunnelProtocol,
+    /// The workload's port for it; none: the port that was asked for.
+    pub port: Option<u16>,
+}
+
+/// Where something runs, from wide to narrow; empty where unknown.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Locality {
+    /// `topology.kubernetes.io/region`.
+    pub region: Arc<str>,
+    /// `topology.kubernetes.io/zone`.
+    pub zone: Arc<str>,
+    /// `topology.istio.io/subzone`.
+    pub subzone: Arc<str>,
+}
+
+impl Default for Locality {
+    fn default() -> Self {
+        Self {
+            region: empty(),
+            zone: empty(),
+            subzone: empty(),
+        }
+    }
+}
+
 /// Something that connections come from and go to: a pod, for now.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -108,7 +150,7 @@ pub struct Workload {
     pub cluster_id: Arc<str>,
     /// The services it is an endpoint of (`namespace/hostname`), each with service port → target port.
     #[serde(default)]
-    pub services: BTreeMap<NamespacedName, BTreeMap<u16, u16>>,
+    pub services: SortedMap<NamespacedName, PortMap>,
     /// The policies that select it by label; those of its namespace and of the mesh apply without being listed.
     #[serde(default)]
     pub authorization_policies: Vec<NamespacedName>,
@@ -118,6 +160,64 @@ pub struct Workload {
     /// What becomes of traffic that the mesh does not carry (UDP, ICMP and the rest).
     #[serde(default)]
     pub non_tcp: NonTcp,
+    /// The network that its addresses are of; empty for the default one.
+    #[serde(default = "empty", skip_serializing_if = "is_default")]
+    pub network: Arc<str>,
+    /// The name to ask DNS for its address, where it has none (a ServiceEntry's endpoint).
+    #[serde(default = "empty", skip_serializing_if = "is_default")]
+    pub hostname: Arc<str>,
+    /// The waypoint that traffic for it goes through, when it is dialled by its own address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waypoint: Option<GatewayAddress>,
+    /// The gateway that it is reached by from other networks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_gateway: Option<GatewayAddress>,
+    /// Whether it speaks HBONE itself, and no node agent does so for it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub native_tunnel: bool,
+    /// How what arrives by HBONE is handed to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub application_tunnel: Option<ApplicationTunnel>,
+    /// Where it runs.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub locality: Locality,
+    /// Its share of a service's connections, relative to that of the other endpoints.
+    #[serde(default = "default_capacity", skip_serializing_if = "is_default_capacity")]
+    pub capacity: u32,
+}
+
+impl Default for Workload {
+    /// A healthy workload outside the mesh, of which nothing is known.
+    fn default() -> Self {
+        Self {
+            uid: WorkloadUid::default(),
+            name: empty(),
+            namespace: empty(),
+            trust_domain: TrustDomain::default(),
+            service_account: default_service_account(),
+            workload_ips: Vec::new(),
+            protocol: TunnelProtocol::default(),
+            network_mode: NetworkMode::default(),
+            node: empty(),
+            canonical_name: empty(),
+            canonical_revision: empty(),
+            workload_name: empty(),
+            workload_type: default_workload_type(),
+            cluster_id: default_cluster(),
+            services: SortedMap::default(),
+            authorization_policies: Vec::new(),
+            status: HealthStatus::default(),
+            non_tcp: NonTcp::default(),
+            network: empty(),
+            hostname: empty(),
+            waypoint: None,
+            network_gateway: None,
+            native_tunnel: false,
+            application_tunnel: None,
+            locality: Locality::default(),
+            capacity: default_capacity(),
+        }
+    }
 }
 
 impl Workload {
@@ -150,4 +250,12 @@ fn default_workload_type() -> Arc<str> {
 
 fn default_cluster() -> Arc<str> {
     Arc::from("Kubernetes")
+}
+
+fn default_capacity() -> u32 {
+    1
+}
+
+fn is_default_capacity(capacity: &u32) -> bool {
+    *capacity == default_capacity()
 }

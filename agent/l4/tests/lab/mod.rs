@@ -248,6 +248,7 @@ impl Lab {
             hostname: format!("{name}.shop.svc.cluster.local").into(),
             vips: vec![format!("/{vip}").parse().unwrap()],
             ports: [(port, target)].into(),
+            ..Service::default()
         };
         for workload in &mut self.contents.workloads {
             if endpoints.contains(&&*workload.name) {
@@ -290,7 +291,7 @@ fn workload(name: &str, ip: IpAddr) -> Workload {
         services: Default::default(),
         authorization_policies: Vec::new(),
         status: model::HealthStatus::Healthy,
-        non_tcp: model::NonTcp::Inherit,
+        ..Workload::default()
     }
 }
 
