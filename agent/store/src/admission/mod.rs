@@ -1,0 +1,1 @@
+//! What is done to an object before it is kept: defaults, checks, addresses.

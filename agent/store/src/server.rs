@@ -1,0 +1,1 @@
+//! The whole server: engine, controllers and HTTP.
