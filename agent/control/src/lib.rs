@@ -1,3 +1,4 @@
 //! The control plane.
 
+mod ca;
 pub mod resources;
