@@ -13,7 +13,7 @@
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
 use identity::Credentials;
-use mesh::Route;
+use mesh::{RefuseReason, Route};
 use model::{Authority, OriginalDst, PeerAddr, Service, Workload, WorkloadUid, canonical_socket};
 use socket2::SockRef;
 use telemetry::Direction;
@@ -148,7 +148,7 @@ fn resolve(
     if is_own_port(dialled.port()) && is_of(source, dialled) {
         return Err(Failure::Loop(dialled));
     }
-    let route = snapshot.resolve(OriginalDst(dialled), connection.shard.random(), tried);
+    let route = snapshot.resolve(source, OriginalDst(dialled), connection.shard.random(), tried);
     Ok((source.clone(), route))
 }
 
@@ -158,7 +158,7 @@ fn endpoint_of_service(route: &Route) -> Option<WorkloadUid> {
         Route::Tunnel { workload, service, .. } | Route::Plaintext { workload, service, .. } => {
             service.as_ref().map(|_| workload.uid.clone())
         }
-        Route::Passthrough { .. } | Route::Refused { .. } => None,
+        Route::Passthrough { .. } | Route::Unknown { .. } | Route::Refused { .. } => None,
     }
 }
 
@@ -175,6 +175,7 @@ fn is_endpoints_fault(failure: &Failure) -> bool {
 async fn follow(connection: &Connection, source: &Arc<Workload>, route: Route) -> Result<Upstream, Failure> {
     match route {
         Route::Refused { reason } => Err(Failure::NoRoute(reason)),
+        Route::Unknown { target } => Err(Failure::NoRoute(RefuseReason::NotDiscovered(target.ip()))),
         Route::Passthrough { target } => plain(connection, source, target).await,
         Route::Plaintext {
             workload,

@@ -1,10 +1,8 @@
 //! Everything a source says, before it is indexed.
 
-use std::fmt;
+use std::{collections::HashSet, fmt};
 
 use model::{MeshSettings, NamespacedName, Policy, Service, Workload, WorkloadUid};
-
-use crate::Snapshot;
 
 /// Everything a source says.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -52,19 +50,50 @@ impl fmt::Display for Rejected {
 
 impl Contents {
     /// Puts the last good version of what was rejected in its place.
-    pub(crate) fn keep_last_good(&mut self, before: &Snapshot, rejected: &[Rejected]) {
+    pub(crate) fn keep_last_good<'a>(
+        &mut self,
+        workload: impl Fn(&WorkloadUid) -> Option<&'a Workload>,
+        service: impl Fn(&NamespacedName) -> Option<&'a Service>,
+        rejected: &[Rejected],
+    ) {
         for object in rejected.iter().map(|rejected| &rejected.object) {
             match object {
                 RejectedObject::Workload(uid) if self.workloads.iter().all(|workload| workload.uid != *uid) => {
-                    self.workloads
-                        .extend(before.workload(uid).map(|workload| Workload::clone(workload)));
+                    self.workloads.extend(workload(uid).cloned());
                 }
                 RejectedObject::Service(key) if self.services.iter().all(|service| service.key() != *key) => {
-                    self.services
-                        .extend(before.service(key).map(|service| Service::clone(service)));
+                    self.services.extend(service(key).cloned());
                 }
                 _ => {}
             }
         }
+    }
+
+    /// Of several objects of one name the first stays.
+    pub(crate) fn reject_duplicates(&mut self) -> Vec<Rejected> {
+        let mut rejected = Vec::new();
+        let mut uids = HashSet::new();
+        self.workloads.retain(|workload| {
+            let is_new = uids.insert(workload.uid.clone());
+            if !is_new {
+                rejected.push(Rejected {
+                    object: RejectedObject::Workload(workload.uid.clone()),
+                    reason: "another workload has the same uid".to_owned(),
+                });
+            }
+            is_new
+        });
+        let mut keys = HashSet::new();
+        self.services.retain(|service| {
+            let is_new = keys.insert(service.key());
+            if !is_new {
+                rejected.push(Rejected {
+                    object: RejectedObject::Service(service.key()),
+                    reason: "another service has the same hostname".to_owned(),
+                });
+            }
+            is_new
+        });
+        rejected
     }
 }

@@ -1,35 +1,52 @@
 //! What this process knows of the mesh: changes in, snapshots out.
 //!
 //! ```text
-//! a source (static file) ─► Contents ─► Writer::replace ─► Snapshot ─► Knowledge::snapshot   (any thread, no lock)
-//!                                        │ one writer        └───────► Knowledge::changed    (watchers wake)
+//! static file ─► Contents ─► Writer::replace ┐
+//! xDS ─────────► Delta ────► Writer::apply ──┼─► Snapshot ─► Knowledge::snapshot   (any thread, no lock)
+//! the node's own pods ─────► Locals::set ────┘           └─► Knowledge::changed    (watchers wake)
+//! on demand: Demands ◄───────── Knowledge::want ◄── Route::Unknown
 //! ```
-//! A decision takes one snapshot and keeps to it. A snapshot is whole: its indexes agree with each other.
+//! A decision takes one snapshot and keeps to it. A snapshot is whole: its indexes agree with each other. The next one
+//! shares with it what did not change, so that a change costs the same in a mesh of a hundred workloads and of a hundred
+//! thousand (`examples/lookups.rs`).
+//!
+//! Of objects that claim one address the first by name has it and the others wait for it; whatever the order in which
+//! they came, the same is known (`any_sequence_of_deltas_is_as_if_built_from_scratch`).
 //!
 //! Deliberately unknown here: sockets, time, files. Randomness is an argument.
 //!
-//! Before the first [`Writer::replace`] the snapshot is empty and not [`Snapshot::ready`]: whoever asks for a verdict is
-//! denied with [`policy::Reason::NoKnowledge`] (`nothing_known_is_nothing_allowed`).
+//! Before the first [`Writer::replace`] or [`Writer::apply`] no snapshot is [`Snapshot::ready`]: whoever asks for a
+//! verdict is denied with [`policy::Reason::NoKnowledge`] (`nothing_known_is_nothing_allowed`).
 
+mod claims;
 mod contents;
+mod demand;
+mod endpoints;
 mod route;
 mod snapshot;
 pub mod static_file;
+mod trie;
+mod writer;
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
-use tokio::sync::watch;
+use model::NetworkAddress;
+use tokio::sync::{mpsc, watch};
 
-pub use contents::{Contents, Rejected};
+pub use contents::{Contents, Rejected, RejectedObject};
+pub use demand::{Demands, Wanted};
+pub use endpoints::EndpointList;
 pub use route::{RefuseReason, Route};
-pub use snapshot::Snapshot;
+pub use snapshot::{Counts, Snapshot};
+pub use writer::{Delta, Locals, Writer};
 
 /// The reading end: cheap to clone, shared by everything that decides.
 #[derive(Clone)]
 pub struct Knowledge {
     current: Arc<ArcSwap<Snapshot>>,
     changed: watch::Receiver<u64>,
+    wanted: mpsc::Sender<Wanted>,
 }
 
 impl Knowledge {
@@ -42,42 +59,47 @@ impl Knowledge {
     pub fn changed(&self) -> watch::Receiver<u64> {
         self.changed.clone()
     }
-}
 
-/// The writing end; there is one.
-pub struct Writer {
-    current: Arc<ArcSwap<Snapshot>>,
-    changed: watch::Sender<u64>,
-}
-
-/// An empty, not yet ready knowledge and its writer.
-pub fn new() -> (Writer, Knowledge) {
-    let current = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
-    let (changed, receiver) = watch::channel(0);
-    (
-        Writer {
-            current: current.clone(),
-            changed,
-        },
-        Knowledge {
-            current,
-            changed: receiver,
-        },
-    )
-}
-
-impl Writer {
-    /// Publishes new contents as one snapshot. An object that was rejected stays as it was when it was last good.
-    /// Returns what could not be taken over, with what the caller already rejected left out.
-    pub fn replace(&mut self, mut contents: Contents, rejected: &[Rejected]) -> Vec<Rejected> {
-        let before = self.current.load_full();
-        contents.keep_last_good(&before, rejected);
-        let generation = before.generation() + 1;
-        let (snapshot, conflicts) = Snapshot::build(contents, generation);
-        self.current.store(Arc::new(snapshot));
-        self.changed.send_replace(generation);
-        conflicts
+    /// Asks for what is to be known of an address of the node's network ([`Route::Unknown`]); a later snapshot knows it
+    /// or knows that there is nothing. Waits while too many ask; it is for the caller to give up.
+    pub async fn want(&self, ip: IpAddr) {
+        let network = self.snapshot().network.clone();
+        // Nobody there to fetch: nothing comes, and the caller's patience ends.
+        let _ = self
+            .wanted
+            .send(Wanted::Address(NetworkAddress::new(network, ip)))
+            .await;
     }
+}
+
+/// Whether everything is known, or only what was asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Scope {
+    /// An address that is not known is none of the mesh's.
+    #[default]
+    Everything,
+    /// An address that is not known has to be asked for.
+    OnDemand,
+}
+
+/// An empty, not yet ready knowledge of the default network and its writer.
+pub fn new() -> (Writer, Knowledge) {
+    let (writer, knowledge, _) = with("", Scope::Everything);
+    (writer, knowledge)
+}
+
+/// An empty, not yet ready knowledge for a node of this network, its writer, and what will be asked for.
+pub fn with(network: &str, scope: Scope) -> (Writer, Knowledge, Demands) {
+    let current = Arc::new(ArcSwap::from_pointee(Snapshot::nothing(network, scope)));
+    let (changed, receiver) = watch::channel(0);
+    let (wanted, demands) = demand::channel();
+    let knowledge = Knowledge {
+        current: current.clone(),
+        changed: receiver,
+        wanted: wanted.clone(),
+    };
+    let shared = writer::Shared::new(current, changed, wanted);
+    (Writer::new(Arc::new(shared)), knowledge, demands)
 }
 
 #[cfg(test)]

@@ -1,4 +1,9 @@
 //! Where to? From the address that an application dialled to the way there.
+//!
+//! What Istio's model can say and this agent can't do yet is refused by name and never passed around: a waypoint, a
+//! workload of another network, one that speaks HBONE itself or expects a header of its own
+//! (`what_can_not_be_done_yet_is_refused_by_name`). As in ztunnel, who dials a service meets the service's waypoint, who
+//! dials a pod the pod's, and a waypoint does not meet itself.
 
 use std::{
     fmt,
@@ -6,7 +11,10 @@ use std::{
     sync::Arc,
 };
 
-use model::{NamespacedName, OriginalDst, Service, TunnelProtocol, Workload, WorkloadUid};
+use model::{
+    GatewayAddress, GatewayDestination, HealthPolicy, LoadBalancing, LoadBalancingMode, NamespacedName, OriginalDst,
+    RoutingScope, Service, TunnelProtocol, Workload, WorkloadUid,
+};
 
 use crate::Snapshot;
 
@@ -41,6 +49,11 @@ pub enum Route {
         /// The address that was dialled.
         target: SocketAddr,
     },
+    /// On demand: nothing is known of the address yet. To be asked for ([`crate::Knowledge::want`]) and resolved again.
+    Unknown {
+        /// The address that was dialled.
+        target: SocketAddr,
+    },
     /// Nowhere.
     Refused {
         /// Why.
@@ -57,6 +70,28 @@ pub enum RefuseReason {
     NoSuchPort(NamespacedName, u16),
     /// The service has no healthy endpoint (left) with an address that can be reached.
     NoHealthyEndpoint(NamespacedName),
+    /// It has to go through a waypoint.
+    Waypoint {
+        /// What was dialled: a service or a workload.
+        destination: String,
+        /// The waypoint.
+        waypoint: GatewayAddress,
+    },
+    /// The workload is in another network.
+    OtherNetwork {
+        /// The workload.
+        workload: WorkloadUid,
+        /// Its network.
+        network: Arc<str>,
+    },
+    /// The workload speaks HBONE itself.
+    NativeTunnel(WorkloadUid),
+    /// The workload wants what arrives in a tunnel of its own.
+    ApplicationTunnel(WorkloadUid),
+    /// The workload has no address, only a name.
+    OnlyAName(WorkloadUid, Arc<str>),
+    /// On demand: the control plane did not answer in time what it knows of the address.
+    NotDiscovered(IpAddr),
 }
 
 impl fmt::Display for RefuseReason {
@@ -65,49 +100,262 @@ impl fmt::Display for RefuseReason {
             Self::NoKnowledge => f.write_str("nothing is known of the mesh yet"),
             Self::NoSuchPort(service, port) => write!(f, "service {service} has no port {port}"),
             Self::NoHealthyEndpoint(service) => write!(f, "service {service} has no healthy endpoint"),
+            Self::Waypoint { destination, waypoint } => write!(
+                f,
+                "{destination} is behind waypoint {waypoint}, and this agent can not hand traffic to waypoints yet"
+            ),
+            Self::OtherNetwork { workload, network } => write!(
+                f,
+                "workload {workload} is in network {network:?}, and this agent can not reach other networks yet"
+            ),
+            Self::NativeTunnel(workload) => write!(
+                f,
+                "workload {workload} speaks HBONE itself (native tunnel), which this agent can not use yet"
+            ),
+            Self::ApplicationTunnel(workload) => write!(
+                f,
+                "workload {workload} asks for an application tunnel, which this agent can not make yet"
+            ),
+            Self::OnlyAName(workload, hostname) => write!(
+                f,
+                "workload {workload} has no address but the name {hostname}, which this agent can not look up yet"
+            ),
+            Self::NotDiscovered(ip) => write!(
+                f,
+                "the control plane did not say in time what {ip} is; the way might have to be encrypted"
+            ),
         }
     }
 }
 
 impl Snapshot {
-    /// The way from a workload of this node to what it dialled. `random` picks among a service's endpoints; those in
-    /// `tried` failed already and are passed over.
-    pub fn resolve(&self, dialled: OriginalDst, random: u64, tried: &[WorkloadUid]) -> Route {
+    /// The way from `source`, a workload of this node, to what it dialled. `random` picks among a service's endpoints;
+    /// those in `tried` failed already and are passed over.
+    pub fn resolve(&self, source: &Workload, dialled: OriginalDst, random: u64, tried: &[WorkloadUid]) -> Route {
         if !self.ready() {
-            return Route::Refused {
-                reason: RefuseReason::NoKnowledge,
-            };
+            return refused(RefuseReason::NoKnowledge);
         }
         let target = model::canonical_socket(dialled.0);
         if let Some(workload) = self.workload_by_ip(target.ip()) {
-            return to_workload(workload.clone(), None, target);
+            return match self
+                .waypoint_of_workload(source, workload)
+                .and_then(|()| self.reachable(workload))
+            {
+                Ok(()) => to_workload(workload.clone(), None, target),
+                Err(reason) => refused(reason),
+            };
         }
-        match self.service_by_vip(target.ip()) {
-            Some(service) => self.to_service(service, target, random, tried),
-            None => Route::Passthrough { target },
+        if let Some(service) = self.service_by_vip(target.ip()) {
+            return self
+                .to_service(source, service, target, random, tried)
+                .unwrap_or_else(refused);
+        }
+        match self.on_demand && self.absent.get(&target.ip()).is_none() {
+            true => Route::Unknown { target },
+            false => Route::Passthrough { target },
         }
     }
 
-    fn to_service(&self, service: &Arc<Service>, dialled: SocketAddr, random: u64, tried: &[WorkloadUid]) -> Route {
-        let key = service.key();
+    fn to_service(
+        &self,
+        source: &Workload,
+        service: &Arc<Service>,
+        dialled: SocketAddr,
+        random: u64,
+        tried: &[WorkloadUid],
+    ) -> Result<Route, RefuseReason> {
+        if let Some(waypoint) = service
+            .waypoint
+            .as_ref()
+            .filter(|waypoint| !self.is_at(source, waypoint))
+        {
+            return Err(RefuseReason::Waypoint {
+                destination: format!("service {}", service.key()),
+                waypoint: waypoint.clone(),
+            });
+        }
+        let balancing = service.load_balancing.as_ref();
+        if balancing.is_some_and(|balancing| balancing.mode == LoadBalancingMode::Passthrough) {
+            return Ok(Route::Passthrough { target: dialled });
+        }
+        let choice = Choice {
+            snapshot: self,
+            source,
+            service,
+            key: service.key(),
+            dialled,
+            tried,
+        };
         if !service.ports.contains_key(&dialled.port()) {
-            return Route::Refused {
-                reason: RefuseReason::NoSuchPort(key, dialled.port()),
-            };
+            return Err(RefuseReason::NoSuchPort(choice.key, dialled.port()));
         }
-        let candidates: Vec<(&Arc<Workload>, SocketAddr)> = self
-            .endpoints(&key)
-            .iter()
-            .filter(|workload| !tried.contains(&workload.uid))
-            .filter_map(|workload| Some((workload, endpoint_address(workload, service, &key, dialled)?)))
-            .collect();
-        if candidates.is_empty() {
-            return Route::Refused {
-                reason: RefuseReason::NoHealthyEndpoint(key),
-            };
+        let (workload, target) = choice.choose(random)?;
+        Ok(to_workload(workload.clone(), Some(service.clone()), target))
+    }
+
+    /// Whether it can be reached at all by what this agent can do.
+    fn reachable(&self, workload: &Workload) -> Result<(), RefuseReason> {
+        if workload.network != self.network {
+            return Err(RefuseReason::OtherNetwork {
+                workload: workload.uid.clone(),
+                network: workload.network.clone(),
+            });
         }
-        let (workload, target) = candidates[(random % candidates.len() as u64) as usize];
-        to_workload(workload.clone(), Some(service.clone()), target)
+        if workload.native_tunnel {
+            return Err(RefuseReason::NativeTunnel(workload.uid.clone()));
+        }
+        if workload.application_tunnel.is_some() {
+            return Err(RefuseReason::ApplicationTunnel(workload.uid.clone()));
+        }
+        if workload.workload_ips.is_empty() && !workload.hostname.is_empty() {
+            return Err(RefuseReason::OnlyAName(workload.uid.clone(), workload.hostname.clone()));
+        }
+        Ok(())
+    }
+
+    fn waypoint_of_workload(&self, source: &Workload, workload: &Workload) -> Result<(), RefuseReason> {
+        match &workload.waypoint {
+            Some(waypoint) if !self.is_at(source, waypoint) => Err(RefuseReason::Waypoint {
+                destination: format!("workload {}", workload.uid),
+                waypoint: waypoint.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a workload is what stands at this address.
+    fn is_at(&self, workload: &Workload, gateway: &GatewayAddress) -> bool {
+        match &gateway.destination {
+            GatewayDestination::Hostname(service) => workload.services.contains_key(service),
+            GatewayDestination::Address(address) if address.network == self.network => {
+                let of_service = self.service_by_vip(address.address);
+                workload.workload_ips.contains(&address.address)
+                    || of_service.is_some_and(|service| workload.services.contains_key(&service.key()))
+            }
+            GatewayDestination::Address(_) => false,
+        }
+    }
+}
+
+fn refused(reason: RefuseReason) -> Route {
+    Route::Refused { reason }
+}
+
+/// The choice of an endpoint.
+struct Choice<'a> {
+    snapshot: &'a Snapshot,
+    source: &'a Workload,
+    service: &'a Service,
+    key: NamespacedName,
+    dialled: SocketAddr,
+    tried: &'a [WorkloadUid],
+}
+
+impl<'a> Choice<'a> {
+    fn choose(&self, random: u64) -> Result<(&'a Arc<Workload>, SocketAddr), RefuseReason> {
+        let healthy = self.snapshot.endpoints(&self.key);
+        let balancing = self.service.load_balancing.as_ref();
+        let unhealthy = balancing
+            .filter(|balancing| balancing.health_policy == HealthPolicy::AllowAll)
+            .map(|_| self.snapshot.unhealthy_endpoints(&self.key));
+        let preference = balancing
+            .filter(|balancing| balancing.mode != LoadBalancingMode::Standard)
+            .filter(|balancing| !balancing.routing_preference.is_empty());
+        let (first, second) = (healthy.len(), unhealthy.map_or(0, |list| list.len()));
+        if first + second == 0 {
+            return Err(RefuseReason::NoHealthyEndpoint(self.key.clone()));
+        }
+        // From a random one on, so that the first that will do is as likely as any; seldom is it not the very first.
+        let start = (random % (first + second) as u64) as usize;
+        let all = healthy
+            .iter_from(start.min(first))
+            .chain(unhealthy.into_iter().flat_map(|list| list.iter()));
+        let from_unhealthy = || {
+            unhealthy
+                .into_iter()
+                .flat_map(move |list| list.iter_from(start - first))
+        };
+        let uneven = healthy.is_uneven() || unhealthy.is_some_and(|list| list.is_uneven());
+        let mut refusal = None;
+        let mut usable = |workload: &&'a Arc<Workload>| match self.usable(workload) {
+            Ok(found) => found.map(|target| (*workload, target)),
+            Err(reason) => {
+                refusal.get_or_insert(reason);
+                None
+            }
+        };
+        let found = match preference {
+            Some(preference) => {
+                let usable: Vec<_> = all.filter_map(|workload| usable(&workload)).collect();
+                weighted(&self.preferred(usable, preference), random)
+            }
+            None if uneven => weighted(
+                &all.filter_map(|workload| usable(&workload)).collect::<Vec<_>>(),
+                random,
+            ),
+            None if start < first => all.into_iter().find_map(|workload| usable(&workload)),
+            None => from_unhealthy()
+                .chain(healthy.iter())
+                .find_map(|workload| usable(&workload)),
+        };
+        found.ok_or_else(|| refusal.unwrap_or_else(|| RefuseReason::NoHealthyEndpoint(self.key.clone())))
+    }
+
+    /// Where an endpoint is, if it is one to try.
+    fn usable(&self, workload: &Workload) -> Result<Option<SocketAddr>, RefuseReason> {
+        if self.tried.contains(&workload.uid) {
+            return Ok(None);
+        }
+        self.snapshot.reachable(workload)?;
+        Ok(endpoint_address(workload, self.service, &self.key, self.dialled))
+    }
+
+    /// Those that the service prefers for this source.
+    fn preferred(
+        &self,
+        usable: Vec<(&'a Arc<Workload>, SocketAddr)>,
+        balancing: &LoadBalancing,
+    ) -> Vec<(&'a Arc<Workload>, SocketAddr)> {
+        let scopes = &balancing.routing_preference;
+        let shared = |workload: &Workload| {
+            let shares = |scope: &&RoutingScope| share(**scope, self.source, workload);
+            scopes.iter().take_while(shares).count()
+        };
+        let wanted = match balancing.mode {
+            LoadBalancingMode::Strict => scopes.len(),
+            _ => usable.iter().map(|(workload, _)| shared(workload)).max().unwrap_or(0),
+        };
+        usable
+            .into_iter()
+            .filter(|(workload, _)| shared(workload) == wanted)
+            .collect()
+    }
+}
+
+/// One of these, by their shares.
+fn weighted<'a>(usable: &[(&'a Arc<Workload>, SocketAddr)], random: u64) -> Option<(&'a Arc<Workload>, SocketAddr)> {
+    let total: u64 = usable.iter().map(|(workload, _)| u64::from(workload.capacity)).sum();
+    let mut left = random.checked_rem(total)?;
+    let within = |(workload, _): &&(&Arc<Workload>, SocketAddr)| match left.checked_sub(workload.capacity.into()) {
+        Some(rest) => {
+            left = rest;
+            false
+        }
+        None => true,
+    };
+    usable.iter().find(within).copied()
+}
+
+/// Whether two workloads are in one region, zone…; a zone is one only within its region.
+fn share(scope: RoutingScope, a: &Workload, b: &Workload) -> bool {
+    let (x, y) = (&a.locality, &b.locality);
+    match scope {
+        RoutingScope::Region => x.region == y.region,
+        RoutingScope::Zone => (&x.region, &x.zone) == (&y.region, &y.zone),
+        RoutingScope::Subzone => x == y,
+        RoutingScope::Node => a.node == b.node,
+        RoutingScope::Cluster => a.cluster_id == b.cluster_id,
+        RoutingScope::Network => a.network == b.network,
     }
 }
 
@@ -119,9 +367,11 @@ fn endpoint_address(
     dialled: SocketAddr,
 ) -> Option<SocketAddr> {
     let ports = workload.services.get(key)?;
-    let port = *ports
+    let port = ports
         .get(&dialled.port())
-        .or_else(|| service.ports.get(&dialled.port()))?;
+        .or_else(|| service.ports.get(&dialled.port()));
+    // 0: a named port that this endpoint does not have.
+    let port = port.copied().filter(|port| *port != 0)?;
     let same_family = |ip: &&IpAddr| ip.is_ipv4() == dialled.is_ipv4();
     let ip = workload
         .workload_ips
@@ -169,13 +419,18 @@ services:
 - {name: sick, namespace: shop, hostname: sick.shop.svc.cluster.local, vips: ["/10.96.0.2"], ports: {80: 8080}}
 "#;
 
-    fn route(dialled: &str, random: u64, tried: &[&str]) -> Route {
-        let (contents, rejected) = static_file::parse(FILE).unwrap();
+    fn snapshot_of(file: &str) -> Arc<Snapshot> {
+        let (contents, rejected) = static_file::parse(file).unwrap();
         assert!(rejected.is_empty(), "{rejected:?}");
-        let (snapshot, conflicts) = Snapshot::build(contents, 1);
-        assert!(conflicts.is_empty());
+        let (mut writer, knowledge) = crate::new();
+        assert!(writer.replace(contents, &[]).is_empty());
+        knowledge.snapshot()
+    }
+
+    fn route(dialled: &str, random: u64, tried: &[&str]) -> Route {
         let tried: Vec<_> = tried.iter().map(|uid| WorkloadUid((*uid).into())).collect();
-        snapshot.resolve(OriginalDst(dialled.parse().unwrap()), random, &tried)
+        let dialled = OriginalDst(dialled.parse().unwrap());
+        snapshot_of(FILE).resolve(&Workload::default(), dialled, random, &tried)
     }
 
     fn tunnel_target(route: Route) -> String {
@@ -246,7 +501,8 @@ services:
 
     #[test]
     fn before_anything_is_known_nothing_goes_out() {
-        let route = Snapshot::default().resolve(OriginalDst("192.0.2.1:80".parse().unwrap()), 0, &[]);
+        let dialled = OriginalDst("192.0.2.1:80".parse().unwrap());
+        let route = Snapshot::default().resolve(&Workload::default(), dialled, 0, &[]);
         assert_eq!(
             route,
             Route::Refused {

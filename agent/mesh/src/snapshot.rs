@@ -1,123 +1,176 @@
 //! One moment's knowledge, indexed by what decisions look up.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
 };
 
-use model::{
-    HealthStatus, MeshSettings, NamespacedName, NetworkMode, Policy, Scope, Service, Workload, WorkloadUid,
-    canonical_ip,
-};
+use ipnet::IpNet;
+use model::{MeshSettings, NamespacedName, NetworkMode, Policy, Scope, Service, Workload, WorkloadUid, canonical_ip};
 use policy::{Facts, Reason, Verdict};
 
-use crate::{Contents, Rejected, contents::RejectedObject};
+use crate::{
+    EndpointList,
+    claims::{Change, Claimant, Held},
+    endpoints::Endpoints,
+    trie::Trie,
+};
 
-/// One moment's knowledge. Immutable; every index agrees with the others.
-#[derive(Default, Debug)]
+/// One moment's knowledge. Immutable; every index agrees with the others. Cheap to clone: snapshots share what did not
+/// change.
+#[derive(Clone, Default, Debug)]
 pub struct Snapshot {
-    generation: u64,
-    settings: MeshSettings,
-    workloads: HashMap<WorkloadUid, Arc<Workload>>,
-    workloads_by_ip: HashMap<IpAddr, Arc<Workload>>,
-    services: HashMap<NamespacedName, Arc<Service>>,
-    services_by_vip: HashMap<IpAddr, Arc<Service>>,
-    endpoints: HashMap<NamespacedName, Vec<Arc<Workload>>>,
-    policies: BTreeMap<NamespacedName, Arc<Policy>>,
-    policies_by_namespace: HashMap<Arc<str>, Vec<Arc<Policy>>>,
-    policies_of_mesh: Vec<Arc<Policy>>,
+    pub(crate) generation: u64,
+    pub(crate) ready: bool,
+    pub(crate) network: Arc<str>,
+    pub(crate) settings: Arc<MeshSettings>,
+    pub(crate) workloads: Held<Workload>,
+    pub(crate) services: Held<Service>,
+    /// How many services' addresses there are of which length; whole addresses are not counted.
+    prefixes: Arc<BTreeMap<(bool, u8), usize>>,
+    endpoints: Trie<NamespacedName, Arc<Endpoints>>,
+    policies: Trie<NamespacedName, Arc<Policy>>,
+    policies_by_namespace: Trie<Arc<str>, Arc<BTreeMap<Arc<str>, Arc<Policy>>>>,
+    policies_of_mesh: Arc<BTreeMap<NamespacedName, Arc<Policy>>>,
+    /// The node's own pods that the mesh has not announced as they are: see [`crate::Locals`].
+    pub(crate) unannounced: Arc<HashMap<WorkloadUid, Arc<Workload>>>,
+    pub(crate) unannounced_by_ip: Arc<HashMap<IpAddr, Arc<Workload>>>,
+    /// On demand: the addresses that were asked for and of which the control plane knows nothing.
+    pub(crate) on_demand: bool,
+    pub(crate) absent: Trie<IpAddr, ()>,
+}
+
+impl Claimant for Workload {
+    type Key = WorkloadUid;
+    type Claim = IpAddr;
+
+    fn key(&self) -> WorkloadUid {
+        self.uid.clone()
+    }
+
+    fn claims(&self, network: &str) -> BTreeSet<IpAddr> {
+        // A host-network workload's address is its node's: it names no workload.
+        if self.network_mode == NetworkMode::HostNetwork || *self.network != *network {
+            return BTreeSet::new();
+        }
+        self.workload_ips.iter().map(|ip| canonical_ip(*ip)).collect()
+    }
+}
+
+impl Claimant for Service {
+    type Key = NamespacedName;
+    type Claim = (IpAddr, u8);
+
+    fn key(&self) -> NamespacedName {
+        self.key()
+    }
+
+    fn goes_first(&self) -> bool {
+        self.canonical
+    }
+
+    fn claims(&self, network: &str) -> BTreeSet<(IpAddr, u8)> {
+        let own = self.vips.iter().filter(|vip| *vip.network == *network);
+        own.filter_map(|vip| {
+            let ip = canonical_ip(vip.address);
+            let length = match vip.length {
+                // Of a mapped address (`::ffff:a.b.c.d/104`) only the last bits count.
+                Some(length) if ip.is_ipv4() != vip.address.is_ipv4() => length.saturating_sub(96),
+                Some(length) => length,
+                None => bits(ip),
+            };
+            Some((masked(ip, length)?, length))
+        })
+        .collect()
+    }
+}
+
+fn bits(ip: IpAddr) -> u8 {
+    if ip.is_ipv4() { 32 } else { 128 }
+}
+
+fn masked(ip: IpAddr, length: u8) -> Option<IpAddr> {
+    Some(IpNet::new(ip, length).ok()?.network())
 }
 
 impl Snapshot {
-    /// Indexes contents. Of two objects that claim the same name or address the first keeps it; the other is rejected,
-    /// since a mix-up would give one workload the other's identity.
-    pub(crate) fn build(contents: Contents, generation: u64) -> (Self, Vec<Rejected>) {
-        let mut rejected = Vec::new();
-        let mut snapshot = Self {
-            generation,
-            settings: contents.settings,
+    pub(crate) fn nothing(network: &str, scope: crate::Scope) -> Self {
+        Self {
+            network: network.into(),
+            on_demand: scope == crate::Scope::OnDemand,
             ..Self::default()
+        }
+    }
+
+    pub(crate) fn apply_workload(&mut self, change: Change<Workload>) {
+        match change {
+            Change::Gained(workload) => {
+                for service in workload.services.keys() {
+                    Arc::make_mut(self.endpoints.entry(service)).insert(&workload);
+                }
+            }
+            Change::Lost(workload) => {
+                for service in workload.services.keys() {
+                    let endpoints = Arc::make_mut(self.endpoints.entry(service));
+                    endpoints.remove(&workload);
+                    if endpoints.is_empty() {
+                        self.endpoints.remove(service);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn apply_service(&mut self, change: Change<Service>) {
+        let (service, gained) = match change {
+            Change::Gained(service) => (service, true),
+            Change::Lost(service) => (service, false),
         };
-        for workload in contents.workloads {
-            if let Err(reason) = snapshot.add_workload(Arc::new(workload.clone())) {
-                rejected.push(Rejected {
-                    object: RejectedObject::Workload(workload.uid),
-                    reason,
-                });
+        let ranges = service.claims(&self.network).into_iter();
+        for (ip, length) in ranges.filter(|(ip, length)| *length != bits(*ip)) {
+            let prefixes = Arc::make_mut(&mut self.prefixes);
+            let count = prefixes.entry((ip.is_ipv4(), length)).or_default();
+            *count = if gained { *count + 1 } else { count.saturating_sub(1) };
+            if *count == 0 {
+                prefixes.remove(&(ip.is_ipv4(), length));
             }
         }
-        for service in contents.services {
-            if let Err(reason) = snapshot.add_service(Arc::new(service.clone())) {
-                rejected.push(Rejected {
-                    object: RejectedObject::Service(service.key()),
-                    reason,
-                });
-            }
-        }
-        for policy in contents.policies {
-            snapshot.add_policy(Arc::new(policy));
-        }
-        (snapshot, rejected)
     }
 
-    fn add_workload(&mut self, workload: Arc<Workload>) -> Result<(), String> {
-        if self.workloads.contains_key(&workload.uid) {
-            return Err("another workload has the same uid".to_owned());
-        }
-        // A host-network workload's address is its node's: it names no workload.
-        let own_addresses = match workload.network_mode {
-            NetworkMode::Standard => workload.workload_ips.as_slice(),
-            NetworkMode::HostNetwork => &[],
-        };
-        if let Some((ip, other)) = own_addresses
-            .iter()
-            .find_map(|ip| Some((ip, self.workloads_by_ip.get(&canonical_ip(*ip))?)))
-        {
-            return Err(format!("its address {ip} is that of workload {}", other.uid));
-        }
-        for ip in own_addresses {
-            self.workloads_by_ip.insert(canonical_ip(*ip), workload.clone());
-        }
-        if workload.status == HealthStatus::Healthy {
-            for service in workload.services.keys() {
-                self.endpoints
-                    .entry(service.clone())
-                    .or_default()
-                    .push(workload.clone());
-            }
-        }
-        self.workloads.insert(workload.uid.clone(), workload);
-        Ok(())
-    }
-
-    fn add_service(&mut self, service: Arc<Service>) -> Result<(), String> {
-        if self.services.contains_key(&service.key()) {
-            return Err("another service has the same hostname".to_owned());
-        }
-        let vips = || service.vips.iter().map(|vip| canonical_ip(vip.address));
-        if let Some((vip, other)) = vips().find_map(|vip| Some((vip, self.services_by_vip.get(&vip)?))) {
-            return Err(format!("its address {vip} is that of service {}", other.key()));
-        }
-        for vip in vips() {
-            self.services_by_vip.insert(vip, service.clone());
-        }
-        self.services.insert(service.key(), service);
-        Ok(())
-    }
-
-    fn add_policy(&mut self, policy: Arc<Policy>) {
+    pub(crate) fn put_policy(&mut self, policy: Arc<Policy>) {
+        let key = policy.key();
+        self.remove_policy(&key);
         match policy.scope {
-            Scope::Global => self.policies_of_mesh.push(policy.clone()),
+            Scope::Global => {
+                Arc::make_mut(&mut self.policies_of_mesh).insert(key.clone(), policy.clone());
+            }
             Scope::Namespace => {
-                self.policies_by_namespace
-                    .entry(policy.namespace.clone())
-                    .or_default()
-                    .push(policy.clone());
+                let of_namespace = self.policies_by_namespace.entry(&policy.namespace);
+                Arc::make_mut(of_namespace).insert(policy.name.clone(), policy.clone());
             }
             Scope::WorkloadSelector => {}
         }
-        self.policies.insert(policy.key(), policy);
+        self.policies.insert(key, policy);
+    }
+
+    pub(crate) fn remove_policy(&mut self, key: &NamespacedName) {
+        let Some(policy) = self.policies.remove(key) else {
+            return;
+        };
+        match policy.scope {
+            Scope::Global => {
+                Arc::make_mut(&mut self.policies_of_mesh).remove(key);
+            }
+            Scope::Namespace => {
+                let of_namespace = Arc::make_mut(self.policies_by_namespace.entry(&policy.namespace));
+                of_namespace.remove(&policy.name);
+                if of_namespace.is_empty() {
+                    self.policies_by_namespace.remove(&policy.namespace);
+                }
+            }
+            Scope::WorkloadSelector => {}
+        }
     }
 
     /// Counts the snapshots; 0 is the empty one before anything was known.
@@ -125,9 +178,9 @@ impl Snapshot {
         self.generation
     }
 
-    /// Whether anything was ever known.
+    /// Whether what is known is the mesh's, and not only the node's own.
     pub fn ready(&self) -> bool {
-        self.generation > 0
+        self.ready
     }
 
     /// What holds for the whole mesh.
@@ -135,34 +188,81 @@ impl Snapshot {
         &self.settings
     }
 
-    /// Every workload, in no order.
+    /// The network that this node is of; only addresses of it are looked up.
+    pub fn network(&self) -> &Arc<str> {
+        &self.network
+    }
+
+    /// Every workload that the mesh announced, in no order.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.values()
+        self.workloads.by_key.values()
     }
 
-    /// The workload of this uid.
+    /// Every service, in no order.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.by_key.values()
+    }
+
+    /// Every policy, in no order.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+
+    /// How many workloads, services and policies there are.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            workloads: self.workloads.by_key.len(),
+            services: self.services.by_key.len(),
+            policies: self.policies.len(),
+        }
+    }
+
+    /// The workload of this uid: as the mesh announced it, or, for a pod of this node that it has not announced as it
+    /// is, as the node knows it.
     pub fn workload(&self, uid: &WorkloadUid) -> Option<&Arc<Workload>> {
-        self.workloads.get(uid)
+        self.unannounced(uid).or_else(|| self.workloads.by_key.get(uid))
     }
 
-    /// The workload of this address; none for a host-network one, whose address is its node's.
+    fn unannounced(&self, uid: &WorkloadUid) -> Option<&Arc<Workload>> {
+        // Nearly always there is none, and then nothing is hashed.
+        (!self.unannounced.is_empty()).then(|| self.unannounced.get(uid))?
+    }
+
+    /// The workload of this address in the node's network; none for a host-network one, whose address is its node's.
     pub fn workload_by_ip(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.workloads_by_ip.get(&canonical_ip(ip))
+        let ip = canonical_ip(ip);
+        let of_node = || (!self.unannounced_by_ip.is_empty()).then(|| self.unannounced_by_ip.get(&ip))?;
+        self.workloads.by_claim.get(&ip).or_else(of_node)
     }
 
     /// The service of this key.
     pub fn service(&self, key: &NamespacedName) -> Option<&Arc<Service>> {
-        self.services.get(key)
+        self.services.by_key.get(key)
     }
 
-    /// The service with this virtual address.
+    /// The service with this virtual address, or else with the longest range that it is in, in the node's network.
     pub fn service_by_vip(&self, ip: IpAddr) -> Option<&Arc<Service>> {
-        self.services_by_vip.get(&canonical_ip(ip))
+        let ip = canonical_ip(ip);
+        let whole = self.services.by_claim.get(&(ip, bits(ip)));
+        if whole.is_some() || self.prefixes.is_empty() {
+            return whole;
+        }
+        let lengths = self.prefixes.keys().rev().filter(|(ipv4, _)| *ipv4 == ip.is_ipv4());
+        lengths
+            .filter_map(|(_, length)| Some((masked(ip, *length)?, *length)))
+            .find_map(|range| self.services.by_claim.get(&range))
     }
 
     /// The healthy endpoints of a service.
-    pub fn endpoints(&self, service: &NamespacedName) -> &[Arc<Workload>] {
-        self.endpoints.get(service).map_or(&[], Vec::as_slice)
+    pub fn endpoints(&self, service: &NamespacedName) -> &EndpointList {
+        let endpoints = self.endpoints.get(service);
+        endpoints.map_or(EndpointList::EMPTY, |endpoints| &endpoints.healthy)
+    }
+
+    /// The endpoints that are not healthy; for services to which that does not matter.
+    pub fn unhealthy_endpoints(&self, service: &NamespacedName) -> &EndpointList {
+        let endpoints = self.endpoints.get(service);
+        endpoints.map_or(EndpointList::EMPTY, |endpoints| &endpoints.unhealthy)
     }
 
     /// The policies that concern a workload; `Err` names one that it is under and that is not known.
@@ -170,11 +270,8 @@ impl Snapshot {
         &'a self,
         workload: &'a Workload,
     ) -> impl Iterator<Item = Result<&'a Policy, NamespacedName>> + 'a {
-        let of_namespace = self
-            .policies_by_namespace
-            .get(&workload.namespace)
-            .into_iter()
-            .flatten();
+        let of_namespace = self.policies_by_namespace.get(&workload.namespace);
+        let of_namespace = of_namespace.into_iter().flat_map(|policies| policies.values());
         let selected = workload.authorization_policies.iter().map(|key| {
             self.policies
                 .get(key)
@@ -182,17 +279,32 @@ impl Snapshot {
                 .ok_or_else(|| key.clone())
         });
         self.policies_of_mesh
-            .iter()
+            .values()
             .chain(of_namespace)
             .map(|policy| Ok(&**policy))
             .chain(selected)
     }
 
-    /// Whether a connection to this workload may be, and what decided.
+    /// Whether a connection to this workload may be, and what decided. A pod of this node that the mesh has not
+    /// announced takes none, since its policies are not known.
     pub fn verdict(&self, facts: &Facts, workload: &Workload) -> Verdict {
         if !self.ready() {
             return Verdict::deny(Reason::NoKnowledge);
         }
+        if self.unannounced(&workload.uid).is_some() {
+            return Verdict::deny(Reason::NotAnnounced);
+        }
         policy::decide(facts, self.policies_for(workload))
     }
+}
+
+/// How many of each kind there are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Workloads.
+    pub workloads: usize,
+    /// Services.
+    pub services: usize,
+    /// Policies.
+    pub policies: usize,
 }

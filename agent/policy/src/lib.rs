@@ -59,6 +59,8 @@ pub enum Reason {
     UnknownPolicy(NamespacedName),
     /// Nothing is known of the workload or of the mesh (yet).
     NoKnowledge,
+    /// The pod runs here and the mesh has not announced it as it is (yet), so that its policies are not known.
+    NotAnnounced,
 }
 
 /// The object that a person wrote and that led to a policy.
@@ -124,6 +126,9 @@ impl fmt::Display for Reason {
                 )
             }
             Self::NoKnowledge => f.write_str("denied: nothing is known of this workload yet"),
+            Self::NotAnnounced => {
+                f.write_str("denied: the control plane has not announced this pod yet, so its policies are not known")
+            }
         }
     }
 }
