@@ -15,7 +15,10 @@ use model::{Action, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch
 use serde::{Deserialize, Serialize};
 use serde_yaml_ng::Value;
 
-use crate::{Effect, Metadata, ObjectRef, Problem, Selector, meta::null_is_empty};
+use crate::{
+    Effect, Finding, Metadata, ObjectRef, Place, Problem, Selector, meta::null_is_empty,
+    peer_authentication::policy_key,
+};
 
 /// An AuthorizationPolicy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -140,6 +143,37 @@ enum Flaw {
 }
 
 impl AuthorizationPolicy {
+    /// What is sent to agents, if anything, and what its author is to know. A policy that can't be enforced as written is
+    /// sent as one that denies everything that it selects ([`closing`]): an agent that is told nothing would let it in.
+    pub fn l4(&self, root: &str) -> (Option<Policy>, Vec<Finding>) {
+        let find = |(field, problem, effect): Condition| Finding {
+            place: Place::default(),
+            object: self.object(),
+            field,
+            problem,
+            effect,
+        };
+        match self.compile(root) {
+            Compiled::Policy(mut policy, conditions) => {
+                with_namespace(&mut policy);
+                (Some(policy), conditions.into_iter().map(find).collect())
+            }
+            Compiled::Nothing(condition) => (None, vec![find(condition)]),
+            Compiled::Closed(condition) => {
+                let policy = closing(&self.object(), self.has_selector(), root);
+                (Some(policy), vec![find(condition)])
+            }
+        }
+    }
+
+    /// Whom it selects by label; none: everybody in its namespace, or in the mesh if that is the root namespace.
+    pub fn selector(&self) -> Option<&Selector> {
+        self.spec
+            .selector
+            .as_ref()
+            .filter(|selector| !selector.match_labels.is_empty())
+    }
+
     /// How findings name it.
     pub(crate) fn object(&self) -> ObjectRef {
         ObjectRef {
@@ -151,8 +185,7 @@ impl AuthorizationPolicy {
 
     /// Whether it names its workloads by label.
     pub(crate) fn has_selector(&self) -> bool {
-        let selector = self.spec.selector.as_ref();
-        selector.is_some_and(|selector| !selector.match_labels.is_empty())
+        self.selector().is_some()
     }
 
     /// Whether it is for the workload with these labels in this namespace.
@@ -218,17 +251,38 @@ impl AuthorizationPolicy {
         let policy = Policy {
             name: self.metadata.name.as_str().into(),
             namespace: self.metadata.namespace.as_str().into(),
-            scope: match (self.has_selector(), self.metadata.namespace == root) {
-                (true, _) => Scope::WorkloadSelector,
-                (false, true) => Scope::Global,
-                (false, false) => Scope::Namespace,
-            },
+            scope: scope(self.has_selector(), &self.metadata.namespace, root),
             action,
             rules,
             dry_run: annotation.is_some_and(|value| value == "true"),
             origin: Some(self.object().to_string().into()),
         };
         Compiled::Policy(policy, conditions)
+    }
+}
+
+fn scope(has_selector: bool, namespace: &str, root: &str) -> Scope {
+    match (has_selector, namespace == root) {
+        (true, _) => Scope::WorkloadSelector,
+        (false, true) => Scope::Global,
+        (false, false) => Scope::Namespace,
+    }
+}
+
+/// The policy in place of one that can't be enforced as written: it denies everything that that one may have selected.
+pub fn closing(object: &ObjectRef, has_selector: bool, root: &str) -> Policy {
+    let name = match object.kind.as_str() {
+        "PeerAuthentication" => policy_key(object).name,
+        _ => object.name.replace('/', "_").into(),
+    };
+    Policy {
+        name,
+        namespace: object.namespace.as_str().into(),
+        scope: scope(has_selector, &object.namespace, root),
+        action: Action::Deny,
+        rules: vec![Rule::new()],
+        dry_run: false,
+        origin: Some(object.to_string().into()),
     }
 }
 

@@ -21,7 +21,7 @@ impl fmt::Display for Place {
 }
 
 /// An object's name; parts that could not be read are empty.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ObjectRef {
     /// Such as `Pod`.
     pub kind: String,
@@ -102,7 +102,7 @@ impl fmt::Display for Effect {
 /// One thing to tell the author of an object: its condition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Where the object stands.
+    /// Where the object stands; the default where it is the API that holds it.
     pub place: Place,
     /// Which object.
     pub object: ObjectRef,
@@ -116,7 +116,11 @@ pub struct Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}: {}: ", self.effect, self.place, self.object)?;
+        write!(f, "{}: ", self.effect)?;
+        if self.place != Place::default() {
+            write!(f, "{}: ", self.place)?;
+        }
+        write!(f, "{}: ", self.object)?;
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }

@@ -4,6 +4,8 @@
 //! text ─ parse ─> Objects (typed, checked) ─ translate(where everything runs) ─> Mesh (model values)
 //!          └────────────────── Finding … ──────────────────┘  what was not taken, and why
 //! ```
+//! [`live`] reads single objects as the API has them, for the control plane's index and for admission.
+//!
 //! Knows nothing of files, of an API server, or of how pods are run: addresses and nodes are arguments.
 //!
 //! Invariants:
@@ -20,6 +22,7 @@
 mod authorization_policy;
 mod enablement;
 mod finding;
+pub mod live;
 mod meta;
 mod parse;
 mod peer_authentication;
@@ -28,12 +31,14 @@ mod probe;
 mod service;
 mod translate;
 
-pub use authorization_policy::AuthorizationPolicy;
+pub use authorization_policy::{AuthorizationPolicy, closing};
 pub use enablement::{Enablement, enablement};
 pub use finding::{Effect, Finding, ObjectRef, Place, Problem};
-pub use meta::{IntOrString, Metadata, Selector};
+pub use live::validate;
+pub use meta::{IntOrString, Metadata, OwnerReference, Selector};
+pub(crate) use parse::deserialize;
 pub use parse::{Objects, parse};
-pub use peer_authentication::{MutualTls, PeerAuthentication, TlsMode};
+pub use peer_authentication::{MutualTls, PeerAuthentication, PeerAuthentications, TlsMode};
 pub use pod::{
     Container, ContainerPort, EnvVar, EnvVarSource, FieldRef, Pod, PodSpec, RestartPolicy, SecurityContext, expand,
 };

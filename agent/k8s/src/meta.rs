@@ -23,6 +23,45 @@ pub struct Metadata {
     /// Of two objects that contend, the older wins (RFC 3339, which sorts as text).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub creation_timestamp: Option<String>,
+    /// Unique for all time; empty for what was never stored.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+    /// Since when it is on its way out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion_timestamp: Option<String>,
+    /// What it goes with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_empty")]
+    pub owner_references: Vec<OwnerReference>,
+}
+
+/// What an object goes with, such as the ReplicaSet that made a pod.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct OwnerReference {
+    /// Such as `ReplicaSet`.
+    #[serde(default)]
+    pub kind: String,
+    /// Its name, in the same namespace.
+    #[serde(default)]
+    pub name: String,
+    /// Whether it is the one that decides.
+    #[serde(default)]
+    pub controller: bool,
+}
+
+impl Metadata {
+    /// A label's value; an empty one is as good as none.
+    pub fn label(&self, name: &str) -> Option<&str> {
+        self.labels
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    }
+
+    /// Older first; then by name. An object without a time was never stored, and is the youngest.
+    pub fn age(&self) -> (bool, Option<&str>, &str, &str) {
+        let time = self.creation_timestamp.as_deref();
+        (time.is_none(), time, &self.namespace, &self.name)
+    }
 }
 
 /// `labels:` with nothing after it is null in YAML, and means nothing.

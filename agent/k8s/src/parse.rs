@@ -292,7 +292,12 @@ fn check_names(header: &Header, object: &ObjectRef) -> Result<(), (&'static str,
 }
 
 /// The value, and the paths that nothing read; or the path that could not be read, and why.
-fn deserialize<T: DeserializeOwned>(value: Value) -> Result<(T, Vec<String>), (String, String)> {
+pub(crate) fn deserialize<'de, T, D>(value: D) -> Result<(T, Vec<String>), (String, String)>
+where
+    T: DeserializeOwned,
+    D: serde::Deserializer<'de>,
+    D::Error: std::fmt::Display,
+{
     let mut unknown = Vec::new();
     let mut ignored = |path: serde_ignored::Path<'_>| {
         // The path writes `?` for each Option that it goes through.

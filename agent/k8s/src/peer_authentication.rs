@@ -61,7 +61,7 @@ pub enum TlsMode {
 }
 
 /// The PeerAuthentications in force, sorted into their scopes.
-pub(crate) struct PeerAuthentications<'a> {
+pub struct PeerAuthentications<'a> {
     mesh: Option<&'a PeerAuthentication>,
     namespaces: BTreeMap<&'a str, &'a PeerAuthentication>,
     workloads: Vec<&'a PeerAuthentication>,
@@ -69,9 +69,13 @@ pub(crate) struct PeerAuthentications<'a> {
 
 impl<'a> PeerAuthentications<'a> {
     /// Sorts them; what can't have effect becomes a finding.
-    pub(crate) fn new(all: &'a [(Place, PeerAuthentication)], root: &str, findings: &mut Vec<Finding>) -> Self {
-        let mut oldest_first: Vec<_> = all.iter().collect();
-        oldest_first.sort_by_key(|(_, policy)| age(&policy.metadata));
+    pub fn new(
+        all: impl IntoIterator<Item = (&'a Place, &'a PeerAuthentication)>,
+        root: &str,
+        findings: &mut Vec<Finding>,
+    ) -> Self {
+        let mut oldest_first: Vec<_> = all.into_iter().collect();
+        oldest_first.sort_by_key(|(_, policy)| policy.metadata.age());
         let mut scopes = Self {
             mesh: None,
             namespaces: BTreeMap::new(),
@@ -119,7 +123,7 @@ impl<'a> PeerAuthentications<'a> {
     }
 
     /// The policy that a pod needs, if any: what is listed with its workload.
-    pub(crate) fn policy_for(&self, namespace: &str, labels: &BTreeMap<String, String>) -> Option<Policy> {
+    pub fn policy_for(&self, namespace: &str, labels: &BTreeMap<String, String>) -> Option<Policy> {
         let selected = |policy: &&&PeerAuthentication| {
             policy.metadata.namespace == namespace
                 && policy
@@ -144,7 +148,36 @@ impl<'a> PeerAuthentications<'a> {
     }
 }
 
+impl<'a> PeerAuthentications<'a> {
+    /// The policy that a PeerAuthentication becomes, if it has effect: what [`Self::policy_for`] gives to somebody.
+    pub fn converted(&self, policy: &'a PeerAuthentication) -> Option<Policy> {
+        let namespace = policy.metadata.namespace.as_str();
+        let is = |other: &&'a PeerAuthentication| std::ptr::eq(*other, policy);
+        let wider = [self.namespaces.get(namespace).copied(), self.mesh];
+        if self.workloads.iter().any(|other| is(&other)) {
+            let said = [Some(policy), wider[0], wider[1]].into_iter().flatten();
+            let said: Vec<_> = said.filter(|policy| policy.spec.mtls.mode != TlsMode::Unset).collect();
+            let mode = said.first().map_or(TlsMode::Permissive, |policy| policy.spec.mtls.mode);
+            return match policy.spec.port_level_mtls.is_empty() {
+                false => policy.deny(mode, &policy.spec.port_level_mtls),
+                true if said.first().is_some_and(is) => policy.deny(mode, &BTreeMap::new()),
+                true => None,
+            };
+        }
+        wider.iter().flatten().find(|other| is(other))?;
+        policy.deny(policy.spec.mtls.mode, &BTreeMap::new())
+    }
+}
+
 impl PeerAuthentication {
+    /// Whom it selects by label; none: everybody in its namespace, or in the mesh if that is the root namespace.
+    pub fn selector(&self) -> Option<&Selector> {
+        self.spec
+            .selector
+            .as_ref()
+            .filter(|selector| !selector.match_labels.is_empty())
+    }
+
     fn object(&self) -> ObjectRef {
         ObjectRef {
             kind: "PeerAuthentication".to_owned(),
@@ -207,10 +240,4 @@ pub(crate) fn policy_key(object: &ObjectRef) -> NamespacedName {
         object.namespace.as_str(),
         format!("converted_peer_authentication_{}", object.name.replace('/', "_")),
     )
-}
-
-/// Older first; then by name. An object without a time was never stored, and is the youngest.
-fn age(metadata: &Metadata) -> (bool, Option<&str>, &str, &str) {
-    let time = metadata.creation_timestamp.as_deref();
-    (time.is_none(), time, &metadata.namespace, &metadata.name)
 }

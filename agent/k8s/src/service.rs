@@ -46,6 +46,23 @@ pub struct ServiceSpec {
     /// `SingleStack`, `PreferDualStack` or `RequireDualStack`.
     #[serde(default)]
     pub ip_family_policy: Option<String>,
+    /// Every address of its own, the first being `cluster_ip`.
+    #[serde(
+        default,
+        rename = "clusterIPs",
+        deserialize_with = "null_is_empty",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub cluster_ips: Vec<String>,
+    /// Whether connections may go to endpoints that are not ready.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub publish_not_ready_addresses: bool,
+    /// `Local`: endpoints of the caller's node alone. `Cluster` where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub internal_traffic_policy: Option<String>,
+    /// `PreferSameZone` (`PreferClose`) or `PreferSameNode`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic_distribution: Option<String>,
 }
 
 /// A port that a service offers.

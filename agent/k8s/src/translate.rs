@@ -87,7 +87,10 @@ pub fn translate(objects: &Objects, context: &Context) -> Mesh {
         .collect();
     let closed = compile_policies(objects, context, &mut mesh);
     let peer_authentications = PeerAuthentications::new(
-        &objects.peer_authentications,
+        objects
+            .peer_authentications
+            .iter()
+            .map(|(place, policy)| (place, policy)),
         &context.root_namespace,
         &mut mesh.findings,
     );
@@ -193,9 +196,7 @@ fn model_service(service: &Service, context: &Context) -> model::Service {
         name: service.metadata.name.as_str().into(),
         namespace: service.metadata.namespace.as_str().into(),
         hostname: hostname(service).into(),
-        vips: vips
-            .map(|address| NetworkAddress::new("", *address))
-            .collect(),
+        vips: vips.map(|address| NetworkAddress::new("", *address)).collect(),
         ports: service
             .spec
             .ports
