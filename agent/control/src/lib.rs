@@ -2,3 +2,4 @@
 
 mod ca;
 pub mod resources;
+pub mod xds;

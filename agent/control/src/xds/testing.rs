@@ -1,0 +1,63 @@
+//! Resources for this room's own tests.
+
+use std::collections::BTreeMap;
+
+use proto::{Message, security::Authorization, workload::*};
+
+use crate::resources::{Change, Resource, Type};
+
+/// A workload; `content` makes it another one.
+pub(crate) fn workload(uid: &str, address: &str, services: &[&str], content: u32) -> Resource {
+    let ports = |name: &&str| ((*name).to_owned(), PortList::default());
+    let workload = Workload {
+        uid: uid.to_owned(),
+        name: content.to_string(),
+        services: services.iter().map(ports).collect::<BTreeMap<_, _>>(),
+        ..Default::default()
+    };
+    let message = Address {
+        r#type: Some(address::Type::Workload(workload)),
+    };
+    resource(Type::Address, uid, Some(address), message.encode_to_vec())
+}
+
+/// A service.
+pub(crate) fn service(name: &str, address: &str, content: u32) -> Resource {
+    let (namespace, hostname) = name.split_once('/').unwrap_or(("", name));
+    let service = Service {
+        name: content.to_string(),
+        namespace: namespace.to_owned(),
+        hostname: hostname.to_owned(),
+        ..Default::default()
+    };
+    let message = Address {
+        r#type: Some(address::Type::Service(service)),
+    };
+    resource(Type::Address, name, Some(address), message.encode_to_vec())
+}
+
+/// A policy.
+pub(crate) fn policy(name: &str, content: u32) -> Resource {
+    let policy = Authorization {
+        name: content.to_string(),
+        ..Default::default()
+    };
+    resource(Type::Authorization, name, None, policy.encode_to_vec())
+}
+
+fn resource(type_: Type, name: &str, address: Option<&str>, message: Vec<u8>) -> Resource {
+    Resource {
+        type_,
+        name: name.into(),
+        aliases: address.map(|address| format!("/{address}").into()).into_iter().collect(),
+        message: message.into(),
+    }
+}
+
+/// Its removal.
+pub(crate) fn remove(type_: Type, name: &str) -> Change {
+    Change::Remove {
+        type_,
+        name: name.into(),
+    }
+}
