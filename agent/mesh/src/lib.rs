@@ -18,6 +18,7 @@
 //! Before the first [`Writer::replace`] or [`Writer::apply`] no snapshot is [`Snapshot::ready`]: whoever asks for a
 //! verdict is denied with [`policy::Reason::NoKnowledge`] (`nothing_known_is_nothing_allowed`).
 
+mod choice;
 mod claims;
 mod contents;
 mod demand;

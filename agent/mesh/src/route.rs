@@ -12,11 +12,11 @@ use std::{
 };
 
 use model::{
-    GatewayAddress, GatewayDestination, HealthPolicy, LoadBalancing, LoadBalancingMode, NamespacedName, OriginalDst,
-    RoutingScope, Service, TunnelProtocol, Workload, WorkloadUid,
+    GatewayAddress, GatewayDestination, LoadBalancingMode, NamespacedName, OriginalDst, Service, TunnelProtocol,
+    Workload, WorkloadUid,
 };
 
-use crate::Snapshot;
+use crate::{Snapshot, choice::Choice};
 
 /// The port of every HBONE listener.
 pub const HBONE_PORT: u16 = 15008;
@@ -194,7 +194,7 @@ impl Snapshot {
     }
 
     /// Whether it can be reached at all by what this agent can do.
-    fn reachable(&self, workload: &Workload) -> Result<(), RefuseReason> {
+    pub(crate) fn reachable(&self, workload: &Workload) -> Result<(), RefuseReason> {
         if workload.network != self.network {
             return Err(RefuseReason::OtherNetwork {
                 workload: workload.uid.clone(),
@@ -239,146 +239,6 @@ impl Snapshot {
 
 fn refused(reason: RefuseReason) -> Route {
     Route::Refused { reason }
-}
-
-/// The choice of an endpoint.
-struct Choice<'a> {
-    snapshot: &'a Snapshot,
-    source: &'a Workload,
-    service: &'a Service,
-    key: NamespacedName,
-    dialled: SocketAddr,
-    tried: &'a [WorkloadUid],
-}
-
-impl<'a> Choice<'a> {
-    fn choose(&self, random: u64) -> Result<(&'a Arc<Workload>, SocketAddr), RefuseReason> {
-        let healthy = self.snapshot.endpoints(&self.key);
-        let balancing = self.service.load_balancing.as_ref();
-        let unhealthy = balancing
-            .filter(|balancing| balancing.health_policy == HealthPolicy::AllowAll)
-            .map(|_| self.snapshot.unhealthy_endpoints(&self.key));
-        let preference = balancing
-            .filter(|balancing| balancing.mode != LoadBalancingMode::Standard)
-            .filter(|balancing| !balancing.routing_preference.is_empty());
-        let (first, second) = (healthy.len(), unhealthy.map_or(0, |list| list.len()));
-        if first + second == 0 {
-            return Err(RefuseReason::NoHealthyEndpoint(self.key.clone()));
-        }
-        // From a random one on, so that the first that will do is as likely as any; seldom is it not the very first.
-        let start = (random % (first + second) as u64) as usize;
-        let all = healthy
-            .iter_from(start.min(first))
-            .chain(unhealthy.into_iter().flat_map(|list| list.iter()));
-        let from_unhealthy = || {
-            unhealthy
-                .into_iter()
-                .flat_map(move |list| list.iter_from(start - first))
-        };
-        let uneven = healthy.is_uneven() || unhealthy.is_some_and(|list| list.is_uneven());
-        let mut refusal = None;
-        let mut usable = |workload: &&'a Arc<Workload>| match self.usable(workload) {
-            Ok(found) => found.map(|target| (*workload, target)),
-            Err(reason) => {
-                refusal.get_or_insert(reason);
-                None
-            }
-        };
-        let found = match preference {
-            Some(preference) => {
-                let usable: Vec<_> = all.filter_map(|workload| usable(&workload)).collect();
-                weighted(&self.preferred(usable, preference), random)
-            }
-            None if uneven => weighted(
-                &all.filter_map(|workload| usable(&workload)).collect::<Vec<_>>(),
-                random,
-            ),
-            None if start < first => all.into_iter().find_map(|workload| usable(&workload)),
-            None => from_unhealthy()
-                .chain(healthy.iter())
-                .find_map(|workload| usable(&workload)),
-        };
-        found.ok_or_else(|| refusal.unwrap_or_else(|| RefuseReason::NoHealthyEndpoint(self.key.clone())))
-    }
-
-    /// Where an endpoint is, if it is one to try.
-    fn usable(&self, workload: &Workload) -> Result<Option<SocketAddr>, RefuseReason> {
-        if self.tried.contains(&workload.uid) {
-            return Ok(None);
-        }
-        self.snapshot.reachable(workload)?;
-        Ok(endpoint_address(workload, self.service, &self.key, self.dialled))
-    }
-
-    /// Those that the service prefers for this source.
-    fn preferred(
-        &self,
-        usable: Vec<(&'a Arc<Workload>, SocketAddr)>,
-        balancing: &LoadBalancing,
-    ) -> Vec<(&'a Arc<Workload>, SocketAddr)> {
-        let scopes = &balancing.routing_preference;
-        let shared = |workload: &Workload| {
-            let shares = |scope: &&RoutingScope| share(**scope, self.source, workload);
-            scopes.iter().take_while(shares).count()
-        };
-        let wanted = match balancing.mode {
-            LoadBalancingMode::Strict => scopes.len(),
-            _ => usable.iter().map(|(workload, _)| shared(workload)).max().unwrap_or(0),
-        };
-        usable
-            .into_iter()
-            .filter(|(workload, _)| shared(workload) == wanted)
-            .collect()
-    }
-}
-
-/// One of these, by their shares.
-fn weighted<'a>(usable: &[(&'a Arc<Workload>, SocketAddr)], random: u64) -> Option<(&'a Arc<Workload>, SocketAddr)> {
-    let total: u64 = usable.iter().map(|(workload, _)| u64::from(workload.capacity)).sum();
-    let mut left = random.checked_rem(total)?;
-    let within = |(workload, _): &&(&Arc<Workload>, SocketAddr)| match left.checked_sub(workload.capacity.into()) {
-        Some(rest) => {
-            left = rest;
-            false
-        }
-        None => true,
-    };
-    usable.iter().find(within).copied()
-}
-
-/// Whether two workloads are in one region, zone…; a zone is one only within its region.
-fn share(scope: RoutingScope, a: &Workload, b: &Workload) -> bool {
-    let (x, y) = (&a.locality, &b.locality);
-    match scope {
-        RoutingScope::Region => x.region == y.region,
-        RoutingScope::Zone => (&x.region, &x.zone) == (&y.region, &y.zone),
-        RoutingScope::Subzone => x == y,
-        RoutingScope::Node => a.node == b.node,
-        RoutingScope::Cluster => a.cluster_id == b.cluster_id,
-        RoutingScope::Network => a.network == b.network,
-    }
-}
-
-/// The endpoint's own port map goes before the service's; its address of the family that was dialled goes first.
-fn endpoint_address(
-    workload: &Workload,
-    service: &Service,
-    key: &NamespacedName,
-    dialled: SocketAddr,
-) -> Option<SocketAddr> {
-    let ports = workload.services.get(key)?;
-    let port = ports
-        .get(&dialled.port())
-        .or_else(|| service.ports.get(&dialled.port()));
-    // 0: a named port that this endpoint does not have.
-    let port = port.copied().filter(|port| *port != 0)?;
-    let same_family = |ip: &&IpAddr| ip.is_ipv4() == dialled.is_ipv4();
-    let ip = workload
-        .workload_ips
-        .iter()
-        .find(same_family)
-        .or_else(|| workload.workload_ips.first())?;
-    Some(SocketAddr::new(*ip, port))
 }
 
 fn to_workload(workload: Arc<Workload>, service: Option<Arc<Service>>, target: SocketAddr) -> Route {
@@ -497,6 +357,133 @@ services:
     fn what_is_not_in_the_mesh_is_reached_as_it_is() {
         assert!(matches!(route("10.0.0.3:80", 0, &[]), Route::Plaintext { .. }));
         assert!(matches!(route("192.0.2.1:80", 0, &[]), Route::Passthrough { .. }));
+    }
+
+    fn refusal(file: &str, source: &str, dialled: &str) -> String {
+        let source: Workload = serde_yaml_ng::from_str(source).unwrap();
+        let dialled = OriginalDst(dialled.parse().unwrap());
+        match snapshot_of(file).resolve(&source, dialled, 0, &[]) {
+            Route::Refused { reason } => reason.to_string(),
+            other => format!("not refused: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_done_yet_is_refused_by_name() {
+        const SOURCE: &str = "{uid: source, name: s, namespace: n}";
+        let pod = |more: &str| {
+            let pod = format!("uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], protocol: HBONE, {more}");
+            refusal(&format!("workloads: [{{{pod}}}]"), SOURCE, "10.0.0.1:80")
+        };
+        let waypoint = pod("waypoint: {destination: n/way.example}");
+        assert!(
+            waypoint.starts_with("workload u is behind waypoint n/way.example:15008,"),
+            "{waypoint}"
+        );
+        assert!(pod("nativeTunnel: true").contains("native tunnel"));
+        assert!(pod("applicationTunnel: {protocol: Proxy}").contains("application tunnel"));
+
+        let service = |pod: &str, more: &str| {
+            let file = format!(
+                "workloads: [{{uid: u, name: a, namespace: n, services: {{n/h: {{80: 81}}}}, {pod}}}]\n\
+                 services: [{{name: h, namespace: n, hostname: h, vips: [10.9.0.1], ports: {{80: 80}}, {more}}}]"
+            );
+            refusal(&file, SOURCE, "10.9.0.1:80")
+        };
+        let waypoint = service(
+            "workloadIps: [10.0.0.1]",
+            "waypoint: {destination: /10.0.0.9, hboneMtlsPort: 1}",
+        );
+        assert!(
+            waypoint.starts_with("service n/h is behind waypoint /10.0.0.9:1,"),
+            "{waypoint}"
+        );
+        let elsewhere = service("workloadIps: [10.0.0.1], network: far", "");
+        assert!(
+            elsewhere.starts_with("workload u is in network \"far\","),
+            "{elsewhere}"
+        );
+        assert!(service("hostname: x.example", "").contains("no address but the name x.example"));
+        assert!(service("workloadIps: [10.0.0.1]", "").starts_with("not refused: Plaintext"));
+    }
+
+    #[test]
+    fn a_waypoint_reaches_what_is_behind_it() {
+        const FILE: &str = "workloads:\n- {uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], \
+                            waypoint: {destination: n/way}, services: {n/h: {80: 81}}}\n\
+                            - {uid: w, name: w, namespace: n, workloadIps: [10.0.0.9], services: {n/way: {}}}\n\
+                            services:\n- {name: h, namespace: n, hostname: h, vips: [10.9.0.1], ports: {80: 80}, \
+                            waypoint: {destination: /10.9.0.9}}\n\
+                            - {name: way, namespace: n, hostname: way, vips: [10.9.0.9]}";
+        const WAYPOINT: &str = "{uid: w, name: w, namespace: n, workloadIps: [10.0.0.9], services: {n/way: {}}}";
+        const OTHER: &str = "{uid: o, name: o, namespace: n, workloadIps: [10.0.0.8]}";
+        for dialled in ["10.0.0.1:81", "10.9.0.1:80"] {
+            assert!(refusal(FILE, WAYPOINT, dialled).starts_with("not refused"));
+            assert!(refusal(FILE, OTHER, dialled).contains("is behind waypoint"));
+        }
+    }
+
+    #[test]
+    fn the_address_of_another_network_is_not_this_ones() {
+        const FILE: &str = "workloads: [{uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], network: far}]\n\
+                            services: [{name: h, namespace: n, hostname: h, vips: [far/10.9.0.1], ports: {80: 80}}]";
+        for dialled in ["10.0.0.1:80", "10.9.0.1:80"] {
+            let dialled = OriginalDst(dialled.parse().unwrap());
+            let route = snapshot_of(FILE).resolve(&Workload::default(), dialled, 0, &[]);
+            assert!(matches!(route, Route::Passthrough { .. }), "{route:?}");
+            let (mut writer, knowledge, _) = crate::with("far", crate::Scope::Everything);
+            writer.replace(static_file::parse(FILE).unwrap().0, &[]);
+            let far = knowledge.snapshot();
+            assert!(!matches!(
+                far.resolve(&Workload::default(), dialled, 0, &[]),
+                Route::Passthrough { .. }
+            ));
+        }
+    }
+
+    #[test]
+    fn of_ranges_the_longest_counts() {
+        const FILE: &str = "services:\n\
+            - {name: a, namespace: n, hostname: wide, vips: [/10.0.0.0/8]}\n\
+            - {name: b, namespace: n, hostname: narrow, vips: [/10.1.0.0/16, '/fd00::/64']}\n\
+            - {name: c, namespace: n, hostname: one, vips: [/10.1.2.3, /10.1.2.4/32]}";
+        let snapshot = snapshot_of(FILE);
+        let found = |ip: &str| {
+            snapshot
+                .service_by_vip(ip.parse().unwrap())
+                .map(|service| service.hostname.to_string())
+        };
+        for (ip, expected) in [
+            ("10.200.0.1", Some("wide")),
+            ("10.1.9.9", Some("narrow")),
+            ("10.1.2.3", Some("one")),
+            ("::ffff:10.1.2.4", Some("one")),
+            ("fd00::1", Some("narrow")),
+            ("fd01::1", None),
+            ("11.0.0.1", None),
+        ] {
+            assert_eq!(found(ip).as_deref(), expected, "{ip}");
+        }
+    }
+
+    #[test]
+    fn on_demand_what_is_unknown_is_to_be_asked_for_until_it_is_known_to_be_absent() {
+        let (mut writer, knowledge, _) = crate::with("", crate::Scope::OnDemand);
+        let dialled = OriginalDst("192.0.2.1:80".parse().unwrap());
+        let route = || knowledge.snapshot().resolve(&Workload::default(), dialled, 0, &[]);
+        writer.apply(crate::Delta::default());
+        assert_eq!(route(), Route::Unknown { target: dialled.0 });
+        let absent = || vec![dialled.0.ip()];
+        writer.apply(crate::Delta {
+            absent: absent(),
+            ..Default::default()
+        });
+        assert_eq!(route(), Route::Passthrough { target: dialled.0 });
+        writer.apply(crate::Delta {
+            not_absent: absent(),
+            ..Default::default()
+        });
+        assert_eq!(route(), Route::Unknown { target: dialled.0 });
     }
 
     #[test]
