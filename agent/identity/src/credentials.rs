@@ -8,10 +8,10 @@ use std::{
 
 use model::{Identity, TrustDomain};
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
+    ClientConfig, ServerConfig,
     client::Resumption,
     crypto::CryptoProvider,
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    server::NoServerSessionStorage,
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
@@ -21,6 +21,7 @@ use crate::{
     Clock, Issued,
     peer::{PeerIdentityError, certificate_identity},
     tls::{ClientVerifier, PROVIDER, ServerVerifier},
+    trust::{Roots, Trust},
 };
 
 /// Why what an authority handed out is not used.
@@ -54,20 +55,26 @@ pub struct Credentials {
     serial: String,
     not_before: SystemTime,
     not_after: SystemTime,
-    roots: Arc<RootCertStore>,
+    roots: Arc<Roots>,
     key: Arc<SingleCertAndKey>,
     server: Arc<ServerConfig>,
     clock: Clock,
 }
 
 impl Credentials {
-    /// Checks what an authority handed out for `identity`, and makes it usable. Peers must be of `trust_domain`.
+    /// Checks what an authority handed out for `identity`, and makes it usable. Peers must be of `trust_domain`, and under
+    /// the roots that came with it.
     pub fn new(
         identity: Identity,
         trust_domain: &TrustDomain,
         issued: Issued,
         clock: &Clock,
     ) -> Result<Self, CredentialsError> {
+        Self::under(identity, &Trust::from(trust_domain.clone()), issued, clock)
+    }
+
+    /// Likewise, with peers judged by `trust`: its domains, and its bundle as well as the roots that came.
+    pub fn under(identity: Identity, trust: &Trust, issued: Issued, clock: &Clock) -> Result<Self, CredentialsError> {
         let unusable = |error: &dyn fmt::Display| CredentialsError::Unusable(error.to_string().into());
         let leaf = issued.chain.first().ok_or(CredentialsError::Malformed)?;
         let found = certificate_identity(leaf)?;
@@ -78,21 +85,10 @@ impl Credentials {
         if not_after <= clock.now() {
             return Err(CredentialsError::Expired);
         }
-        let mut roots = RootCertStore::empty();
-        for root in issued.roots {
-            roots.add(root).map_err(|error| unusable(&error))?;
-        }
-        let roots = Arc::new(roots);
+        let roots = Arc::new(Roots::new(issued.roots, trust.clone()).map_err(|error| unusable(&error))?);
         let key = CertifiedKey::from_der(issued.chain, issued.key, &PROVIDER).map_err(|error| unusable(&error))?;
         let key = Arc::new(SingleCertAndKey::from(key));
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), PROVIDER.clone())
-            .clear_root_hint_subjects()
-            .build()
-            .map_err(|error| unusable(&error))?;
-        let verifier = ClientVerifier {
-            chain: verifier,
-            trust_domain: trust_domain.clone(),
-        };
+        let verifier = ClientVerifier { roots: roots.clone() };
         let server = server_config(verifier, key.clone(), clock);
         Ok(Self {
             identity,
@@ -126,16 +122,30 @@ impl Credentials {
         self.not_after
     }
 
-    /// For accepting tunnels: TLS 1.3, ALPN `h2`, a client certificate of this trust domain required.
+    /// Who is trusted.
+    pub fn trust(&self) -> &Trust {
+        self.roots.trust()
+    }
+
+    /// Whether the bundle no longer has the root that the certificate chains to: peers will refuse it.
+    pub(crate) fn is_outdated(&self) -> bool {
+        !self.roots.own_are_in_bundle()
+    }
+
+    /// For accepting tunnels: TLS 1.3, ALPN `h2`, a client certificate of this trust domain or an alias required.
     pub fn server_config(&self) -> Arc<ServerConfig> {
         self.server.clone()
     }
 
     /// For opening tunnels to a peer that must be one of `expected`: TLS 1.3, ALPN `h2`, no SNI, no resumption.
     pub fn client_config(&self, expected: &[Identity]) -> Arc<ClientConfig> {
+        let trust = self.roots.trust();
         let verifier = ServerVerifier {
             roots: self.roots.clone(),
-            expected: expected.to_vec(),
+            expected: expected
+                .iter()
+                .map(|identity| trust.normalize(identity.clone()))
+                .collect(),
             algorithms: PROVIDER.signature_verification_algorithms,
         };
         let mut config = ClientConfig::builder_with_details(PROVIDER.clone(), Arc::new(self.clock.clone()))

@@ -6,6 +6,8 @@
 //!                                 ▼                                 ▼ serves until it expires
 //!                              backing off                       backing off
 //! ```
+//! One success ends the back-off of every identity that failed because the authority was away
+//! (`one_success_wakes_those_who_wait`). A root that leaves the bundle has the certificates under it fetched anew.
 
 use std::{
     collections::HashMap,
@@ -15,19 +17,21 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use model::{Identity, TrustDomain};
+use model::Identity;
 use tokio::{
-    sync::{Mutex, Notify, Semaphore},
+    sync::{Mutex, Notify, Semaphore, watch},
     task::JoinSet,
 };
 
-use crate::{Authority, Clock, Credentials, IssueError};
+use crate::{Authority, Clock, Credentials, IssueError, Trust};
 
 /// Certificates fetched at the same time.
 const PARALLEL_ISSUES: usize = 8;
 /// After the first failure; doubled with each further one up to [`LONGEST_BACKOFF`], each time ± 20 %.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(150);
+/// The longest where nothing valid is held: a pod may be waiting.
+const LONGEST_BACKOFF_WAITING: Duration = Duration::from_secs(10);
 /// An authority that takes longer counts as unavailable.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long [`Identities::rotate`] sleeps at most: a clock that was set is noticed after this.
@@ -62,12 +66,14 @@ pub struct Identities(Arc<Inner>);
 
 struct Inner {
     authority: Arc<dyn Authority>,
-    trust_domain: TrustDomain,
+    trust: Trust,
     clock: Clock,
     entries: RwLock<HashMap<Identity, Entry>>,
     permits: Semaphore,
     /// Wakes [`Identities::rotate`] when an entry comes whose date may be the earliest.
     changed: Notify,
+    /// Counts what was issued.
+    issued: watch::Sender<u64>,
     random: RandomState,
 }
 
@@ -81,15 +87,17 @@ struct Entry {
 }
 
 impl Identities {
-    /// Nothing is fetched before it is asked for. Peers are verified against `trust_domain`.
-    pub fn new(authority: Arc<dyn Authority>, trust_domain: TrustDomain, clock: Clock) -> Self {
+    /// Nothing is fetched before it is asked for. Peers are judged by `trust`; a trust domain alone is enough where the
+    /// authority hands out the roots.
+    pub fn new(authority: Arc<dyn Authority>, trust: impl Into<Trust>, clock: Clock) -> Self {
         Self(Arc::new(Inner {
             authority,
-            trust_domain,
+            trust: trust.into(),
             clock,
             entries: RwLock::default(),
             permits: Semaphore::new(PARALLEL_ISSUES),
             changed: Notify::new(),
+            issued: watch::Sender::new(0),
             random: RandomState::new(),
         }))
     }
@@ -123,6 +131,16 @@ impl Identities {
         self.0.fetch(identity, &fetching).await.map_err(unavailable)
     }
 
+    /// Who is trusted.
+    pub fn trust(&self) -> &Trust {
+        &self.0.trust
+    }
+
+    /// Wakes when a certificate was issued; the value counts them.
+    pub fn issued(&self) -> watch::Receiver<u64> {
+        self.0.issued.subscribe()
+    }
+
     /// Drops the certificate and stops rotating it: the last pod of this identity is gone.
     pub fn forget(&self, identity: &Identity) {
         self.0.write().remove(identity);
@@ -149,6 +167,7 @@ impl Identities {
     /// Without it certificates are fetched when they are first needed and again when they have expired.
     pub async fn rotate(&self) {
         let mut running = JoinSet::new();
+        let mut bundle = self.0.trust.changed();
         loop {
             let changed = self.0.changed.notified();
             let now = self.0.clock.now();
@@ -171,6 +190,8 @@ impl Identities {
             }
             tokio::select! {
                 () = changed => {}
+                // The sender is in `self`.
+                Ok(()) = bundle.changed() => self.0.fetch_outdated(),
                 () = tokio::time::sleep(next.max(Duration::from_millis(10))) => {}
                 Some(_) = running.join_next() => {}
             }
@@ -225,6 +246,12 @@ impl Inner {
         if let Some(entry) = entry {
             entry.keep(&result, self.clock.now(), jitter);
         }
+        if result.is_ok() {
+            self.issued.send_modify(|issued| *issued += 1);
+            // It is back: nobody waits out the back-off of its absence.
+            let now = self.clock.now();
+            entries.values_mut().for_each(|entry| entry.hope(now));
+        }
         drop(entries);
         self.changed.notify_waiters();
         result
@@ -236,10 +263,20 @@ impl Inner {
         let issued = tokio::time::timeout(ISSUE_TIMEOUT, self.authority.issue(identity))
             .await
             .map_err(|_| IssueError::Unavailable("no answer in time".into()))??;
-        let credentials = Credentials::new(identity.clone(), &self.trust_domain, issued, &self.clock)
+        let credentials = Credentials::under(identity.clone(), &self.trust, issued, &self.clock)
             .map_err(|error| IssueError::Unusable(error.to_string().into()))?;
         tracing::info!(%identity, serial = credentials.serial(), "certificate issued");
         Ok(Arc::new(credentials))
+    }
+
+    /// The bundle lost the roots of these: peers that have the new bundle refuse them.
+    fn fetch_outdated(&self) {
+        let now = self.clock.now();
+        for entry in self.write().values_mut() {
+            if entry.credentials.as_ref().is_some_and(|held| held.is_outdated()) {
+                entry.next_fetch = now;
+            }
+        }
     }
 
     /// Uniform in 0..1; only for spreading load.
@@ -250,6 +287,14 @@ impl Inner {
 }
 
 impl Entry {
+    /// The authority answers again.
+    fn hope(&mut self, now: SystemTime) {
+        if matches!(self.last_error, Some(IssueError::Unavailable(_))) {
+            self.next_fetch = self.next_fetch.min(now);
+            self.failures = 0;
+        }
+    }
+
     fn keep(&mut self, result: &Result<Arc<Credentials>, IssueError>, now: SystemTime, jitter: f64) {
         match result {
             Ok(credentials) => {
@@ -264,8 +309,14 @@ impl Entry {
                 self.last_error = None;
             }
             Err(error) => {
+                let valid = self.credentials.as_ref().is_some_and(|held| held.not_after() > now);
+                let longest = if valid {
+                    LONGEST_BACKOFF
+                } else {
+                    LONGEST_BACKOFF_WAITING
+                };
                 let backoff = FIRST_BACKOFF * 2u32.saturating_pow(self.failures.min(16));
-                self.next_fetch = now + backoff.min(LONGEST_BACKOFF).mul_f64(0.8 + 0.4 * jitter);
+                self.next_fetch = now + backoff.min(longest).mul_f64(0.8 + 0.4 * jitter);
                 self.failures += 1;
                 self.last_error = Some(error.clone());
             }

@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, LazyLock};
 
-use model::{Identity, TrustDomain};
+use model::Identity;
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore, SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
     client::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
@@ -21,7 +21,10 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
-use crate::peer::{PeerIdentityError, certificate_identity};
+use crate::{
+    peer::{PeerIdentityError, certificate_identity},
+    trust::Roots,
+};
 
 /// AES-128 before AES-256 (it is faster, and the exchange sets the strength), the hybrid exchange before the classic.
 pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
@@ -52,11 +55,10 @@ fn refusal(reason: PeerIdentityError) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(reason))))
 }
 
-/// At the server: the chain, the purpose, and one identity of the own trust domain.
+/// At the server: the chain, the purpose, and one identity of the own trust domain or an alias of it.
 #[derive(Debug)]
 pub(crate) struct ClientVerifier {
-    pub(crate) chain: Arc<dyn ClientCertVerifier>,
-    pub(crate) trust_domain: TrustDomain,
+    pub(crate) roots: Arc<Roots>,
 }
 
 impl ClientCertVerifier for ClientVerifier {
@@ -71,10 +73,12 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let clients = &self.roots.current().clients;
+        let verified = clients.verify_client_cert(end_entity, intermediates, now)?;
         let found = certificate_identity(end_entity).map_err(refusal)?;
-        if found.trust_domain != self.trust_domain {
-            let own = self.trust_domain.clone();
+        let trust = self.roots.trust();
+        if !trust.accepts(&found.trust_domain) {
+            let own = trust.own().clone();
             return Err(refusal(PeerIdentityError::OtherTrustDomain { found, own }));
         }
         Ok(verified)
@@ -95,18 +99,24 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, certificate, signed)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &PROVIDER.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        PROVIDER.signature_verification_algorithms.supported_schemes()
     }
 }
 
 /// At the client: the chain, the purpose, and that the peer is whom we dialled. The DNS name does not matter.
 #[derive(Debug)]
 pub(crate) struct ServerVerifier {
-    pub(crate) roots: Arc<RootCertStore>,
+    pub(crate) roots: Arc<Roots>,
+    /// Normalized.
     pub(crate) expected: Vec<Identity>,
     pub(crate) algorithms: WebPkiSupportedAlgorithms,
 }
@@ -122,9 +132,10 @@ impl ServerCertVerifier for ServerVerifier {
     ) -> Result<ServerCertVerified, Error> {
         let parsed = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
+        let roots = &self.roots.current().store;
+        verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, algorithms)?;
         let found = certificate_identity(end_entity).map_err(refusal)?;
-        if !self.expected.contains(&found) {
+        if !self.expected.contains(&self.roots.trust().normalize(found.clone())) {
             let expected = self.expected.clone();
             return Err(refusal(PeerIdentityError::Unexpected { found, expected }));
         }

@@ -282,3 +282,31 @@ async fn credentials_say_what_they_are() {
     let error = Credentials::new(web(), &TrustDomain::default(), issued, &late).unwrap_err();
     assert!(matches!(error, CredentialsError::Expired), "{error}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_success_wakes_those_who_wait() {
+    let (moody, identities, _) = setup();
+    spawn_rotation(&identities);
+    moody.fail(true);
+    let waiting: Vec<Identity> = (0..20)
+        .map(|n| format!("spiffe://cluster.local/ns/shop/sa/w{n}").parse().unwrap())
+        .collect();
+    for identity in &waiting {
+        assert!(identities.credentials(identity).await.is_err());
+    }
+    // Long enough that every back-off is at its longest.
+    pass(Duration::from_secs(300)).await;
+    let asked = moody.issued();
+    pass(Duration::from_secs(100)).await;
+    let rate = moody.issued() - asked;
+    assert!((100..400).contains(&rate), "{rate} in 100 s");
+    moody.fail(false);
+    let mut issued = identities.issued();
+    issued.wait_for(|count| *count > 0).await.unwrap();
+    let first = tokio::time::Instant::now();
+    issued.wait_for(|count| *count == 20).await.unwrap();
+    assert!(first.elapsed() < Duration::from_secs(1), "{:?}", first.elapsed());
+    for identity in &waiting {
+        assert!(identities.cached(identity).is_some());
+    }
+}

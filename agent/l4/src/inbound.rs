@@ -213,7 +213,8 @@ impl hbone::Handler for Handler {
         }
         increment(&self.shard.counters.inbound_streams);
         let connection = Connection::begin(&self.shard, &self.pod, Direction::Inbound, tunnel.peer_address);
-        connection.learn_tunnel(tunnel.local_address, &tunnel.peer, forwarded_host(&request));
+        let peer = self.shard.identities.trust().normalize(tunnel.peer.clone());
+        connection.learn_tunnel(tunnel.local_address, &peer, forwarded_host(&request));
         let opening = Box::pin(Self::open(&connection, tunnel, request.authority));
         let opened = connection.unless_stopped(opening).await;
         match opened {
@@ -267,7 +268,7 @@ impl Handler {
             return Err(Failure::NotServed(authority));
         }
         let facts = Facts {
-            identity: Some(tunnel.peer.clone()),
+            identity: Some(connection.shard.identities.trust().normalize(tunnel.peer.clone())),
             source: connection.client.ip(),
             destination: target,
         };
