@@ -13,6 +13,7 @@ const CHUNK: usize = 64;
 pub struct EndpointList {
     /// None is empty; each is sorted, and its last comes before the next one's first.
     chunks: Vec<Arc<Vec<Arc<Workload>>>>,
+    len: usize,
     /// How many have a share of their own.
     uneven: usize,
 }
@@ -20,12 +21,13 @@ pub struct EndpointList {
 impl EndpointList {
     pub(crate) const EMPTY: &'static Self = &Self {
         chunks: Vec::new(),
+        len: 0,
         uneven: 0,
     };
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.chunks.iter().map(|chunk| chunk.len()).sum()
+        self.len
     }
 
     /// Whether there are none.
@@ -73,6 +75,7 @@ impl EndpointList {
 
     fn insert(&mut self, workload: &Arc<Workload>) {
         self.remove(&workload.uid);
+        self.len += 1;
         self.uneven += usize::from(workload.capacity != 1);
         let index = self.chunk_of(&workload.uid).min(self.chunks.len().saturating_sub(1));
         let Some(chunk) = self.chunks.get_mut(index) else {
@@ -98,6 +101,7 @@ impl EndpointList {
         };
         let chunk = Arc::make_mut(chunk);
         let removed = chunk.remove(position);
+        self.len -= 1;
         self.uneven -= usize::from(removed.capacity != 1);
         if chunk.is_empty() {
             self.chunks.remove(index);

@@ -17,6 +17,8 @@ use crate::{
     trie::Trie,
 };
 
+type PoliciesByName = BTreeMap<Arc<str>, Arc<Policy>>;
+
 /// One moment's knowledge. Immutable; every index agrees with the others. Cheap to clone: snapshots share what did not
 /// change.
 #[derive(Clone, Default, Debug)]
@@ -31,7 +33,7 @@ pub struct Snapshot {
     prefixes: Arc<BTreeMap<(bool, u8), usize>>,
     endpoints: Trie<NamespacedName, Arc<Endpoints>>,
     policies: Trie<NamespacedName, Arc<Policy>>,
-    policies_by_namespace: Trie<Arc<str>, Arc<BTreeMap<Arc<str>, Arc<Policy>>>>,
+    policies_by_namespace: Trie<Arc<str>, Arc<PoliciesByName>>,
     policies_of_mesh: Arc<BTreeMap<NamespacedName, Arc<Policy>>>,
     /// The node's own pods that the mesh has not announced as they are: see [`crate::Locals`].
     pub(crate) unannounced: Arc<HashMap<WorkloadUid, Arc<Workload>>>,

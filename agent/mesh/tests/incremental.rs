@@ -180,7 +180,7 @@ struct Seen {
     by_ip: Vec<Option<Arc<Workload>>>,
     services: BTreeMap<NamespacedName, Arc<Service>>,
     by_vip: Vec<Option<Arc<Service>>>,
-    endpoints: Vec<(Vec<Arc<Workload>>, Vec<Arc<Workload>>)>,
+    endpoints: Vec<[Vec<Arc<Workload>>; 2]>,
     policies: BTreeMap<WorkloadUid, BTreeSet<String>>,
 }
 
@@ -221,7 +221,7 @@ fn seen(snapshot: &Snapshot) -> Seen {
             .map(|number| {
                 let key = key("s", number);
                 let (healthy, unhealthy) = (snapshot.endpoints(&key), snapshot.unhealthy_endpoints(&key));
-                (healthy.iter().cloned().collect(), unhealthy.iter().cloned().collect())
+                [healthy, unhealthy].map(|list| list.iter().cloned().collect())
             })
             .collect(),
     }

@@ -1,0 +1,243 @@
+//! Where to? From what was dialled to the way there, or the reason why there is none.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use mesh::{RefuseReason, Route, Snapshot, static_file};
+use model::{OriginalDst, Workload, WorkloadUid};
+
+use super::*;
+use mesh::static_file;
+
+const FILE: &str = r#"
+workloads:
+- {uid: c//v1/Pod/shop/a, name: a, namespace: shop, workloadIps: ["10.0.0.1", "fd00::1"], protocol: HBONE, node: n1,
+   services: {"shop/web.shop.svc.cluster.local": {80: 8080}}}
+- {uid: c//v1/Pod/shop/b, name: b, namespace: shop, workloadIps: ["10.0.0.2"], protocol: HBONE, node: n2,
+   services: {"shop/web.shop.svc.cluster.local": {80: 9090}}}
+- {uid: c//v1/Pod/out/c, name: c, namespace: out, workloadIps: ["10.0.0.3"]}
+- {uid: c//v1/Pod/shop/sick, name: sick, namespace: shop, workloadIps: ["10.0.0.4"], protocol: HBONE, status: Unhealthy,
+   services: {"shop/web.shop.svc.cluster.local": {80: 8080}, "shop/sick.shop.svc.cluster.local": {80: 8080}}}
+services:
+- {name: web, namespace: shop, hostname: web.shop.svc.cluster.local, vips: ["/10.96.0.1", "/fd00:96::1"], ports: {80: 8080, 81: 8081}}
+- {name: sick, namespace: shop, hostname: sick.shop.svc.cluster.local, vips: ["/10.96.0.2"], ports: {80: 8080}}
+"#;
+
+fn snapshot_of(file: &str) -> Arc<Snapshot> {
+    let (contents, rejected) = static_file::parse(file).unwrap();
+    assert!(rejected.is_empty(), "{rejected:?}");
+    let (mut writer, knowledge) = mesh::new();
+    assert!(writer.replace(contents, &[]).is_empty());
+    knowledge.snapshot()
+}
+
+fn route(dialled: &str, random: u64, tried: &[&str]) -> Route {
+    let tried: Vec<_> = tried.iter().map(|uid| WorkloadUid((*uid).into())).collect();
+    let dialled = OriginalDst(dialled.parse().unwrap());
+    snapshot_of(FILE).resolve(&Workload::default(), dialled, random, &tried)
+}
+
+fn tunnel_target(route: Route) -> String {
+    match route {
+        Route::Tunnel { target, hbone, .. } => format!("{target} by {hbone}"),
+        other => panic!("not a tunnel: {other:?}"),
+    }
+}
+
+#[test]
+fn a_pod_of_the_mesh_is_reached_by_tunnel() {
+    assert_eq!(
+        tunnel_target(route("10.0.0.2:1234", 0, &[])),
+        "10.0.0.2:1234 by 10.0.0.2:15008"
+    );
+    assert_eq!(
+        tunnel_target(route("[::ffff:10.0.0.2]:1234", 0, &[])),
+        "10.0.0.2:1234 by 10.0.0.2:15008"
+    );
+}
+
+#[test]
+fn a_service_is_spread_over_its_healthy_endpoints_and_their_ports() {
+    assert_eq!(
+        tunnel_target(route("10.96.0.1:80", 0, &[])),
+        "10.0.0.1:8080 by 10.0.0.1:15008"
+    );
+    assert_eq!(
+        tunnel_target(route("10.96.0.1:80", 1, &[])),
+        "10.0.0.2:9090 by 10.0.0.2:15008"
+    );
+    assert_eq!(
+        tunnel_target(route("10.96.0.1:80", 2, &[])),
+        "10.0.0.1:8080 by 10.0.0.1:15008"
+    );
+    assert_eq!(
+        tunnel_target(route("10.96.0.1:80", 0, &["c//v1/Pod/shop/a"])),
+        "10.0.0.2:9090 by 10.0.0.2:15008"
+    );
+    assert_eq!(
+        tunnel_target(route("[fd00:96::1]:80", 0, &[])),
+        "[fd00::1]:8080 by [fd00::1]:15008"
+    );
+}
+
+#[test]
+fn a_service_without_the_port_or_an_endpoint_is_refused() {
+    let refused = |dialled, tried: &[&str]| match route(dialled, 0, tried) {
+        Route::Refused { reason } => reason.to_string(),
+        other => panic!("not refused: {other:?}"),
+    };
+    assert_eq!(
+        refused("10.96.0.1:82", &[]),
+        "service shop/web.shop.svc.cluster.local has no port 82"
+    );
+    assert_eq!(
+        refused("10.96.0.2:80", &[]),
+        "service shop/sick.shop.svc.cluster.local has no healthy endpoint"
+    );
+    assert!(refused("10.96.0.1:80", &["c//v1/Pod/shop/a", "c//v1/Pod/shop/b"]).contains("no healthy endpoint"));
+}
+
+#[test]
+fn what_is_not_in_the_mesh_is_reached_as_it_is() {
+    assert!(matches!(route("10.0.0.3:80", 0, &[]), Route::Plaintext { .. }));
+    assert!(matches!(route("192.0.2.1:80", 0, &[]), Route::Passthrough { .. }));
+}
+
+fn refusal(file: &str, source: &str, dialled: &str) -> String {
+    let source: Workload = serde_yaml_ng::from_str(source).unwrap();
+    let dialled = OriginalDst(dialled.parse().unwrap());
+    match snapshot_of(file).resolve(&source, dialled, 0, &[]) {
+        Route::Refused { reason } => reason.to_string(),
+        other => format!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn what_can_not_be_done_yet_is_refused_by_name() {
+    const SOURCE: &str = "{uid: source, name: s, namespace: n}";
+    let pod = |more: &str| {
+        let pod = format!("uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], protocol: HBONE, {more}");
+        refusal(&format!("workloads: [{{{pod}}}]"), SOURCE, "10.0.0.1:80")
+    };
+    let waypoint = pod("waypoint: {destination: n/way.example}");
+    assert!(
+        waypoint.starts_with("workload u is behind waypoint n/way.example:15008,"),
+        "{waypoint}"
+    );
+    assert!(pod("nativeTunnel: true").contains("native tunnel"));
+    assert!(pod("applicationTunnel: {protocol: Proxy}").contains("application tunnel"));
+
+    let service = |pod: &str, more: &str| {
+        let file = format!(
+            "workloads: [{{uid: u, name: a, namespace: n, services: {{n/h: {{80: 81}}}}, {pod}}}]\n\
+                 services: [{{name: h, namespace: n, hostname: h, vips: [10.9.0.1], ports: {{80: 80}}, {more}}}]"
+        );
+        refusal(&file, SOURCE, "10.9.0.1:80")
+    };
+    let waypoint = service(
+        "workloadIps: [10.0.0.1]",
+        "waypoint: {destination: /10.0.0.9, hboneMtlsPort: 1}",
+    );
+    assert!(
+        waypoint.starts_with("service n/h is behind waypoint /10.0.0.9:1,"),
+        "{waypoint}"
+    );
+    let elsewhere = service("workloadIps: [10.0.0.1], network: far", "");
+    assert!(
+        elsewhere.starts_with("workload u is in network \"far\","),
+        "{elsewhere}"
+    );
+    assert!(service("hostname: x.example", "").contains("no address but the name x.example"));
+    assert!(service("workloadIps: [10.0.0.1]", "").starts_with("not refused: Plaintext"));
+}
+
+#[test]
+fn a_waypoint_reaches_what_is_behind_it() {
+    const FILE: &str = "workloads:\n- {uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], \
+                            waypoint: {destination: n/way}, services: {n/h: {80: 81}}}\n\
+                            - {uid: w, name: w, namespace: n, workloadIps: [10.0.0.9], services: {n/way: {}}}\n\
+                            services:\n- {name: h, namespace: n, hostname: h, vips: [10.9.0.1], ports: {80: 80}, \
+                            waypoint: {destination: /10.9.0.9}}\n\
+                            - {name: way, namespace: n, hostname: way, vips: [10.9.0.9]}";
+    const WAYPOINT: &str = "{uid: w, name: w, namespace: n, workloadIps: [10.0.0.9], services: {n/way: {}}}";
+    const OTHER: &str = "{uid: o, name: o, namespace: n, workloadIps: [10.0.0.8]}";
+    for dialled in ["10.0.0.1:81", "10.9.0.1:80"] {
+        assert!(refusal(FILE, WAYPOINT, dialled).starts_with("not refused"));
+        assert!(refusal(FILE, OTHER, dialled).contains("is behind waypoint"));
+    }
+}
+
+#[test]
+fn the_address_of_another_network_is_not_this_ones() {
+    const FILE: &str = "workloads: [{uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], network: far}]\n\
+                            services: [{name: h, namespace: n, hostname: h, vips: [far/10.9.0.1], ports: {80: 80}}]";
+    for dialled in ["10.0.0.1:80", "10.9.0.1:80"] {
+        let dialled = OriginalDst(dialled.parse().unwrap());
+        let route = snapshot_of(FILE).resolve(&Workload::default(), dialled, 0, &[]);
+        assert!(matches!(route, Route::Passthrough { .. }), "{route:?}");
+        let (mut writer, knowledge, _) = mesh::with("far", mesh::Scope::Everything);
+        writer.replace(static_file::parse(FILE).unwrap().0, &[]);
+        let far = knowledge.snapshot();
+        assert!(!matches!(
+            far.resolve(&Workload::default(), dialled, 0, &[]),
+            Route::Passthrough { .. }
+        ));
+    }
+}
+
+#[test]
+fn of_ranges_the_longest_counts() {
+    const FILE: &str = "services:\n\
+            - {name: a, namespace: n, hostname: wide, vips: [/10.0.0.0/8]}\n\
+            - {name: b, namespace: n, hostname: narrow, vips: [/10.1.0.0/16, '/fd00::/64']}\n\
+            - {name: c, namespace: n, hostname: one, vips: [/10.1.2.3, /10.1.2.4/32]}";
+    let snapshot = snapshot_of(FILE);
+    let found = |ip: &str| {
+        snapshot
+            .service_by_vip(ip.parse().unwrap())
+            .map(|service| service.hostname.to_string())
+    };
+    for (ip, expected) in [
+        ("10.200.0.1", Some("wide")),
+        ("10.1.9.9", Some("narrow")),
+        ("10.1.2.3", Some("one")),
+        ("::ffff:10.1.2.4", Some("one")),
+        ("fd00::1", Some("narrow")),
+        ("fd01::1", None),
+        ("11.0.0.1", None),
+    ] {
+        assert_eq!(found(ip).as_deref(), expected, "{ip}");
+    }
+}
+
+#[test]
+fn on_demand_what_is_unknown_is_to_be_asked_for_until_it_is_known_to_be_absent() {
+    let (mut writer, knowledge, _) = mesh::with("", mesh::Scope::OnDemand);
+    let dialled = OriginalDst("192.0.2.1:80".parse().unwrap());
+    let route = || knowledge.snapshot().resolve(&Workload::default(), dialled, 0, &[]);
+    writer.apply(mesh::Delta::default());
+    assert_eq!(route(), Route::Unknown { target: dialled.0 });
+    let absent = || vec![dialled.0.ip()];
+    writer.apply(mesh::Delta {
+        absent: absent(),
+        ..Default::default()
+    });
+    assert_eq!(route(), Route::Passthrough { target: dialled.0 });
+    writer.apply(mesh::Delta {
+        not_absent: absent(),
+        ..Default::default()
+    });
+    assert_eq!(route(), Route::Unknown { target: dialled.0 });
+}
+
+#[test]
+fn before_anything_is_known_nothing_goes_out() {
+    let dialled = OriginalDst("192.0.2.1:80".parse().unwrap());
+    let route = Snapshot::default().resolve(&Workload::default(), dialled, 0, &[]);
+    assert_eq!(
+        route,
+        Route::Refused {
+            reason: RefuseReason::NoKnowledge
+        }
+    );
+}
