@@ -33,3 +33,4 @@ pub use engine::{
     Preconditions, Propagation, Settings, Watch, Written,
 };
 pub use kinds::Kind;
+pub use server::{Config, Server, StartError};

@@ -9,5 +9,6 @@
 
 pub mod certs;
 pub mod kubeconfig;
+pub mod review;
 pub mod rules;
 pub mod tokens;

@@ -1,0 +1,118 @@
+//! One request, read: who asks, for what, in which form, with which body.
+//!
+//! The body is bounded in size and in time; nothing of it is looked at before the user is known to be allowed
+//! (`dispatch`). JSON and YAML are read, protobuf and CBOR are refused with 415, which says what is read.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, header};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use serde_json::Value;
+
+use super::{accept::Accepted, query::Query, route::Resource};
+use crate::{auth::rules::User, engine::ApiError, patch::default_manager};
+
+/// The largest body, as in Kubernetes.
+pub const MAX_BODY: usize = 3 << 20;
+/// How long a client may take to send one.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A request for resources.
+pub struct Call {
+    /// Who asks.
+    pub user: User,
+    /// How.
+    pub method: Method,
+    /// For what.
+    pub resource: Resource,
+    /// With which parameters.
+    pub query: Query,
+    /// What the client can read.
+    pub accepted: Accepted,
+    /// The body's media type, without parameters; "" if nothing is said.
+    pub media_type: String,
+    /// The client's name.
+    pub user_agent: String,
+    /// The body.
+    pub body: Bytes,
+}
+
+impl Call {
+    /// Who owns the fields that this request sets.
+    pub fn manager(&self) -> &str {
+        if self.query.manager.is_empty() {
+            default_manager(&self.user_agent)
+        } else {
+            &self.query.manager
+        }
+    }
+
+    /// The body as an object.
+    pub fn object(&self) -> Result<Value, ApiError> {
+        match self.media_type.as_str() {
+            "" | "application/json" | "text/plain" => read(&self.body, true),
+            "application/yaml" => read(&self.body, false),
+            _ => Err(ApiError::unsupported_media_type("application/json, application/yaml")),
+        }
+    }
+}
+
+/// A map, from JSON, or from YAML if it is none.
+pub fn read(body: &[u8], only_json: bool) -> Result<Value, ApiError> {
+    let value = match serde_json::from_slice(body) {
+        Ok(value) => value,
+        Err(error) if only_json => {
+            let what = format!("the object provided is unrecognized: it is not JSON: {error}");
+            return Err(ApiError::bad_request(what));
+        }
+        Err(_) => serde_yaml_ng::from_slice(body)
+            .map_err(|error| ApiError::bad_request(format!("error decoding YAML: {error}")))?,
+    };
+    match value {
+        Value::Object(_) => Ok(value),
+        _ => Err(ApiError::bad_request(
+            "the object provided is unrecognized: it is not a map",
+        )),
+    }
+}
+
+/// Reads a body to its end.
+pub async fn body(incoming: Incoming) -> Result<Bytes, ApiError> {
+    let reading = Limited::new(incoming, MAX_BODY).collect();
+    match tokio::time::timeout(BODY_TIMEOUT, reading).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::too_large(MAX_BODY)),
+        Ok(Err(error)) => Err(ApiError::bad_request(format!("the body could not be read: {error}"))),
+        Err(_) => Err(ApiError {
+            code: 408,
+            reason: "Timeout",
+            message: format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs()),
+            details: None,
+        }),
+    }
+}
+
+/// A header's text; "" if it is not there or no text.
+pub fn text(headers: &HeaderMap, name: header::HeaderName) -> &str {
+    headers
+        .get(name)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn yaml_is_read_where_it_may_be_and_json_always() {
+        assert_eq!(read(b"{\"a\": 1}", true).unwrap()["a"], 1);
+        assert_eq!(read(b"a: 1\n", false).unwrap()["a"], 1);
+        assert!(read(b"a: 1\n", true).unwrap_err().message.contains("not JSON"));
+        for bad in [&b""[..], b"[]", b"\"x\"", b"a: [", b"\xff", b"{\"a\":"] {
+            assert_eq!(read(bad, false).unwrap_err().code, 400, "{bad:?}");
+        }
+    }
+}
