@@ -1,5 +1,7 @@
 //! The control plane.
 
+mod auth;
 mod ca;
 pub mod resources;
+mod serve;
 pub mod xds;

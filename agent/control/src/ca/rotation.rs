@@ -109,8 +109,10 @@ impl State {
 
     fn toward(&mut self, wanted: &Material, overlap: Duration, now: SystemTime) -> Step {
         let known = |root: &Root| root.certificate == *wanted.root() && root.since + overlap <= now;
-        // What can't sign any more is no reason to wait: better a peer that does not know the root than none.
-        if self.roots.iter().any(known) || self.signing.not_after() <= now {
+        // Whoever trusts what signs today trusts what is below the same root. And what can't sign any more is no reason to
+        // wait: better a peer that does not know the root than none.
+        let same_root = wanted.root() == self.signing.root();
+        if same_root || self.roots.iter().any(known) || self.signing.not_after() <= now {
             self.signing = wanted.clone();
             self.next = None;
             return Step::Switched;
@@ -322,9 +324,8 @@ mod tests {
         let start = now();
         let root = generate::root("cluster.local", start).unwrap();
         let state = State::new(below(&root, start), start);
-        let later = start + OVERLAP;
-        let wanted = below(&root, later);
-        let (after, step) = state.step(Some(&wanted), OVERLAP, later);
+        let wanted = below(&root, start + HOUR);
+        let (after, step) = state.step(Some(&wanted), OVERLAP, start + HOUR);
         assert_eq!(step, Step::Switched);
         assert_eq!(after.bundle(), state.bundle());
     }
