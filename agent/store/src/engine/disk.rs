@@ -21,7 +21,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition, TableError};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition};
 use serde::Deserialize;
 
 use super::object::{Key, Object};
@@ -111,21 +111,44 @@ impl Disk {
             .create(directory)
             .map_err(in_directory)?;
         let path = directory.join(FILE);
+        if !path.exists() {
+            Self::make(directory, &path).map_err(|failure| failure.at(&path))?;
+            // The name of the file has to outlive a power cut, too.
+            fs::File::open(directory)
+                .and_then(|directory| directory.sync_all())
+                .map_err(in_directory)?;
+        }
         // redb promises not to panic on an altered file when it checks it; a bug there shall not end the process either.
         let opened = catch_unwind(AssertUnwindSafe(|| Self::read(&path)));
         let opened = opened.unwrap_or_else(|_| Err(Failure::Damaged("the file makes no sense".to_owned())));
         let (database, loaded) = opened.map_err(|failure| failure.at(&path))?;
-        // The name of the file has to outlive a power cut, too.
-        fs::File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(in_directory)?;
         Ok((Self { database, path }, loaded))
+    }
+
+    /// Makes an empty store under another name first: so a file of the right name is whole, or damaged, but never new.
+    fn make(directory: &Path, path: &Path) -> Result<(), Failure> {
+        let unfinished = directory.join(format!("{FILE}.new"));
+        match fs::remove_file(&unfinished) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Failure::Io(error)),
+            _ => {}
+        }
+        let disk = Self {
+            database: Database::builder().set_cache_size(CACHE).create(&unfinished)?,
+            path: unfinished,
+        };
+        disk.commit(0, &[]).map_err(|why| Failure::Io(io::Error::other(why)))?;
+        let Self {
+            database,
+            path: unfinished,
+        } = disk;
+        drop(database);
+        fs::rename(unfinished, path).map_err(Failure::Io)
     }
 
     fn read(path: &Path) -> Result<(Database, Loaded), Failure> {
         let mut builder = Database::builder();
         builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
-        let database = builder.create(path)?;
+        let database = builder.open(path)?;
         let transaction = database
             .begin_read()
             .map_err(|error| Failure::Damaged(error.to_string()))?;
@@ -133,18 +156,16 @@ impl Disk {
             revision: 0,
             objects: Vec::new(),
         };
-        match transaction.open_table(NUMBERS) {
-            Ok(numbers) => {
-                let number = |name| numbers.get(name).map(|found| found.map_or(0, |guard| guard.value()));
-                let format = number("format")?;
-                if format != FORMAT {
-                    return Err(Failure::Format(format));
-                }
-                loaded.revision = number("revision")?;
-            }
-            Err(TableError::TableDoesNotExist(_)) => return Ok((database, loaded)),
+        let numbers = match transaction.open_table(NUMBERS) {
+            Ok(numbers) => numbers,
             Err(error) => return Err(Failure::Damaged(error.to_string())),
+        };
+        let number = |name| numbers.get(name).map(|found| found.map_or(0, |guard| guard.value()));
+        let format = number("format")?;
+        if format != FORMAT {
+            return Err(Failure::Format(format));
         }
+        loaded.revision = number("revision")?;
         let objects = match transaction.open_table(OBJECTS) {
             Ok(objects) => objects,
             Err(error) => return Err(Failure::Damaged(error.to_string())),
@@ -155,8 +176,7 @@ impl Disk {
             loaded.revision = loaded.revision.max(object.revision);
             loaded.objects.push(Arc::new(object));
         }
-        drop(objects);
-        drop(transaction);
+        drop((numbers, objects, transaction));
         Ok((database, loaded))
     }
 
