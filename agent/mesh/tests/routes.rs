@@ -6,9 +6,6 @@ use std::sync::Arc;
 use mesh::{RefuseReason, Route, Snapshot, static_file};
 use model::{OriginalDst, Workload, WorkloadUid};
 
-use super::*;
-use mesh::static_file;
-
 const FILE: &str = r#"
 workloads:
 - {uid: c//v1/Pod/shop/a, name: a, namespace: shop, workloadIps: ["10.0.0.1", "fd00::1"], protocol: HBONE, node: n1,
@@ -233,7 +230,7 @@ fn on_demand_what_is_unknown_is_to_be_asked_for_until_it_is_known_to_be_absent()
 #[test]
 fn before_anything_is_known_nothing_goes_out() {
     let dialled = OriginalDst("192.0.2.1:80".parse().unwrap());
-    let route = Snapshot::default().resolve(&Workload::default(), dialled, 0, &[]);
+    let route = mesh::new().1.snapshot().resolve(&Workload::default(), dialled, 0, &[]);
     assert_eq!(
         route,
         Route::Refused {
