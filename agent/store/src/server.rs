@@ -8,7 +8,6 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    auth::certs::CertificateError,
     engine::{Engine, OpenError, Settings},
     http::{self, Front, FrontError},
 };
@@ -49,7 +48,7 @@ impl Server {
     /// # Errors
     ///
     /// [`StartError`] says which file or listener, what is the matter, and what to do.
-    pub fn start(config: Config) -> Result<Self, StartError> {
+    pub async fn start(config: Config) -> Result<Self, StartError> {
         let mut settings = Settings::default();
         if !config.service_cidrs.is_empty() {
             settings.service_cidrs = config.service_cidrs;
@@ -75,11 +74,7 @@ impl Server {
     }
 
     /// A kubeconfig for the administrator of the server at this URL.
-    ///
-    /// # Errors
-    ///
-    /// The cryptography library's.
-    pub fn kubeconfig(&self, url: &str) -> Result<String, CertificateError> {
+    pub fn kubeconfig(&self, url: &str) -> String {
         self.front.kubeconfig(url)
     }
 

@@ -2,7 +2,7 @@
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 
-use super::certs::{Authority, CertificateError, pem};
+use super::certs::{Authority, CertificateError, Pair, pem};
 
 /// The name of cluster and context, as kubectl shows them.
 const NAME: &str = "undercurrent";
@@ -11,13 +11,17 @@ const USER: &str = "kubernetes-admin";
 /// The group that may do everything.
 const GROUP: &str = "system:masters";
 
-/// A kubeconfig for the administrator of the server at this URL, with a client certificate of its own.
-pub fn kubeconfig(authority: &Authority, url: &str) -> Result<String, CertificateError> {
-    let client = authority.client(USER, GROUP)?;
+/// The administrator's certificate and key.
+pub fn administrator(authority: &Authority) -> Result<Pair, CertificateError> {
+    authority.client(USER, GROUP)
+}
+
+/// A kubeconfig for the administrator of the server at this URL.
+pub fn kubeconfig(authority: &Authority, administrator: &Pair, url: &str) -> String {
     let ca = STANDARD.encode(authority.certificate_pem());
-    let certificate = STANDARD.encode(pem("CERTIFICATE", &client.certificate));
-    let key = STANDARD.encode(pem("PRIVATE KEY", &client.key));
-    Ok(format!(
+    let certificate = STANDARD.encode(pem("CERTIFICATE", &administrator.certificate));
+    let key = STANDARD.encode(pem("PRIVATE KEY", &administrator.key));
+    format!(
         "apiVersion: v1
 kind: Config
 clusters:
@@ -38,7 +42,7 @@ users:
     client-certificate-data: {certificate}
     client-key-data: {key}
 "
-    ))
+    )
 }
 
 #[cfg(test)]
@@ -49,7 +53,8 @@ mod tests {
     fn it_is_a_kubeconfig_with_everything_inline() {
         let directory = tempfile::tempdir().unwrap();
         let authority = Authority::open(directory.path()).unwrap();
-        let text = kubeconfig(&authority, "https://127.0.0.1:6443").unwrap();
+        let administrator = administrator(&authority).unwrap();
+        let text = kubeconfig(&authority, &administrator, "https://127.0.0.1:6443");
         let config: kube::config::Kubeconfig = serde_yaml_ng::from_str(&text).unwrap();
         let cluster = config.clusters[0].cluster.as_ref().unwrap();
         assert_eq!(cluster.server.as_deref(), Some("https://127.0.0.1:6443"));

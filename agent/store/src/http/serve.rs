@@ -33,8 +33,8 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::dispatch::Api;
 use crate::{
     auth::{
-        certs::{Authority, CertificateError, token_key},
-        kubeconfig::kubeconfig,
+        certs::{Authority, CertificateError, Pair, token_key},
+        kubeconfig::{administrator, kubeconfig},
         review::Accounts,
         rules::User,
         tokens::Tokens,
@@ -83,6 +83,7 @@ pub enum FrontError {
 /// The running front.
 pub struct Front {
     authority: Authority,
+    administrator: Pair,
     addresses: Vec<SocketAddr>,
     trigger: DrainTrigger,
 }
@@ -115,6 +116,7 @@ impl Front {
             tokio::spawn(accepting.run());
         }
         Ok(Self {
+            administrator: administrator(&authority)?,
             authority,
             addresses,
             trigger,
@@ -131,13 +133,9 @@ impl Front {
         self.authority.certificate_pem()
     }
 
-    /// A kubeconfig for the administrator, with a client certificate of its own.
-    ///
-    /// # Errors
-    ///
-    /// The cryptography library's.
-    pub fn kubeconfig(&self, url: &str) -> Result<String, CertificateError> {
-        kubeconfig(&self.authority, url)
+    /// A kubeconfig for the administrator of the server at this URL.
+    pub fn kubeconfig(&self, url: &str) -> String {
+        kubeconfig(&self.authority, &self.administrator, url)
     }
 
     /// Ends watches, finishes what is under way, and closes.
