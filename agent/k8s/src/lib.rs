@@ -37,7 +37,7 @@ pub use finding::{Effect, Finding, ObjectRef, Place, Problem};
 pub use live::validate;
 pub use meta::{IntOrString, Metadata, OwnerReference, Selector};
 pub(crate) use parse::deserialize;
-pub use parse::{Objects, parse};
+pub use parse::{Objects, documents, parse};
 pub use peer_authentication::{MutualTls, PeerAuthentication, PeerAuthentications, TlsMode};
 pub use pod::{
     Container, ContainerPort, EnvVar, EnvVarSource, FieldRef, Pod, PodSpec, RestartPolicy, SecurityContext, expand,

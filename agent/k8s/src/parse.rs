@@ -59,7 +59,7 @@ pub fn parse<'a>(files: impl IntoIterator<Item = (&'a str, &'a str)>) -> Objects
 }
 
 /// The documents of a YAML stream, cut at `---` lines before they are parsed: the parser gives up at the first error.
-fn documents(text: &str) -> Vec<&str> {
+pub fn documents(text: &str) -> Vec<&str> {
     let mut documents = Vec::new();
     let (mut start, mut at) = (0, 0);
     for line in text.split_inclusive('\n') {

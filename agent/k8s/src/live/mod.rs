@@ -21,8 +21,8 @@ use serde_json::Value;
 pub use mesh_config::MeshConfig;
 pub use service::{
     AllottedAddress, AllowedNamespaces, AllowedRoutes, EndpointSlice, EntryPort, EntrySelector, Gateway, GatewaySpec,
-    GatewayStatus, GatewayStatusAddress, Listener, ServiceEntry, ServiceEntrySpec, ServiceEntryStatus, SliceConditions,
-    SliceEndpoint, SlicePort, TargetRef,
+    GatewayStatus, GatewayStatusAddress, LabelSelector, Listener, ServiceEntry, ServiceEntrySpec, ServiceEntryStatus,
+    SliceConditions, SliceEndpoint, SlicePort, TargetRef,
 };
 pub use workload::{
     Condition, ContainerPorts, Endpoint, Node, NodeAddress, NodeStatus, Pod, PodIp, PodSpec, PodStatus, WorkloadEntry,

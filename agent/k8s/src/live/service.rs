@@ -219,7 +219,19 @@ pub struct AllowedNamespaces {
     /// `All`, `Same` (the default), `Selector` or `None`.
     pub from: Option<String>,
     /// With `Selector`: by the namespace's labels.
-    pub selector: Option<Value>,
+    pub selector: Option<LabelSelector>,
+}
+
+/// Kubernetes' `LabelSelector`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LabelSelector {
+    /// Of which each must be there with this value.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub match_labels: BTreeMap<String, String>,
+    /// Further conditions, as they are written.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub match_expressions: Vec<Value>,
 }
 
 /// What became of a Gateway.

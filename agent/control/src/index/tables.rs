@@ -1,0 +1,561 @@
+//! The objects as they are kept, and who depends on whom: every change marks the parts that have to be made anew.
+//!
+//! ```text
+//! put/remove ─ unlink the old record, link the new one ─> look-ups, claims
+//!           └─ mark what either of them concerns       ─> dirty parts
+//! ```
+//! What a part is made of is in `workloads`, `services`, `policies`; whatever they read must be marked from here when it
+//! changes, which the property test of the index holds.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use k8s::{AuthorizationPolicy, PeerAuthentication, live::Kind};
+use model::NamespacedName;
+
+use super::{
+    labels,
+    names::{Labels, Names},
+    parts::{Address, Claims, Part, PartKind, Source, within},
+    records::{Age, Allowed, Entry, Gateway, Namespace, Node, Place, Pod, Service, ServiceEntry, Slice},
+    waypoints,
+};
+
+/// An AuthorizationPolicy.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Policy {
+    /// None: one that can't be read.
+    pub written: Option<Box<AuthorizationPolicy>>,
+    /// Whom it selects by label.
+    pub selector: Option<Arc<Labels>>,
+    /// Whether anything is sent for it.
+    pub sent: bool,
+}
+
+/// A PeerAuthentication.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Authentication {
+    /// None: one that can't be read.
+    pub written: Option<Box<PeerAuthentication>>,
+    /// Whom it selects by label.
+    pub selector: Option<Arc<Labels>>,
+}
+
+/// The objects, and the look-ups over them.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    pub names: Names,
+    /// The network of what names none.
+    pub network: Arc<str>,
+    pub root_namespace: Arc<str>,
+    pub namespaces: BTreeMap<Arc<str>, Namespace>,
+    pub nodes: BTreeMap<Arc<str>, Node>,
+    pub pods: BTreeMap<NamespacedName, Pod>,
+    pub services: BTreeMap<NamespacedName, Service>,
+    pub slices: BTreeMap<NamespacedName, Slice>,
+    pub entries: BTreeMap<NamespacedName, Entry>,
+    pub service_entries: BTreeMap<NamespacedName, ServiceEntry>,
+    pub gateways: BTreeMap<NamespacedName, Gateway>,
+    pub policies: BTreeMap<NamespacedName, Policy>,
+    pub authentications: BTreeMap<NamespacedName, Authentication>,
+    /// Node, pod.
+    pods_on: BTreeSet<(Arc<str>, NamespacedName)>,
+    pub slices_of_pod: HashMap<NamespacedName, Vec<NamespacedName>>,
+    /// Service, slice.
+    slices_of_service: BTreeSet<(NamespacedName, NamespacedName)>,
+    /// The ServiceEntries that select workloads.
+    pub selecting: BTreeMap<NamespacedName, ()>,
+    /// Gateway, and who names it.
+    gateway_users: BTreeSet<(NamespacedName, Source)>,
+    pub addresses: Claims<Address>,
+    pub hostnames: Claims<Arc<str>>,
+    /// What has to be made anew.
+    pub dirty: BTreeSet<Part>,
+}
+
+/// Puts or removes a record; whether that changed anything, with what was there.
+fn exchange<K: Ord + Clone, V: PartialEq>(map: &mut BTreeMap<K, V>, key: &K, new: Option<V>) -> Option<Option<V>> {
+    if map.get(key) == new.as_ref() {
+        return None;
+    }
+    Some(match new {
+        Some(new) => map.insert(key.clone(), new),
+        None => map.remove(key),
+    })
+}
+
+impl Tables {
+    pub fn new(network: Arc<str>, root_namespace: Arc<str>) -> Self {
+        Self {
+            network,
+            root_namespace,
+            ..Self::default()
+        }
+    }
+
+    pub fn put_namespace(&mut self, name: &Arc<str>, new: Option<Namespace>) {
+        let key = NamespacedName {
+            namespace: "".into(),
+            name: name.clone(),
+        };
+        let Some(old) = exchange(&mut self.namespaces, name, new) else {
+            return;
+        };
+        let new = self.namespaces.get(name).cloned();
+        let source = Source {
+            kind: Kind::Namespace,
+            name: key,
+        };
+        for (record, put) in [(&old, false), (&new, true)] {
+            if let Some(record) = record
+                && let Some(gateway) = waypoints::named(&record.labels, name)
+            {
+                self.use_gateway(gateway, source.clone(), put);
+            }
+        }
+        let inherited = |record: &Option<Namespace>| {
+            let record = record.as_ref();
+            let label = |key| record.and_then(|record| record.labels.get(key).cloned());
+            let distribution = record.and_then(|record| record.distribution.clone());
+            (
+                label(labels::USE_WAYPOINT),
+                label(labels::USE_WAYPOINT_NAMESPACE),
+                distribution,
+            )
+        };
+        let by_label = |gateway: &Gateway| matches!(gateway.allowed, Allowed::Selector(_));
+        if inherited(&old) != inherited(&new) || self.gateways.values().any(by_label) {
+            self.mark_source(&source);
+        }
+    }
+
+    pub fn put_node(&mut self, name: &Arc<str>, new: Option<Node>) {
+        if exchange(&mut self.nodes, name, new).is_none() {
+            return;
+        }
+        let from = (name.clone(), NamespacedName::new("", ""));
+        let pods = self.pods_on.range(from..).take_while(|(node, _)| node == name);
+        self.dirty.extend(pods.map(|(_, pod)| Part::new(PartKind::Pod, pod)));
+    }
+
+    pub fn put_pod(&mut self, name: &NamespacedName, new: Option<Pod>) {
+        let Some(old) = exchange(&mut self.pods, name, new) else {
+            return;
+        };
+        let new = self.pods.get(name).cloned();
+        let part = Part::new(PartKind::Pod, name);
+        for (record, put) in [(old, false), (new, true)] {
+            let Some(pod) = record else { continue };
+            let on = (pod.node.clone(), name.clone());
+            if put {
+                self.pods_on.insert(on);
+            } else {
+                self.pods_on.remove(&on);
+            }
+            self.link_labels(&pod.labels, part.source(), put);
+            if !pod.host_network {
+                let network = pod.network.as_ref().unwrap_or(&self.network).clone();
+                for ip in &pod.addresses {
+                    self.claim_address(Address::single(&network, *ip), &part, put);
+                }
+            }
+        }
+        self.dirty.insert(part);
+    }
+
+    pub fn put_service(&mut self, name: &NamespacedName, new: Option<Service>) {
+        let Some(old) = exchange(&mut self.services, name, new) else {
+            return;
+        };
+        let new = self.services.get(name).cloned();
+        let part = Part::new(PartKind::Service, name);
+        let ends = |record: &Option<Service>| {
+            record
+                .as_ref()
+                .map(|record| (record.ports.clone(), record.selector.clone()))
+        };
+        let of_endpoints = ends(&old) != ends(&new);
+        let age = |record: &Option<Service>| record.as_ref().map(|record| record.age.clone());
+        let contends = age(&old) != age(&new);
+        for (record, put) in [(old, false), (new, true)] {
+            let Some(service) = record else { continue };
+            self.link_labels(&service.labels, part.source(), put);
+            for ip in &service.addresses {
+                self.claim_address(Address::single(&self.network.clone(), *ip), &part, put);
+            }
+            self.claim_hostname(&service.hostname, &part, put, contends);
+            if of_endpoints {
+                self.mark_selected_entries(&name.namespace, &service.selector);
+            }
+        }
+        if of_endpoints {
+            self.mark_slices_of(name);
+        }
+        self.dirty.insert(part);
+    }
+
+    fn mark_slices_of(&mut self, service: &NamespacedName) {
+        let from = (service.clone(), NamespacedName::new("", ""));
+        let slices = self.slices_of_service.range(from..).take_while(|(of, _)| of == service);
+        for (_, name) in slices {
+            let Some(slice) = self.slices.get(name) else { continue };
+            self.dirty
+                .extend(slice.pods.iter().map(|pod| Part::new(PartKind::Pod, pod)));
+            let others = 0..slice.others.len();
+            self.dirty
+                .extend(others.map(|index| Part::at(PartKind::SliceEndpoint, name, index)));
+        }
+    }
+
+    pub fn put_slice(&mut self, name: &NamespacedName, new: Option<Slice>) {
+        let Some(old) = exchange(&mut self.slices, name, new) else {
+            return;
+        };
+        let new = self.slices.get(name).cloned();
+        let same_ports = match (&old, &new) {
+            (Some(old), Some(new)) => old.ports == new.ports && old.service == new.service,
+            _ => false,
+        };
+        let has = |record: &Option<Slice>, pod: &NamespacedName| {
+            record
+                .as_ref()
+                .is_some_and(|slice| slice.pods.binary_search(pod).is_ok())
+        };
+        for (record, other, put) in [(&old, &new, false), (&new, &old, true)] {
+            let Some(slice) = record else { continue };
+            let of = (slice.service.clone(), name.clone());
+            if put {
+                self.slices_of_service.insert(of);
+            } else {
+                self.slices_of_service.remove(&of);
+            }
+            for pod in &slice.pods {
+                if same_ports && has(other, pod) {
+                    continue;
+                }
+                self.link_slice(pod, name, put);
+                self.dirty.insert(Part::new(PartKind::Pod, pod));
+            }
+            let network = self.network.clone();
+            for (index, (ip, _)) in slice.others.iter().enumerate() {
+                let part = Part::at(PartKind::SliceEndpoint, name, index);
+                self.claim_address(Address::single(&network, *ip), &part, put);
+                self.dirty.insert(part);
+            }
+        }
+    }
+
+    fn link_slice(&mut self, pod: &NamespacedName, slice: &NamespacedName, put: bool) {
+        let slices = self.slices_of_pod.entry(pod.clone()).or_default();
+        slices.retain(|other| other != slice);
+        if put {
+            slices.push(slice.clone());
+        } else if slices.is_empty() {
+            self.slices_of_pod.remove(pod);
+        }
+    }
+
+    pub fn put_entry(&mut self, name: &NamespacedName, new: Option<Entry>) {
+        let Some(old) = exchange(&mut self.entries, name, new) else {
+            return;
+        };
+        let new = self.entries.get(name).cloned();
+        let part = Part::new(PartKind::Entry, name);
+        for (record, put) in [(old, false), (new, true)] {
+            let Some(entry) = record else { continue };
+            self.link_labels(&entry.endpoint.labels, part.source(), put);
+            self.claim_place(&entry.endpoint.place, entry.endpoint.network.as_ref(), &part, put);
+        }
+        self.dirty.insert(part);
+    }
+
+    pub fn put_service_entry(&mut self, name: &NamespacedName, new: Option<ServiceEntry>) {
+        let Some(old) = exchange(&mut self.service_entries, name, new) else {
+            return;
+        };
+        let new = self.service_entries.get(name).cloned();
+        for (record, put) in [(old, false), (new, true)] {
+            let Some(entry) = record else { continue };
+            let source = Source {
+                kind: Kind::ServiceEntry,
+                name: name.clone(),
+            };
+            self.link_labels(&entry.labels, source, put);
+            if put && !entry.selector.is_empty() {
+                self.selecting.insert(name.clone(), ());
+            } else {
+                self.selecting.remove(name);
+            }
+            for (index, host) in entry.hosts.iter().enumerate() {
+                let part = Part::at(PartKind::Host, name, index);
+                for block in &host.addresses {
+                    let address = Address {
+                        network: self.network.clone(),
+                        ip: block.addr(),
+                        length: block.prefix_len(),
+                    };
+                    self.claim_address(address, &part, put);
+                }
+                self.claim_hostname(&host.hostname, &part, put, true);
+            }
+            for (index, endpoint) in entry.endpoints.iter().enumerate() {
+                let part = Part::at(PartKind::Endpoint, name, index);
+                self.claim_place(&endpoint.place, endpoint.network.as_ref(), &part, put);
+            }
+            self.mark_service_entry(name, &entry);
+        }
+    }
+
+    /// All that an entry gives: its hosts, its endpoints, and the services of those that it selects.
+    fn mark_service_entry(&mut self, name: &NamespacedName, entry: &ServiceEntry) {
+        let hosts = 0..entry.hosts.len();
+        self.dirty
+            .extend(hosts.map(|index| Part::at(PartKind::Host, name, index)));
+        let endpoints = 0..entry.endpoints.len();
+        self.dirty
+            .extend(endpoints.map(|index| Part::at(PartKind::Endpoint, name, index)));
+        if !entry.selector.is_empty() {
+            self.mark_selected_entries(&name.namespace, &entry.selector);
+            let pods = within(&self.pods, &name.namespace).filter(|(_, pod)| pod.labels.matches(&entry.selector));
+            self.dirty.extend(pods.map(|(name, _)| Part::new(PartKind::Pod, name)));
+        }
+    }
+
+    fn mark_selected_entries(&mut self, namespace: &Arc<str>, selector: &Labels) {
+        if selector.is_empty() {
+            return;
+        }
+        let selected = within(&self.entries, namespace).filter(|(_, entry)| entry.endpoint.labels.matches(selector));
+        self.dirty
+            .extend(selected.map(|(name, _)| Part::new(PartKind::Entry, name)));
+    }
+
+    pub fn put_gateway(&mut self, name: &NamespacedName, new: Option<Gateway>) {
+        if exchange(&mut self.gateways, name, new).is_none() {
+            return;
+        }
+        let from = Source {
+            kind: Kind::Namespace,
+            name: NamespacedName::new("", ""),
+        };
+        let users = self.gateway_users.range((name.clone(), from)..);
+        let users = users.take_while(|(gateway, _)| gateway == name);
+        let users: Vec<Source> = users.map(|(_, user)| user.clone()).collect();
+        users.iter().for_each(|user| self.mark_source(user));
+    }
+
+    pub fn put_policy(&mut self, name: &NamespacedName, new: Option<Policy>) {
+        let Some(old) = exchange(&mut self.policies, name, new) else {
+            return;
+        };
+        self.dirty.insert(Part::new(PartKind::Policy, name));
+        let new = self.policies.get(name).cloned();
+        let listed = |record: &Option<Policy>| {
+            let record = record.as_ref().filter(|record| record.sent);
+            record.and_then(|record| record.selector.clone())
+        };
+        if listed(&old) != listed(&new) {
+            for selector in [listed(&old), listed(&new)].into_iter().flatten() {
+                self.mark_workloads(&name.namespace, Some(&selector));
+            }
+        }
+    }
+
+    pub fn put_authentication(&mut self, name: &NamespacedName, new: Option<Authentication>) {
+        let Some(old) = exchange(&mut self.authentications, name, new) else {
+            return;
+        };
+        let new = self.authentications.get(name).cloned();
+        for record in [old, new].into_iter().flatten() {
+            self.mark_workloads(&name.namespace, record.selector.as_deref());
+        }
+        // One that says nothing of its own is made of the wider ones, and of the others of its scope.
+        let is_root = name.namespace == self.root_namespace;
+        let all = self
+            .authentications
+            .keys()
+            .filter(|other| is_root || other.namespace == name.namespace);
+        self.dirty
+            .extend(all.map(|name| Part::new(PartKind::PeerAuthentication, name)));
+        self.dirty.insert(Part::new(PartKind::PeerAuthentication, name));
+    }
+
+    /// The workloads that a policy of this namespace selects; all, if it has no selector.
+    fn mark_workloads(&mut self, namespace: &Arc<str>, selector: Option<&Labels>) {
+        let selects = |labels: &Labels| selector.is_none_or(|selector| labels.matches(selector));
+        let mut marked = Vec::new();
+        let mut mark = |namespace: &Arc<str>| {
+            let pods = within(&self.pods, namespace).filter(|(_, pod)| selects(&pod.labels));
+            marked.extend(pods.map(|(name, _)| Part::new(PartKind::Pod, name)));
+            let entries = within(&self.entries, namespace).filter(|(_, entry)| selects(&entry.endpoint.labels));
+            marked.extend(entries.map(|(name, _)| Part::new(PartKind::Entry, name)));
+            for (name, entry) in within(&self.service_entries, namespace) {
+                let endpoints = entry.endpoints.iter().enumerate();
+                let endpoints = endpoints.filter(|(_, endpoint)| selects(&endpoint.labels));
+                marked.extend(endpoints.map(|(index, _)| Part::at(PartKind::Endpoint, name, index)));
+            }
+        };
+        if *namespace == self.root_namespace {
+            self.all_namespaces().iter().for_each(&mut mark);
+        } else {
+            mark(namespace);
+        }
+        self.dirty.extend(marked);
+    }
+
+    /// Every namespace that anything is in.
+    fn all_namespaces(&self) -> BTreeSet<Arc<str>> {
+        let pods = self.pods.keys().map(|name| &name.namespace);
+        let entries = self.entries.keys().map(|name| &name.namespace);
+        let service_entries = self.service_entries.keys().map(|name| &name.namespace);
+        pods.chain(entries).chain(service_entries).cloned().collect()
+    }
+
+    /// Everything of an object; of a namespace, everything in it.
+    fn mark_source(&mut self, source: &Source) {
+        let name = &source.name;
+        match source.kind {
+            Kind::Pod => _ = self.dirty.insert(Part::new(PartKind::Pod, name)),
+            Kind::WorkloadEntry => _ = self.dirty.insert(Part::new(PartKind::Entry, name)),
+            Kind::Service => _ = self.dirty.insert(Part::new(PartKind::Service, name)),
+            Kind::ServiceEntry => {
+                if let Some(entry) = self.service_entries.get(name).cloned() {
+                    self.mark_service_entry(name, &entry);
+                }
+            }
+            Kind::Namespace => {
+                self.dirty.insert(Part::new(PartKind::Namespace, name));
+                let namespace = &name.name;
+                let part = |kind: PartKind| move |name: &NamespacedName| Part::new(kind, name);
+                let pods = within(&self.pods, namespace).map(|(name, _)| name);
+                self.dirty.extend(pods.map(part(PartKind::Pod)));
+                let entries = within(&self.entries, namespace).map(|(name, _)| name);
+                self.dirty.extend(entries.map(part(PartKind::Entry)));
+                let services = within(&self.services, namespace).map(|(name, _)| name);
+                self.dirty.extend(services.map(part(PartKind::Service)));
+                let of_namespace = within(&self.service_entries, namespace);
+                let all: Vec<_> = of_namespace
+                    .map(|(name, entry)| (name.clone(), entry.clone()))
+                    .collect();
+                all.iter()
+                    .for_each(|(name, entry)| self.mark_service_entry(name, entry));
+            }
+            _ => {}
+        }
+    }
+
+    /// Everything, after a setting of the whole mesh changed.
+    pub fn mark_all(&mut self) {
+        let mut namespaces = self.all_namespaces();
+        namespaces.extend(self.services.keys().map(|name| name.namespace.clone()));
+        for namespace in namespaces {
+            let name = NamespacedName {
+                namespace: "".into(),
+                name: namespace,
+            };
+            self.mark_source(&Source {
+                kind: Kind::Namespace,
+                name,
+            });
+        }
+        for (name, slice) in &self.slices {
+            let others = 0..slice.others.len();
+            self.dirty
+                .extend(others.map(|index| Part::at(PartKind::SliceEndpoint, name, index)));
+        }
+        let policies = self.policies.keys();
+        self.dirty
+            .extend(policies.map(|name| Part::new(PartKind::Policy, name)));
+        let authentications = self.authentications.keys();
+        self.dirty
+            .extend(authentications.map(|name| Part::new(PartKind::PeerAuthentication, name)));
+    }
+
+    /// The Gateways that an object names by its labels.
+    fn link_labels(&mut self, labels: &Labels, source: Source, put: bool) {
+        let namespace = source.name.namespace.clone();
+        if let Some(gateway) = waypoints::named(labels, &namespace) {
+            self.use_gateway(gateway, source.clone(), put);
+        }
+        if let Some(name) = labels.get(labels::GATEWAY_NAME).cloned() {
+            self.use_gateway(NamespacedName { namespace, name }, source, put);
+        }
+    }
+
+    fn use_gateway(&mut self, gateway: NamespacedName, source: Source, put: bool) {
+        if put {
+            self.gateway_users.insert((gateway, source));
+        } else {
+            self.gateway_users.remove(&(gateway, source));
+        }
+    }
+
+    fn claim_place(&mut self, place: &Place, network: Option<&Arc<str>>, part: &Part, put: bool) {
+        if let Place::Ip(ip) = place {
+            let address = Address::single(&network.unwrap_or(&self.network).clone(), *ip);
+            self.claim_address(address, part, put);
+        }
+    }
+
+    fn claim_address(&mut self, address: Address, part: &Part, put: bool) {
+        self.dirty.extend(self.addresses.of(&address).cloned());
+        if put {
+            self.addresses.insert(address, part.clone());
+        } else {
+            self.addresses.remove(address, part.clone());
+        }
+    }
+
+    /// Who else claims the name is made anew; within the namespace with all of its endpoints, for of those that share
+    /// name and namespace one alone is there.
+    fn claim_hostname(&mut self, hostname: &Arc<str>, part: &Part, put: bool, mark: bool) {
+        let others: Vec<Part> = self
+            .hostnames
+            .of(hostname)
+            .filter(|other| *other != part)
+            .cloned()
+            .collect();
+        for other in others {
+            if mark && other.kind == PartKind::Host && other.of.namespace == part.of.namespace {
+                self.mark_source(&other.source());
+            }
+            self.dirty.insert(other);
+        }
+        if put {
+            self.hostnames.insert(hostname.clone(), part.clone());
+        } else {
+            self.hostnames.remove(hostname.clone(), part.clone());
+        }
+    }
+
+    /// Of several that claim one thing the least has it. A pod's address is given by Kubernetes and can't be taken by
+    /// what somebody writes into an entry, and neither can a Service's; otherwise the older one has it. A pod on its way
+    /// out yields.
+    pub fn rank(&self, part: &Part) -> (u8, bool, Option<Age>, Part) {
+        let of = &part.of;
+        let (class, terminating, age) = match part.kind {
+            PartKind::Pod => {
+                let pod = self.pods.get(of);
+                (0, pod.is_some_and(|pod| pod.terminating), pod.map(|pod| &pod.age))
+            }
+            PartKind::Service => (1, false, self.services.get(of).map(|record| &record.age)),
+            PartKind::Entry => (2, false, self.entries.get(of).map(|record| &record.age)),
+            PartKind::Host | PartKind::Endpoint => (2, false, self.service_entries.get(of).map(|record| &record.age)),
+            PartKind::SliceEndpoint => (2, false, self.slices.get(of).map(|record| &record.age)),
+            PartKind::Policy | PartKind::PeerAuthentication | PartKind::Namespace => (3, false, None),
+        };
+        (class, terminating, age.cloned(), part.clone())
+    }
+
+    /// Who has an address.
+    pub fn owner(&self, address: &Address) -> Option<&Part> {
+        let mut claimants = self.addresses.of(address).peekable();
+        let first = claimants.next()?;
+        if claimants.peek().is_none() {
+            return Some(first);
+        }
+        self.addresses.of(address).min_by_key(|part| self.rank(part))
+    }
+}

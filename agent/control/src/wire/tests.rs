@@ -1,0 +1,1 @@
+//! The messages, byte by byte.
