@@ -100,6 +100,11 @@ impl Snapshot {
         self.table(type_).len
     }
 
+    /// The resources of a type, in no order.
+    pub fn entries(&self, type_: Type) -> impl Iterator<Item = &Arc<Entry>> {
+        self.table(type_).iter()
+    }
+
     /// Whether there is nothing at all.
     pub fn is_empty(&self) -> bool {
         self.address.len + self.authorization.len == 0
@@ -207,12 +212,7 @@ impl Table {
     }
 }
 
-fn relink(
-    links: &mut Tree<Links>,
-    before: Option<&Entry>,
-    after: Option<&Entry>,
-    of: impl Fn(&Entry) -> &[Arc<str>],
-) {
+fn relink(links: &mut Tree<Links>, before: Option<&Entry>, after: Option<&Entry>, of: impl Fn(&Entry) -> &[Arc<str>]) {
     let keys = |entry: Option<&Entry>| entry.map(&of).map_or(&[][..], |keys| &keys[..]).to_vec();
     let (gone, new) = (keys(before), keys(after));
     for key in gone.iter().filter(|key| !new.contains(key)) {

@@ -130,8 +130,14 @@ mod tests {
             let bytes = frames.concat();
             assert_eq!(bytes[..5], [&[0][..], &(bytes.len() as u32 - 5).to_be_bytes()].concat());
             let message = DeltaDiscoveryResponse::decode(&bytes[5..]).unwrap();
-            assert_eq!((message.resources.len() as u32, message.removed_resources.len()), (count, 1));
-            assert_eq!((message.nonce.as_str(), message.system_version_info.as_str()), ("7.1", "9"));
+            assert_eq!(
+                (message.resources.len() as u32, message.removed_resources.len()),
+                (count, 1)
+            );
+            assert_eq!(
+                (message.nonce.as_str(), message.system_version_info.as_str()),
+                ("7.1", "9")
+            );
             assert_eq!(message.type_url, proto::ADDRESS_TYPE);
         }
     }
@@ -151,8 +157,14 @@ mod tests {
             ..Default::default()
         };
         let read = Request::decode(sent.encode_to_vec().as_slice()).unwrap();
-        assert_eq!((read.type_url, read.subscribe, read.unsubscribe), (sent.type_url, vec!["*".into()], vec!["a".into()]));
-        assert_eq!((&read.known[0].name[..], &read.known[0].version[..]), (&b"b"[..], &b"1"[..]));
+        assert_eq!(
+            (read.type_url, read.subscribe, read.unsubscribe),
+            (sent.type_url, vec!["*".into()], vec!["a".into()])
+        );
+        assert_eq!(
+            (&read.known[0].name[..], &read.known[0].version[..]),
+            (&b"b"[..], &b"1"[..])
+        );
         assert_eq!((read.nonce.as_str(), read.error.unwrap().message.as_str()), ("n", "no"));
     }
 

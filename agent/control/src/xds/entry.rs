@@ -81,7 +81,11 @@ impl Entry {
         let version = Version::of(resource);
         let workload = match resource.type_ {
             // What can't be read has no endpoints, and is sent all the same: it is the client's to reject.
-            Type::Address => Membership::decode(resource.message.clone()).unwrap_or_default().workload,
+            Type::Address => {
+                Membership::decode(resource.message.clone())
+                    .unwrap_or_default()
+                    .workload
+            }
             Type::Authorization => None,
         };
         let message = Any {
@@ -188,11 +192,16 @@ mod tests {
         let entry = Entry::new(&resource);
         assert_eq!(&*entry.services, &["ns/s".into(), "ns/t".into()]);
         let sent = DeltaDiscoveryResponse::decode(entry.wire(View::Address)).unwrap();
-        let [sent] = &sent.resources[..] else { panic!("{sent:?}") };
+        let [sent] = &sent.resources[..] else {
+            panic!("{sent:?}")
+        };
         assert_eq!((&*sent.name, sent.version.as_bytes()), ("a", entry.version.as_bytes()));
         assert_eq!(sent.aliases, ["/10.0.0.1"]);
         let any = sent.resource.as_ref().unwrap();
-        assert_eq!((any.type_url.as_str(), &any.value), (proto::ADDRESS_TYPE, &resource.message.to_vec()));
+        assert_eq!(
+            (any.type_url.as_str(), &any.value),
+            (proto::ADDRESS_TYPE, &resource.message.to_vec())
+        );
     }
 
     #[test]

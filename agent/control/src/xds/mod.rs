@@ -13,15 +13,27 @@
 //! The protocol: <https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol>; istiod's ways with it are said in
 //! `subscription`.
 
+mod acknowledged;
+mod admission;
 mod cache;
+mod codec;
+mod connection;
 mod entry;
 mod push;
+mod server;
+mod session;
+mod stream;
+mod subscription;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tree;
 
+pub use acknowledged::{Acknowledged, Client, Counters, REFUSALS, Refusal};
+pub use admission::Limits as AdmissionLimits;
 pub use cache::{Cache, Snapshot};
+pub use connection::{Connection, Peer};
 pub use entry::{Entry, Version};
+pub use server::{Authenticate, Caller, Config, Discovery, transport};
 
 use crate::resources::Type;
 

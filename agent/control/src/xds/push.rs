@@ -187,7 +187,10 @@ impl Push {
     }
 
     fn size(&self) -> usize {
-        let encoded = [&self.whole, &self.puts].into_iter().filter_map(OnceLock::get).flatten();
+        let encoded = [&self.whole, &self.puts]
+            .into_iter()
+            .filter_map(OnceLock::get)
+            .flatten();
         encoded.map(|chunk| chunk.len()).sum()
     }
 }
@@ -257,7 +260,10 @@ mod tests {
         for chunk in chunks {
             let chunk = Chunk::Encoded(chunk);
             let response = DeltaDiscoveryResponse::decode(chunk.segments(View::Address).concat().as_slice()).unwrap();
-            assert_eq!((response.resources.len(), response.removed_resources.len()), chunk.counts());
+            assert_eq!(
+                (response.resources.len(), response.removed_resources.len()),
+                chunk.counts()
+            );
         }
     }
 
@@ -287,7 +293,9 @@ mod tests {
 
     #[test]
     fn a_complaint_names_its_resources() {
-        let puts: Vec<_> = (0..40).map(|n| Arc::new(Entry::new(&policy(&format!("ns/p{n}"), 0)))).collect();
+        let puts: Vec<_> = (0..40)
+            .map(|n| Arc::new(Entry::new(&policy(&format!("ns/p{n}"), 0))))
+            .collect();
         let chunk = Chunk::Encoded(Arc::clone(&chunks(View::Authorization, &puts, &[], 1 << 20)[0]));
         assert_eq!(chunk.named_in("ns/p39: no such action"), ["ns/p39".into()]);
         assert_eq!(chunk.named_in("bad").len(), 16);

@@ -24,7 +24,7 @@
 //! for (`clients_converge`, in `session`); one response in flight.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -105,7 +105,10 @@ impl Subscription {
         };
         new.change(request);
         if !new.wildcard {
-            let reported = new.known.iter().filter_map(|known| std::str::from_utf8(&known.name).ok());
+            let reported = new
+                .known
+                .iter()
+                .filter_map(|known| std::str::from_utf8(&known.name).ok());
             let reported: Vec<Arc<str>> = reported.map(Arc::from).collect();
             new.asked.extend(reported.iter().cloned());
             new.names.extend(reported);
@@ -118,10 +121,8 @@ impl Subscription {
         for name in &request.subscribe {
             self.owed = true;
             if name == EVERYTHING {
-                self.again = self.wildcard && self.sent.is_some();
-                if !self.wildcard {
-                    (self.wildcard, self.sent) = (true, None);
-                }
+                self.wildcard = true;
+                self.again = self.sent.is_some() || self.plan.is_some();
             } else {
                 let name: Arc<str> = name.as_str().into();
                 self.names.insert(Arc::clone(&name));
@@ -138,17 +139,12 @@ impl Subscription {
         }
     }
 
+    /// What it still asks for by name is answered anew.
     fn give_up_everything(&mut self) {
-        self.wildcard = false;
-        self.again = false;
+        (self.wildcard, self.again) = (false, false);
+        (self.sent, self.plan) = (None, None);
         self.held.clear();
-        if let Some(state) = self.sent.clone() {
-            let table = state.table(self.view.type_());
-            for name in &self.names {
-                self.held
-                    .extend(meant(table, name).map(|entry| Arc::clone(&entry.name)));
-            }
-        }
+        self.asked = self.names.iter().cloned().collect();
     }
 
     /// The client forgets what it gives up; endpoints, which it did not name, it keeps, and is told of.
@@ -156,7 +152,8 @@ impl Subscription {
         self.held.remove(name);
         if let Some(state) = self.sent.clone() {
             let table = state.table(self.view.type_());
-            for entry in table.named(name).filter(|entry| !self.wants(table, entry)) {
+            let forgotten = table.named(name).filter(|entry| !self.wants(table, entry));
+            for entry in forgotten.collect::<Vec<_>>() {
                 self.held.remove(&entry.name);
             }
         }
@@ -234,9 +231,9 @@ impl Subscription {
         if self.in_flight.is_some() || self.plan.is_some() || self.withheld.is_empty() {
             return None;
         }
-        let gone: Vec<_> = self.withheld.iter().filter(|(_, since)| **since <= floor);
+        let gone = self.withheld.iter().filter(|(_, since)| **since <= floor);
         let gone: Vec<_> = gone.map(|(name, _)| Arc::clone(name)).collect();
-        gone.iter().for_each(|name| drop(self.withheld.remove(name)));
+        self.withheld.retain(|_, since| *since > floor);
         let mut parts: VecDeque<_> = chunks(self.view, &[], &gone, pushes.chunk_bytes()).into();
         let chunk = Chunk::Encoded(parts.pop_front()?);
         if !parts.is_empty() {
@@ -271,16 +268,16 @@ impl Subscription {
             return;
         }
         let asked = std::mem::take(&mut self.asked);
-        let (first, pages) = match (&from, self.wildcard) {
-            (None, true) if self.known.is_empty() => (Vec::new(), Some(0)),
+        let again = std::mem::take(&mut self.again);
+        let (mut first, pages) = match (&from, self.wildcard) {
+            (None, true) if again || self.known.is_empty() => (Vec::new(), Some(0)),
             (None, true) => (self.reported(to, pushes), None),
-            (Some(from), true) => {
-                let mut parts = self.everything(from, to, pushes);
-                parts.extend(self.answers(&asked, to, pushes));
-                (parts, std::mem::take(&mut self.again).then_some(0))
-            }
+            (Some(from), true) => (self.everything(from, to, pushes), again.then_some(0)),
             (from, false) => (self.by_name(from.as_deref(), &asked, to, pushes), None),
         };
+        if self.wildcard {
+            first.extend(self.answers(&asked, to, pushes));
+        }
         self.known = Vec::new();
         self.plan = Some(Plan {
             target: Arc::clone(to),
@@ -319,8 +316,11 @@ impl Subscription {
     /// What changed, to somebody who had everything once.
     fn reported(&mut self, to: &Arc<Snapshot>, pushes: &Pushes) -> Vec<Arc<Encoded>> {
         let table = to.table(self.view.type_());
-        let mut known: HashMap<&[u8], &[u8]> =
-            self.known.iter().map(|known| (&known.name[..], &known.version[..])).collect();
+        let mut known: HashMap<&[u8], &[u8]> = self
+            .known
+            .iter()
+            .map(|known| (&known.name[..], &known.version[..]))
+            .collect();
         let seen = table.iter().filter(|entry| entry.is_seen_in(self.view));
         let puts: Vec<_> = seen
             .filter(|entry| known.remove(entry.name.as_bytes()) != Some(entry.version.as_bytes()))
@@ -330,7 +330,8 @@ impl Subscription {
         let mut gone: Vec<Arc<str>> = gone.map(Arc::from).collect();
         if self.view == View::Authorization {
             let gone = std::mem::take(&mut gone);
-            self.withheld.extend(gone.into_iter().map(|name| (name, to.generation())));
+            self.withheld
+                .extend(gone.into_iter().map(|name| (name, to.generation())));
         }
         chunks(self.view, &puts, &gone, pushes.chunk_bytes())
     }
@@ -341,7 +342,7 @@ impl Subscription {
         for name in asked {
             answer.add(self.view, to.table(self.view.type_()), name, |_| false);
         }
-        chunks(self.view, &answer.puts(), &answer.missing, pushes.chunk_bytes())
+        answer.encode(self.view, pushes.chunk_bytes())
     }
 
     fn by_name(
@@ -353,8 +354,11 @@ impl Subscription {
     ) -> Vec<Arc<Encoded>> {
         let table = to.table(self.view.type_());
         let mut answer = Answer::default();
-        let reported: HashMap<&[u8], &[u8]> =
-            self.known.iter().map(|known| (&known.name[..], &known.version[..])).collect();
+        let reported: HashMap<&[u8], &[u8]> = self
+            .known
+            .iter()
+            .map(|known| (&known.name[..], &known.version[..]))
+            .collect();
         let current = |entry: &Entry| reported.get(entry.name.as_bytes()) == Some(&entry.version.as_bytes());
         for name in asked {
             answer.add(self.view, table, name, |entry| self.held.contains(&entry.name));
@@ -374,11 +378,12 @@ impl Subscription {
             answer.missing.extend(gone.map(|entry| Arc::clone(&entry.name)));
         }
         for name in asked {
-            self.held.extend(meant(table, name).map(|entry| Arc::clone(&entry.name)));
+            self.held
+                .extend(meant(table, name).map(|entry| Arc::clone(&entry.name)));
         }
         self.held.extend(answer.found.keys().cloned());
-        answer.missing.iter().for_each(|name| drop(self.held.remove(name)));
-        chunks(self.view, &answer.puts(), &answer.missing, pushes.chunk_bytes())
+        self.held.retain(|name| !answer.missing.contains(name));
+        answer.encode(self.view, pushes.chunk_bytes())
     }
 
     /// Whether a name that it asked for means this, or a service that this is an endpoint of.
@@ -386,7 +391,10 @@ impl Subscription {
         let named = |entry: &Entry| {
             self.names.contains(&entry.name) || entry.aliases.iter().any(|alias| self.names.contains(alias))
         };
-        let services = entry.services.iter().filter_map(|name| table.get(name).map(|service| (name, service)));
+        let services = entry
+            .services
+            .iter()
+            .filter_map(|name| table.get(name).map(|service| (name, service)));
         named(entry) || { services }.any(|(name, service)| self.names.contains(name) || named(service))
     }
 }
@@ -417,7 +425,7 @@ impl Plan {
 #[derive(Default)]
 struct Answer {
     found: BTreeMap<Arc<str>, Arc<Entry>>,
-    missing: Vec<Arc<str>>,
+    missing: BTreeSet<Arc<str>>,
 }
 
 impl Answer {
@@ -429,7 +437,7 @@ impl Answer {
             self.add_endpoints(view, table, entry, &held);
         }
         if !any {
-            self.missing.push(Arc::clone(name));
+            self.missing.insert(Arc::clone(name));
         }
     }
 
@@ -440,8 +448,10 @@ impl Answer {
         }
     }
 
-    fn puts(&self) -> Vec<Arc<Entry>> {
-        self.found.values().cloned().collect()
+    fn encode(&self, view: View, limit: usize) -> Vec<Arc<Encoded>> {
+        let puts: Vec<_> = self.found.values().cloned().collect();
+        let missing: Vec<_> = self.missing.iter().cloned().collect();
+        chunks(view, &puts, &missing, limit)
     }
 }
 

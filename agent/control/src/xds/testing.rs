@@ -49,7 +49,10 @@ fn resource(type_: Type, name: &str, address: Option<&str>, message: Vec<u8>) ->
     Resource {
         type_,
         name: name.into(),
-        aliases: address.map(|address| format!("/{address}").into()).into_iter().collect(),
+        aliases: address
+            .map(|address| format!("/{address}").into())
+            .into_iter()
+            .collect(),
         message: message.into(),
     }
 }
