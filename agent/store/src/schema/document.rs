@@ -16,7 +16,8 @@
 
 use std::{collections::BTreeMap, sync::LazyLock};
 
-const TEXTS: &[&str] = &[
+/// The texts, in no order that matters.
+pub(super) const TEXTS: &[&str] = &[
     include_str!("types/meta.txt"),
     include_str!("types/core.txt"),
     include_str!("types/apps.txt"),
@@ -47,7 +48,7 @@ pub(crate) struct Type {
     pub atomic: bool,
     /// For people.
     pub description: &'static str,
-    /// By name.
+    /// Its fields.
     pub fields: BTreeMap<&'static str, Field>,
 }
 

@@ -18,10 +18,12 @@
 
 mod document;
 mod node;
+mod openapi;
 mod strict;
 
 pub(crate) use document::{Field, ListKind, Shape, Type, document};
 pub(crate) use node::Node;
+pub use openapi::{openapi_v2, openapi_v3, openapi_v3_index};
 pub use strict::{duplicate_fields, unknown_fields};
 
 use crate::kinds::Kind;
