@@ -133,6 +133,7 @@ impl Checks {
         test.args(["test", "--workspace", "--locked", "--no-fail-fast"])
             .args(filter);
         test.env(NOT_RUN, &not_run).env(BINARY, self.workspace.binary());
+        test.env("PATH", path_with(&self.workspace));
         let mut sum = Sum::default();
         self.show("tests", "run all tests", &mut test, &mut sum)?;
         if filter.is_empty() {
@@ -204,6 +205,16 @@ impl Sum {
             }
         }
     }
+}
+
+/// The search path, and behind it what setup put under target/tools.
+fn path_with(workspace: &Workspace) -> std::ffi::OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    if let Some(directory) = workspace.kubectl().parent() {
+        path.push(":");
+        path.push(directory);
+    }
+    path
 }
 
 fn lines(path: &Path) -> Vec<String> {

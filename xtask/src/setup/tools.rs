@@ -7,7 +7,7 @@ pub enum Purpose {
     Build,
     /// The playground: demo and system tests.
     Run,
-    /// `cargo deny`.
+    /// The tests: `cargo deny`, `kubectl`.
     Audit,
     /// The benchmarks.
     Bench,
