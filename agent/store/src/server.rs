@@ -1,4 +1,9 @@
 //! The whole server: engine, controllers and HTTP.
+//!
+//! ```text
+//! start: open the directory ─► the objects that every cluster has ─► HTTP ─► controllers
+//! stop:  HTTP drains ─► controllers end ─► the engine closes with its last handle
+//! ```
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -8,7 +13,8 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    engine::{Engine, OpenError, Settings},
+    controllers::{Controllers, bootstrap},
+    engine::{ApiError, Engine, OpenError, Settings},
     http::{self, Front, FrontError},
 };
 
@@ -34,11 +40,15 @@ pub enum StartError {
     /// Keys, certificates or listeners.
     #[error(transparent)]
     Front(#[from] FrontError),
+    /// The objects that every cluster has.
+    #[error("cannot make the first objects: {0}")]
+    Bootstrap(#[from] ApiError),
 }
 
 /// A running server.
 pub struct Server {
     front: Front,
+    controllers: Controllers,
     engine: Engine,
 }
 
@@ -54,13 +64,24 @@ impl Server {
             settings.service_cidrs = config.service_cidrs;
         }
         let engine = Engine::open_with(&config.directory, settings)?;
+        let addresses: Vec<SocketAddr> = config
+            .listeners
+            .iter()
+            .filter_map(|one| one.local_addr().ok())
+            .collect();
+        bootstrap(&engine, &addresses).await?;
         let front = http::Config {
             directory: config.directory,
             listeners: config.listeners,
             names: config.names,
         };
         let front = Front::start(front, engine.clone())?;
-        Ok(Self { front, engine })
+        let controllers = Controllers::start(&engine, front.ca_pem());
+        Ok(Self {
+            front,
+            controllers,
+            engine,
+        })
     }
 
     /// Where it listens.
@@ -81,5 +102,6 @@ impl Server {
     /// Ends watches, finishes what is under way, and closes.
     pub async fn stop(self) {
         self.front.stop().await;
+        self.controllers.stop().await;
     }
 }

@@ -30,6 +30,7 @@ mod transaction;
 mod write;
 
 use std::{
+    net::IpAddr,
     path::Path,
     sync::{Arc, PoisonError},
     thread::JoinHandle,
@@ -38,7 +39,7 @@ use std::{
 use ipnet::IpNet;
 use serde_json::{Map, Value};
 use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 pub(crate) use addresses::Family;
 pub use disk::OpenError;
@@ -51,6 +52,9 @@ pub(crate) use transaction::{Transaction, known};
 use crate::kinds::Kind;
 use disk::Disk;
 use state::{Pending, Shared};
+
+pub(crate) use delete::{FOREGROUND, ORPHAN};
+pub(crate) use metadata::strings;
 
 /// How many writes may wait for the disk.
 const WAITING: usize = 4096;
@@ -222,6 +226,26 @@ impl Engine {
         Watch::new(self.handle.shared.clone(), kind, namespace, since)
     }
 
+    /// Wakes at each durable change; the value is the revision.
+    pub fn revisions(&self) -> watch::Receiver<u64> {
+        self.handle.shared.revisions.subscribe()
+    }
+
+    /// Wakes when something of a kind changes.
+    pub(crate) fn watch_changes(&self, kind: &'static Kind) -> watch::Receiver<u64> {
+        self.handle.shared.wakes(kind)
+    }
+
+    /// The service address that belongs to the API itself.
+    pub(crate) fn first_service_address(&self) -> Option<IpAddr> {
+        self.handle.shared.staged().addresses.first()
+    }
+
+    /// How many objects of a kind there are, in one namespace or in all.
+    pub(crate) fn count(&self, kind: &'static Kind, namespace: Option<&str>) -> usize {
+        self.visible(|visible| visible.count(kind, namespace))
+    }
+
     fn visible<T>(&self, read: impl FnOnce(&state::Visible) -> T) -> T {
         read(
             &self
@@ -300,6 +324,7 @@ pub(crate) fn timestamp(time: OffsetDateTime) -> String {
     time.to_offset(time::UtcOffset::UTC).format(FORMAT).unwrap_or_default()
 }
 
-fn now() -> String {
+/// [`timestamp`] of this moment.
+pub(crate) fn now() -> String {
     timestamp(OffsetDateTime::now_utc())
 }

@@ -37,6 +37,8 @@ pub(super) struct Shared {
     pub(super) work: Condvar,
     /// By kind: its last revision.
     wakes: HashMap<&'static Kind, watch::Sender<u64>>,
+    /// The last revision of all.
+    pub(super) revisions: watch::Sender<u64>,
 }
 
 /// The durable state.
@@ -117,6 +119,18 @@ impl Visible {
         within.map(|(_, object)| object.clone()).collect()
     }
 
+    pub(super) fn count(&self, kind: &'static Kind, namespace: Option<&str>) -> usize {
+        let Some(state) = self.kinds.get(kind.stored()) else {
+            return 0;
+        };
+        let Some(namespace) = namespace else {
+            return state.objects.len();
+        };
+        let from: Place = (namespace.into(), "".into());
+        let within = state.objects.range(from..);
+        within.take_while(|((place, _), _)| &**place == namespace).count()
+    }
+
     fn apply(&mut self, change: &Change) {
         let Key { kind, namespace, name } = &change.object.key;
         let Some(state) = self.kinds.get_mut(kind) else {
@@ -164,6 +178,7 @@ impl Shared {
             visible: RwLock::new(visible),
             work: Condvar::new(),
             wakes: stored.map(|kind| (kind, watch::Sender::new(loaded.revision))).collect(),
+            revisions: watch::Sender::new(loaded.revision),
         }
     }
 
@@ -215,6 +230,9 @@ impl Shared {
                 }
             }
             staged.writing = false;
+        }
+        if let Some(last) = touched.values().max() {
+            self.revisions.send_replace(*last);
         }
         for (kind, revision) in touched {
             if let Some(wake) = self.wakes.get(kind) {
