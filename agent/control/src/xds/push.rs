@@ -32,7 +32,7 @@ pub(super) enum Chunk {
 #[derive(Debug, Default)]
 pub(super) struct Encoded {
     pub(super) puts: Vec<Arc<Entry>>,
-    pub(super) removed: Vec<Arc<str>>,
+    removed: Vec<Arc<str>>,
     resources: Bytes,
     removals: Bytes,
 }

@@ -25,6 +25,9 @@ use super::{
     subscription::{Subscription, Verdict},
 };
 
+/// How much of a client's complaint is read, in characters.
+const COMPLAINT: usize = 4096;
+
 /// What a client may cost.
 #[derive(Clone, Debug)]
 pub(super) struct Limits {
@@ -100,7 +103,8 @@ impl Session {
             self.settled.get_or_insert(settles);
             return self.within_limits(names);
         };
-        let refused = request.error.as_ref().map(|error| error.message.clone());
+        let refused = request.error.as_ref();
+        let refused = refused.map(|error| error.message.chars().take(COMPLAINT).collect::<String>());
         let verdict = subscription.answered(&request.nonce, refused.is_some());
         subscription.change(&request);
         let names = subscription.names();
@@ -195,11 +199,6 @@ impl Session {
     pub(super) fn acknowledged(&self) -> u64 {
         let subscriptions = self.subscriptions.iter().flatten();
         subscriptions.map(Subscription::acknowledged).min().unwrap_or(0)
-    }
-
-    /// Whether nothing waits for the client.
-    pub(super) fn is_idle(&self) -> bool {
-        !self.subscriptions.iter().flatten().any(Subscription::is_in_flight)
     }
 }
 

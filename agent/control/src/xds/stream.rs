@@ -163,6 +163,12 @@ impl Stream {
         self.states.borrow_and_update();
         let state = self.shared.cache.snapshot();
         while let Some(response) = self.session.next(&state, &self.shared.pushes, Instant::now()) {
+            let (puts, removed) = response.chunk.counts();
+            tracing::debug!(
+                "xds: {} is sent {puts} {:?}, {removed} removed",
+                self.label,
+                response.view
+            );
             let counters = &self.shared.acknowledged.counters;
             Counters::count(&counters.responses, 1);
             Counters::count(

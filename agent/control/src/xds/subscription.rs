@@ -164,11 +164,6 @@ impl Subscription {
         self.names.len()
     }
 
-    /// Whether a response waits to be acknowledged.
-    pub(super) fn is_in_flight(&self) -> bool {
-        self.in_flight.is_some()
-    }
-
     /// The state that was put on the wire whole, if nothing is left of a plan.
     pub(super) fn sent(&self) -> Option<&Arc<Snapshot>> {
         match self.plan {
