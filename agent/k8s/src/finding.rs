@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// Where an object stands among the manifests.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Place {
     /// The file, as its reader named it.
     pub file: String,

@@ -12,6 +12,7 @@ mod node;
 mod pods;
 mod reviews;
 mod tokens;
+mod xds;
 
 use std::{fmt, sync::Arc};
 

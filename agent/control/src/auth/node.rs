@@ -10,13 +10,12 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use arc_swap::ArcSwap;
 use model::{Identity, NamespacedName, TrustDomain};
 use tokio::sync::Semaphore;
 
 use super::{
-    AuthError, BoundPod, Caller, PodFacts, PodView, TokenUser,
-    pods::Pods,
-    tokens::Tokens,
+    AuthError, BoundPod, Caller, PodFacts, PodView, TokenUser, pods::Pods, tokens::Tokens,
 };
 
 /// Questions to the API at once: in all, and for each caller.
@@ -29,19 +28,19 @@ pub struct Authenticator {
     view: Arc<PodView>,
     pods: Arc<dyn Pods>,
     node_accounts: BTreeSet<NamespacedName>,
-    trust_domain: TrustDomain,
+    trust_domain: Arc<ArcSwap<TrustDomain>>,
     asking: Arc<Semaphore>,
     per_caller: Mutex<HashMap<Arc<str>, usize>>,
 }
 
 impl Authenticator {
-    /// `node_accounts`: whose pods are node agents.
+    /// `node_accounts`: whose pods are node agents. The trust domain may change with the mesh configuration.
     pub fn new(
         tokens: Tokens,
         view: Arc<PodView>,
         pods: impl Pods,
         node_accounts: impl IntoIterator<Item = NamespacedName>,
-        trust_domain: TrustDomain,
+        trust_domain: Arc<ArcSwap<TrustDomain>>,
     ) -> Self {
         Self {
             tokens,
@@ -99,8 +98,9 @@ impl Authenticator {
 
     /// The identity that a caller's certificate will have: the one it asks for, or its own.
     pub async fn identity(&self, caller: &Caller, asked: Option<&str>) -> Result<Identity, AuthError> {
+        let trust_domain = TrustDomain::clone(&self.trust_domain.load());
         let own = Identity {
-            trust_domain: self.trust_domain.clone(),
+            trust_domain: trust_domain.clone(),
             namespace: caller.account.namespace.clone(),
             service_account: caller.account.name.clone(),
         };
@@ -119,8 +119,8 @@ impl Authenticator {
             };
             return Err(denied(format!("{caller} may not ask for {asked}: {why}")));
         };
-        if asked.trust_domain != self.trust_domain {
-            return Err(denied(format!("{asked} is not of this trust domain, {}", self.trust_domain)));
+        if asked.trust_domain != trust_domain {
+            return Err(denied(format!("{asked} is not of this trust domain, {trust_domain}")));
         }
         let account = NamespacedName {
             namespace: asked.namespace.clone(),
@@ -253,7 +253,7 @@ mod tests {
             Arc::new(view),
             Late,
             [NamespacedName::new("istio-system", "ztunnel")],
-            TrustDomain::default(),
+            Arc::new(ArcSwap::from_pointee(TrustDomain::default())),
         )
     }
 

@@ -128,7 +128,7 @@ impl IstioCertificateService for CertificateService {
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         self.counters.requests.inc();
         let mut entry = Entry {
-            peer: request.extensions().get::<crate::serve::Peer>().map(|peer| peer.0),
+            peer: request.extensions().get::<crate::xds::Peer>().map(crate::xds::Peer::address),
             ..Entry::default()
         };
         match self.issue(request, &mut entry).await {

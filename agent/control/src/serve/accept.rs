@@ -21,18 +21,15 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
-use tonic::transport::server::Connected;
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
-use super::Peer;
+use crate::xds::Connection;
 
 /// How much.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at once, handshakes included.
     pub connections: usize,
-    /// Streams of one connection at once.
-    pub streams: u32,
     /// How long a handshake may take.
     pub handshake: Duration,
 }
@@ -41,7 +38,6 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 10_000,
-            streams: 2048,
             handshake: Duration::from_secs(10),
         }
     }
@@ -64,19 +60,14 @@ impl Accepting {
         }
     }
 
-    /// Its bounds.
-    pub fn limits(&self) -> Limits {
-        self.limits
-    }
-
     /// Accepts in a task until drained, or until the stream is dropped.
-    pub(super) fn start(self, drain: DrainSignal) -> impl Stream<Item = Result<Connection, Infallible>> + use<> {
+    pub(super) fn start(self, drain: DrainSignal) -> impl tokio_stream::Stream<Item = Result<Connection<Io>, Infallible>> + use<> {
         let (ready, accepted) = mpsc::channel(16);
         tokio::spawn(self.run(ready, drain));
         ReceiverStream::new(accepted).map(Ok)
     }
 
-    async fn run(self, ready: mpsc::Sender<Connection>, mut drain: DrainSignal) {
+    async fn run(self, ready: mpsc::Sender<Connection<Io>>, mut drain: DrainSignal) {
         let places = Arc::new(Semaphore::new(self.limits.connections));
         loop {
             let accepted = async {
@@ -116,13 +107,13 @@ async fn handshake(
     peer: SocketAddr,
     place: OwnedSemaphorePermit,
     limit: Duration,
-) -> Option<Connection> {
+) -> Option<Connection<Io>> {
     // A missing option costs latency and nothing else.
     let _ = stream.set_nodelay(true);
-    let io = match tls {
-        None => Io::Plain(stream),
+    let stream = match tls {
+        None => Stream::Plain(stream),
         Some(tls) => match tokio::time::timeout(limit, tls.accept(stream)).await {
-            Ok(Ok(stream)) => Io::Tls(Box::new(stream)),
+            Ok(Ok(stream)) => Stream::Tls(Box::new(stream)),
             Ok(Err(error)) => {
                 tracing::debug!(%peer, %error, "a TLS handshake failed");
                 return None;
@@ -133,43 +124,34 @@ async fn handshake(
             }
         },
     };
-    Some(Connection { io, peer, _place: place })
+    Some(Connection::new(Io { stream, _place: place }, peer))
 }
 
-enum Io {
+enum Stream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// A connection that is ready for HTTP/2.
-pub(super) struct Connection {
-    io: Io,
-    peer: SocketAddr,
+/// A connection that is ready for HTTP/2, and its place.
+pub(super) struct Io {
+    stream: Stream,
     _place: OwnedSemaphorePermit,
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        Peer(self.peer)
-    }
-}
-
-impl AsyncRead for Connection {
+impl AsyncRead for Io {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io {
-            Io::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
-            Io::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.io {
-            Io::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
-            Io::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -178,30 +160,30 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.io {
-            Io::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Io::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
 
     fn is_write_vectored(&self) -> bool {
-        match &self.io {
-            Io::Plain(stream) => stream.is_write_vectored(),
-            Io::Tls(stream) => stream.is_write_vectored(),
+        match &self.stream {
+            Stream::Plain(stream) => stream.is_write_vectored(),
+            Stream::Tls(stream) => stream.is_write_vectored(),
         }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io {
-            Io::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Io::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io {
-            Io::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Io::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }
@@ -210,6 +192,7 @@ impl AsyncWrite for Connection {
 mod tests {
     use tasks::drain_channel;
     use tokio::io::AsyncWriteExt;
+    use tonic::transport::server::Connected;
 
     use super::*;
 
@@ -245,6 +228,6 @@ mod tests {
         let own = stream.local_addr().unwrap();
         let (connected, first) = tokio::join!(connector.connect(name, stream), accepted.next());
         connected.unwrap();
-        assert_eq!(first.unwrap().unwrap().connect_info(), Peer(own));
+        assert_eq!(first.unwrap().unwrap().connect_info().address(), own);
     }
 }

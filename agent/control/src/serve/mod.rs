@@ -4,8 +4,8 @@
 //! ```text
 //! accept ─► handshake (bounded, timed) ─► HTTP/2 (tonic) ─► xDS, CA
 //! ```
-//! Knows nothing of what the services do. Bounded: connections, handshakes under way, streams of a connection, header and
-//! message sizes; a peer that is silent is asked and then closed. Drain: no new connections, GOAWAY to those there are, and
+//! Knows nothing of what the services do. Bounded: connections (handshakes too), what a connection may
+//! have open; a peer that is silent is asked and then closed. Drain: no new connections, GOAWAY to those there are, and
 //! after a while their end. Tokens travel here, so plaintext beyond loopback is refused
 //! (`plaintext_is_refused_beyond_loopback`).
 
@@ -17,15 +17,11 @@ use std::{io, net::SocketAddr, time::Duration};
 
 use tasks::{DrainMode, DrainSignal};
 use tokio::net::TcpListener;
-use tonic::{service::Routes, transport::Server};
+use tonic::transport::server::Router;
 
 pub use accept::{Accepting, Limits};
 pub use certificate::ServerCertificate;
 pub use monitoring::{Monitoring, serve as serve_monitoring};
-
-/// Where a request comes from; in its extensions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer(pub SocketAddr);
 
 /// Why a port is not served.
 #[derive(Debug, thiserror::Error)]
@@ -60,22 +56,14 @@ pub async fn listen_plaintext(address: SocketAddr) -> Result<TcpListener, Listen
 }
 
 /// Serves gRPC on what is accepted until drained; then until its clients are gone, or `patience` has passed.
-pub async fn serve(accepting: Accepting, routes: Routes, mut drain: DrainSignal, patience: Duration) {
-    let limits = accepting.limits();
-    let mut server = Server::builder()
-        .max_concurrent_streams(limits.streams)
-        .http2_max_header_list_size(64 * 1024)
-        .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .http2_max_pending_accept_reset_streams(Some(64))
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(4 << 20);
-    let (draining, drained) = (drain.clone(), async move {
-        drain.reached(DrainMode::Graceful).await;
-    });
-    let serving = server.add_routes(routes).serve_with_incoming_shutdown(accepting.start(draining.clone()), drained);
+pub async fn serve(accepting: Accepting, router: Router, drain: DrainSignal, patience: Duration) {
+    let mut draining = drain.clone();
+    let drained = async move {
+        draining.reached(DrainMode::Graceful).await;
+    };
+    let serving = router.serve_with_incoming_shutdown(accepting.start(drain.clone()), drained);
     tokio::pin!(serving);
-    let mut draining = draining;
+    let mut draining = drain;
     let gone = async {
         draining.reached(DrainMode::Graceful).await;
         tokio::select! {
