@@ -182,7 +182,12 @@ mod tests {
         }
         assert_eq!(
             rest,
-            [Action::BpfLinkerWithSystemLlvm, Action::CargoDeny, Action::Envoy]
+            [
+                Action::BpfLinkerWithSystemLlvm,
+                Action::CargoDeny,
+                Action::Kubectl,
+                Action::Envoy
+            ]
         );
     }
 
