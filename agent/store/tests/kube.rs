@@ -287,7 +287,12 @@ async fn an_expired_revision_is_a_410_after_which_a_watcher_lists_anew() {
     };
     assert_eq!((status.code, status.reason.as_str()), (410, "Expired"));
 
-    // The same in a watcher: a new server without the data of the old.
+    // The same in a watcher: a new server without the data of the old, whose revisions are far behind.
+    for index in 0..100 {
+        let name = format!("m{index}");
+        maps.create(&PostParams::default(), &map(&name, "1")).await.unwrap();
+        maps.delete(&name, &DeleteParams::default()).await.unwrap();
+    }
     maps.create(&PostParams::default(), &map("old", "1")).await.unwrap();
     let mut events = pin!(kube::runtime::watcher(maps, watcher::Config::default().labels("is")).default_backoff());
     while said(next(&mut events).await) != "done" {}

@@ -42,6 +42,9 @@ pub fn json(live: &Value, patch: &Value) -> Result<Value, ApiError> {
                 .map_or(Some(left), |source| left.checked_sub(size(source, left)))
                 .ok_or_else(|| impossible("the copies of this patch are too large"))?;
         }
+        if tests_for_nothing(&changed, &operation) {
+            continue;
+        }
         let path = operation.path().to_buf();
         json_patch::patch_unsafe(&mut changed, std::slice::from_ref(&operation))
             .map_err(|error| impossible(failure(&operation, &error.kind)))?;
@@ -51,6 +54,14 @@ pub fn json(live: &Value, patch: &Value) -> Result<Value, ApiError> {
         }
     }
     Ok(changed)
+}
+
+/// A field that is not there is null, to a `test`: against RFC 6902, but as in the API server, and clients rely on it.
+fn tests_for_nothing(value: &Value, operation: &PatchOperation) -> bool {
+    match operation {
+        PatchOperation::Test(test) => test.value.is_null() && test.path.resolve(value).is_err(),
+        _ => false,
+    }
 }
 
 /// An object changed by a merge patch: what is there replaces, `null` removes.
@@ -140,6 +151,7 @@ mod tests {
         let live = json!({"spec": {"replicas": 1, "list": [1, 2]}});
         let patch = json!([
             {"op": "test", "path": "/spec/replicas", "value": 1},
+            {"op": "test", "path": "/spec/nothing/there", "value": null},
             {"op": "replace", "path": "/spec/replicas", "value": 2},
             {"op": "remove", "path": "/spec/list/0"},
             {"op": "add", "path": "/spec/list/-", "value": 3},
