@@ -27,13 +27,16 @@ pub(super) fn check(request: &mut Request<'_, '_>, value: &Value) {
         let Finding {
             field, problem, effect, ..
         } = finding;
+        let is_beyond_us = matches!(problem, Problem::Unsupported(_) | Problem::NotActedUpon);
         // A policy with what nobody here can enforce is right all the same, and closes.
-        let is_closing = effect == Effect::Closed && matches!(problem, Problem::Unsupported(_) | Problem::NotActedUpon);
+        let is_closing = effect == Effect::Closed && is_beyond_us;
+        // What Kubernetes itself defines is not ours alone: others may act upon it.
+        let is_others = own.group.is_empty() && is_beyond_us;
         if is_closing {
             request.warnings.push(format!(
                 "{field}: {problem}; what the policy selects is closed until it is mended"
             ));
-        } else if effect >= Effect::Refused {
+        } else if effect >= Effect::Refused && !is_others {
             let found = at(value, &field).cloned().unwrap_or(Value::Null);
             request.causes.push(Cause::invalid(field, found, problem));
         } else {

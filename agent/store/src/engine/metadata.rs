@@ -64,6 +64,18 @@ pub(super) fn check_shape(kind: &Kind, value: &Value) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// A field that is null is one that is not there.
+pub(super) fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
+}
+
 /// Drops what is null or empty, so that two ways to write nothing are one.
 pub(super) fn tidy(metadata: &mut Map<String, Value>) {
     metadata.remove("selfLink");

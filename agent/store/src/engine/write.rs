@@ -23,6 +23,7 @@ pub(super) fn create(
     if !kind.is_stored() {
         return Err(ApiError::method_not_allowed(kind, "create"));
     }
+    metadata::drop_nulls(&mut value);
     metadata::check_shape(kind, &value)?;
     kinds::to_storage(kind, &mut value);
     let kind = kind.stored();
@@ -138,6 +139,7 @@ pub(super) fn change(
     let live_object = transaction.get(key).ok_or_else(missing)?;
     let live = live_object.value();
     let mut new = change(&live)?;
+    metadata::drop_nulls(&mut new);
     metadata::check_shape(kind, &new)?;
     kinds::to_storage(kind, &mut new);
     let given = text(&new, &["metadata", "resourceVersion"]);
