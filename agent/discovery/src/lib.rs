@@ -1,1 +1,2 @@
-//! The xDS client.
+//! Knowledge in: the xDS client.
+mod decode;
