@@ -300,8 +300,7 @@ where
 {
     let mut unknown = Vec::new();
     let mut ignored = |path: serde_ignored::Path<'_>| {
-        // The path writes `?` for each Option that it goes through.
-        let path = path.to_string().replace(".?", "");
+        let path = field_path(&path);
         let of_api = |root: &str| path == root || path.starts_with(&format!("{root}."));
         if !["apiVersion", "kind", "metadata", "status"].into_iter().any(of_api) {
             unknown.push(path);
@@ -310,4 +309,18 @@ where
     let read = serde_path_to_error::deserialize(serde_ignored::Deserializer::new(value, &mut ignored))
         .map_err(|error| (error.path().to_string(), error.inner().to_string()))?;
     Ok((read, unknown))
+}
+
+/// The path as a person writes it: `spec.rules[0].from`.
+fn field_path(path: &serde_ignored::Path<'_>) -> String {
+    use serde_ignored::Path;
+    match path {
+        Path::Root => String::new(),
+        Path::Seq { parent, index } => format!("{}[{index}]", field_path(parent)),
+        Path::Map { parent, key } => match field_path(parent) {
+            parent if parent.is_empty() => key.clone(),
+            parent => format!("{parent}.{key}"),
+        },
+        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => field_path(parent),
+    }
 }

@@ -1,6 +1,6 @@
 //! ServiceEntries and Gateways, as they are kept.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use k8s::{Effect, Problem, live};
@@ -97,24 +97,36 @@ fn hosts(entry: &live::ServiceEntry, names: &mut Names, notes: &mut Vec<Note>) -
         if hostname.is_empty() || hosts.iter().any(|other| other.hostname == hostname) {
             continue;
         }
-        let mut addresses: Vec<IpNet> = match entry.spec.addresses.is_empty() {
+        let all: Vec<IpNet> = match entry.spec.addresses.is_empty() {
             true => allotted(host),
             false => written.clone(),
         };
-        addresses.sort();
-        addresses.dedup();
+        let mut addresses = Vec::new();
+        for block in all {
+            if !addresses.contains(&block) {
+                addresses.push(block);
+            }
+        }
         let addresses = addresses.into();
         hosts.push(Host { hostname, addresses });
     }
     hosts.into()
 }
 
+/// An address or a block; of v4-mapped addresses, the IPv4 block that they are.
 fn block(text: &str) -> Option<IpNet> {
-    let block = match text.parse::<IpNet>() {
+    let written = match text.parse::<IpNet>() {
         Ok(block) => block.trunc(),
-        Err(_) => IpNet::from(text.parse::<std::net::IpAddr>().ok()?.to_canonical()),
+        Err(_) => IpNet::from(text.parse::<IpAddr>().ok()?),
     };
-    Some(block).filter(|block| !(block.addr().is_unspecified() && block.prefix_len() == block.max_prefix_len()))
+    let block = match (written.addr().to_canonical(), written.prefix_len()) {
+        (ip @ IpAddr::V4(_), length) if written.addr().is_ipv6() => {
+            IpNet::new(ip, length.checked_sub(96)?).ok()?.trunc()
+        }
+        _ => written,
+    };
+    let is_single = block.prefix_len() == block.max_prefix_len();
+    Some(block).filter(|block| !(is_single && block.addr().is_unspecified()))
 }
 
 /// The endpoints that are written; without any, and found by DNS, each host is its own.
@@ -215,7 +227,7 @@ fn destination(
     network: &Arc<str>,
     names: &mut Names,
 ) -> GatewayDestination {
-    match address.value.parse::<std::net::IpAddr>() {
+    match address.value.parse::<IpAddr>() {
         Ok(ip) => GatewayDestination::Address(NetworkAddress::new(network.clone(), ip.to_canonical())),
         Err(_) => GatewayDestination::Hostname(NamespacedName {
             namespace: names.text(namespace),

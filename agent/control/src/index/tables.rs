@@ -247,12 +247,15 @@ impl Tables {
         }
     }
 
+    /// In their order, for where two slices of a service contradict each other the last one is believed.
     fn link_slice(&mut self, pod: &NamespacedName, slice: &NamespacedName, put: bool) {
         let slices = self.slices_of_pod.entry(pod.clone()).or_default();
-        slices.retain(|other| other != slice);
-        if put {
-            slices.push(slice.clone());
-        } else if slices.is_empty() {
+        match (slices.binary_search(slice), put) {
+            (Err(at), true) => slices.insert(at, slice.clone()),
+            (Ok(at), false) => _ = slices.remove(at),
+            _ => {}
+        }
+        if slices.is_empty() {
             self.slices_of_pod.remove(pod);
         }
     }

@@ -1,1 +1,0 @@
-//! The index, object by object.

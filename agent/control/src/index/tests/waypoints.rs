@@ -1,0 +1,169 @@
+//! Waypoints: who goes through which, and what happens when it is not there.
+
+use k8s::live::Kind;
+use proto::workload::gateway_address::Destination;
+use serde_json::{Value, json};
+
+use super::{Mesh, merged, namespace, object, pod, service};
+
+fn gateway(namespace: &str, used_for: &str, more: Value) -> Value {
+    let gateway = json!({"metadata": {"labels": {"istio.io/waypoint-for": used_for}},
+        "spec": {"gatewayClassName": "istio-waypoint", "listeners": [{"name": "mesh", "port": 15008, "protocol": "HBONE"}]},
+        "status": {"addresses": [{"type": "IPAddress", "value": "10.96.1.1"}],
+            "conditions": [{"type": "Programmed", "status": "True"}]}});
+    merged(object("Gateway", namespace, "wp", gateway), more)
+}
+
+fn uses(name: &str) -> Value {
+    json!({"istio.io/use-waypoint": name})
+}
+
+/// The waypoints of the service and of the pod.
+fn waypoints(mesh: &Mesh) -> [String; 2] {
+    let of =
+        |address: Option<proto::workload::GatewayAddress>| match address.map(|address| address.destination.unwrap()) {
+            None => "-".to_owned(),
+            Some(Destination::Address(address)) => format!("{:?}", &address.address[..]),
+            Some(Destination::Hostname(name)) => name.hostname,
+        };
+    let service = mesh.service("shop/web.shop.svc.cluster.local").waypoint;
+    [of(service), of(mesh.pod("shop", "web").waypoint)]
+}
+
+fn shop(labels: Value) -> Vec<Value> {
+    vec![
+        namespace("shop", labels),
+        service("shop", "web", "10.96.0.1", json!({})),
+        pod("shop", "web", "10.0.0.1", json!({})),
+    ]
+}
+
+const THERE: &str = "[10, 96, 1, 1]";
+const CLOSED: &str = "wp.shop.waypoint.invalid";
+
+#[test]
+fn a_waypoint_is_for_services_or_workloads() {
+    for (used_for, expected) in [
+        ("service", [THERE, "-"]),
+        ("workload", ["-", THERE]),
+        ("all", [THERE, THERE]),
+        ("none", ["-", "-"]),
+    ] {
+        let mut mesh = Mesh::with(shop(uses("wp")));
+        mesh.put(gateway("shop", used_for, json!({})));
+        assert_eq!(waypoints(&mesh), expected, "{used_for}");
+        assert!(mesh.findings.is_empty());
+    }
+}
+
+#[test]
+fn a_missing_waypoint_closes() {
+    let mut mesh = Mesh::with(shop(uses("wp")));
+    assert_eq!(waypoints(&mesh), [CLOSED, CLOSED]);
+    let found = mesh.found(Kind::Namespace, "", "shop");
+    assert!(found[0].contains("waypoint shop/wp: it is not there"), "{found:?}");
+    assert!(
+        mesh.found(Kind::Pod, "shop", "web").is_empty(),
+        "it is the namespace's author's to mend"
+    );
+    for not_ready in [
+        json!({"status": {"conditions": [{"type": "Programmed", "status": "False"}]}}),
+        json!({"status": {"addresses": []}}),
+        json!({"spec": {"listeners": []}}),
+    ] {
+        mesh.put(gateway("shop", "service", not_ready));
+        assert_eq!(waypoints(&mesh), [CLOSED, "-"]);
+        assert_eq!(mesh.found(Kind::Namespace, "", "shop").len(), 1);
+    }
+    mesh.put(gateway("shop", "service", json!({})));
+    assert_eq!(waypoints(&mesh), [THERE, "-"]);
+    assert!(mesh.findings.is_empty());
+    mesh.delete(Kind::Gateway, "shop", "wp");
+    assert_eq!(waypoints(&mesh), [CLOSED, CLOSED]);
+}
+
+#[test]
+fn the_objects_label_is_over_its_namespaces() {
+    let mut mesh = Mesh::with(shop(uses("wp")));
+    mesh.put(gateway("shop", "all", json!({})));
+    mesh.put(service(
+        "shop",
+        "web",
+        "10.96.0.1",
+        json!({"metadata": {"labels": uses("none")}}),
+    ));
+    assert_eq!(waypoints(&mesh), ["-", THERE]);
+    mesh.put(pod(
+        "shop",
+        "web",
+        "10.0.0.1",
+        json!({"metadata": {"labels": uses("other")}}),
+    ));
+    assert_eq!(waypoints(&mesh), ["-", "other.shop.waypoint.invalid"]);
+    assert_eq!(mesh.found(Kind::Pod, "shop", "web").len(), 1);
+    mesh.put(namespace("shop", uses("none")));
+    mesh.put(pod("shop", "web", "10.0.0.1", json!({})));
+    assert_eq!(waypoints(&mesh), ["-", "-"]);
+}
+
+#[test]
+fn a_waypoint_elsewhere_has_to_allow_it() {
+    let labels = json!({"istio.io/use-waypoint": "wp", "istio.io/use-waypoint-namespace": "far", "team": "a"});
+    let allows = |namespaces: Value| {
+        let listener = json!([{"port": 15008, "protocol": "HBONE", "allowedRoutes": {"namespaces": namespaces}}]);
+        gateway("far", "all", json!({"spec": {"listeners": listener}}))
+    };
+    let mut mesh = Mesh::with(shop(labels));
+    let closed = "wp.far.waypoint.invalid";
+    for (namespaces, expected) in [
+        (json!({"from": "All"}), THERE),
+        (json!({"from": "Same"}), closed),
+        (
+            json!({"from": "Selector", "selector": {"matchLabels": {"team": "a"}}}),
+            THERE,
+        ),
+        (
+            json!({"from": "Selector", "selector": {"matchLabels": {"team": "b"}}}),
+            closed,
+        ),
+        (
+            json!({"from": "Selector", "selector": {"matchExpressions": [{"key": "a"}]}}),
+            closed,
+        ),
+        (json!({}), closed),
+    ] {
+        mesh.put(allows(namespaces.clone()));
+        assert_eq!(waypoints(&mesh), [expected, expected], "{namespaces}");
+    }
+}
+
+#[test]
+fn a_waypoint_does_not_use_itself() {
+    let mut mesh = Mesh::with([
+        namespace("shop", uses("wp")),
+        gateway(
+            "shop",
+            "all",
+            json!({"metadata": {"annotations": {"ambient.istio.io/waypoint-inbound-binding": "PROXY/15088"}}}),
+        ),
+    ]);
+    let own = json!({"metadata": {"labels": {"gateway.networking.k8s.io/gateway-name": "wp"}}});
+    mesh.put(pod("shop", "web", "10.0.0.1", own.clone()));
+    let managed = json!({"metadata": {"labels": {"gateway.istio.io/managed": "istio.io-mesh-controller"}}});
+    mesh.put(service("shop", "web", "10.96.0.1", managed));
+    assert_eq!(waypoints(&mesh), ["-", "-"]);
+    assert_eq!(mesh.pod("shop", "web").application_tunnel.unwrap().port, 15088);
+    mesh.put(gateway("shop", "all", json!({})));
+    assert!(mesh.pod("shop", "web").application_tunnel.is_none());
+}
+
+#[test]
+fn a_host_name_for_an_address() {
+    let mut mesh = Mesh::with(shop(uses("wp")));
+    let addresses = json!([{"type": "Hostname", "value": "wp.shop.svc.cluster.local"}]);
+    mesh.put(gateway("shop", "all", json!({"status": {"addresses": addresses}})));
+    assert_eq!(
+        waypoints(&mesh),
+        ["wp.shop.svc.cluster.local", "wp.shop.svc.cluster.local"]
+    );
+}

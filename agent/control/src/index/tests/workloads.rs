@@ -1,0 +1,247 @@
+//! Pods, WorkloadEntries and endpoints, as agents see them.
+
+use k8s::live::Kind;
+use proto::workload::{NetworkMode, TunnelProtocol, WorkloadStatus, WorkloadType};
+use serde_json::{Value, json};
+
+use super::{Mesh, merged, object, pod, service, slice};
+
+fn web() -> Vec<Value> {
+    vec![
+        service("shop", "web", "10.96.0.1", json!({})),
+        slice("shop", "web", 8080, &["web"]),
+        pod("shop", "web", "10.0.0.1", json!({})),
+    ]
+}
+
+#[test]
+fn a_pod_in_full() {
+    let mut mesh = Mesh::with(web());
+    mesh.put(
+        json!({"kind": "Node", "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/region": "r",
+        "topology.kubernetes.io/zone": "z", "topology.istio.io/subzone": "s"}}}),
+    );
+    let owner = json!({"metadata": {"labels": {"version": "v2", "pod-template-hash": "5d"},
+        "ownerReferences": [{"kind": "ReplicaSet", "name": "front-5d", "controller": true}]}});
+    mesh.put(pod("shop", "web", "10.0.0.1", owner));
+    let found = mesh.pod("shop", "web");
+    assert_eq!(found.addresses, [vec![10, 0, 0, 1]]);
+    assert_eq!(found.tunnel_protocol(), TunnelProtocol::Hbone);
+    assert_eq!((found.node.as_str(), found.service_account.as_str()), ("n1", "sa"));
+    assert_eq!(
+        (found.workload_name.as_str(), found.workload_type()),
+        ("front", WorkloadType::Deployment)
+    );
+    assert_eq!(
+        (found.canonical_name.as_str(), found.canonical_revision.as_str()),
+        ("web", "v2")
+    );
+    assert_eq!(found.trust_domain, "", "cluster.local");
+    let locality = found.locality.unwrap();
+    assert_eq!(
+        (&*locality.region, &*locality.zone, &*locality.subzone),
+        ("r", "z", "s")
+    );
+    let ports = &found.services["shop/web.shop.svc.cluster.local"].ports;
+    assert_eq!((ports[0].service_port, ports[0].target_port), (80, 8080));
+    assert_eq!(mesh.aliases("c//v1/Pod/shop/web"), ["/10.0.0.1"]);
+}
+
+#[test]
+fn a_pod_comes_with_its_address_and_goes_with_its_end() {
+    let mut mesh = Mesh::new();
+    let phase = |phase: &str| json!({"status": {"phase": phase}});
+    let bare = json!({"status": {"podIP": null, "podIPs": null, "phase": "Pending", "conditions": null}});
+    for (change, there) in [
+        (bare, false),
+        (phase("Running"), true),
+        (phase("Succeeded"), false),
+        (phase("Unknown"), true),
+        (phase("Failed"), false),
+    ] {
+        mesh.put(pod("shop", "web", "10.0.0.1", change));
+        assert_eq!(mesh.find_workload("c//v1/Pod/shop/web").is_some(), there);
+    }
+}
+
+#[test]
+fn readiness() {
+    let mut mesh = Mesh::new();
+    for (change, expected) in [
+        (json!({}), WorkloadStatus::Healthy),
+        (
+            json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}}),
+            WorkloadStatus::Unhealthy,
+        ),
+        (json!({"status": {"conditions": []}}), WorkloadStatus::Unhealthy),
+        (
+            json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+            WorkloadStatus::Unhealthy,
+        ),
+    ] {
+        mesh.put(pod("shop", "web", "10.0.0.1", change));
+        assert_eq!(mesh.pod("shop", "web").status(), expected);
+    }
+}
+
+#[test]
+fn nobody_is_hbone_without_redirection() {
+    let redirection = |value: &str| json!({"metadata": {"annotations": {"ambient.istio.io/redirection": value}}});
+    let cases = [
+        (redirection("enabled"), true, false),
+        (redirection("pending"), false, false),
+        (
+            json!({"metadata": {"annotations": null, "labels": {"istio.io/dataplane-mode": "ambient"}}}),
+            false,
+            false,
+        ),
+        (
+            json!({"metadata": {"annotations": {"sidecar.istio.io/status": "{}"}}}),
+            false,
+            false,
+        ),
+        (json!({"spec": {"hostNetwork": true}}), false, false),
+        (
+            json!({"metadata": {"annotations": null, "labels": {"networking.istio.io/tunnel": "http"}}}),
+            true,
+            true,
+        ),
+    ];
+    for (change, hbone, native) in cases {
+        let mesh = Mesh::with([pod("shop", "web", "10.0.0.1", change.clone())]);
+        let found = mesh.pod("shop", "web");
+        assert_eq!(found.tunnel_protocol() == TunnelProtocol::Hbone, hbone, "{change}");
+        assert_eq!(found.native_tunnel, native, "{change}");
+    }
+}
+
+#[test]
+fn a_host_network_pod_has_no_alias() {
+    let host = json!({"spec": {"hostNetwork": true}});
+    let mesh = Mesh::with([
+        pod("shop", "one", "192.168.0.1", host.clone()),
+        pod("shop", "two", "192.168.0.1", host),
+    ]);
+    mesh.check();
+    for name in ["one", "two"] {
+        assert_eq!(mesh.pod("shop", name).network_mode(), NetworkMode::HostNetwork);
+        assert_eq!(mesh.pod("shop", name).addresses.len(), 1);
+        assert!(mesh.aliases(&format!("c//v1/Pod/shop/{name}")).is_empty());
+    }
+    assert!(mesh.findings.is_empty());
+}
+
+#[test]
+fn dual_stack_and_mapped_addresses() {
+    let ips = json!({"status": {"podIPs": [{"ip": "::ffff:10.0.0.1"}, {"ip": "fd00::1"}, {"ip": "10.0.0.1"}]}});
+    let mesh = Mesh::with([pod("shop", "web", "10.0.0.1", ips)]);
+    let lengths: Vec<_> = mesh.pod("shop", "web").addresses.iter().map(|ip| ip.len()).collect();
+    assert_eq!(lengths, [4, 16]);
+    assert_eq!(mesh.aliases("c//v1/Pod/shop/web"), ["/10.0.0.1", "/fd00::1"]);
+}
+
+#[test]
+fn an_address_has_one_owner() {
+    let aged = |name: &str, year: u16| {
+        let time = format!("{year}-01-01T00:00:00Z");
+        pod(
+            "shop",
+            name,
+            "10.0.0.1",
+            json!({"metadata": {"creationTimestamp": time}}),
+        )
+    };
+    let mut mesh = Mesh::with([aged("a", 2026), aged("b", 2025)]);
+    mesh.check();
+    assert!(mesh.find_workload("c//v1/Pod/shop/a").is_none());
+    let expected = "narrowed: Pod shop/a: status.podIPs: 10.0.0.1 is Pod shop/b's";
+    assert_eq!(mesh.found(Kind::Pod, "shop", "a"), [expected]);
+    // What is on its way out yields.
+    mesh.put(merged(
+        aged("b", 2025),
+        json!({"metadata": {"deletionTimestamp": "2026-02-01T00:00:00Z"}}),
+    ));
+    assert!(mesh.find_workload("c//v1/Pod/shop/b").is_none());
+    mesh.delete(Kind::Pod, "shop", "b");
+    assert_eq!(mesh.pod("shop", "a").addresses.len(), 1);
+    assert!(mesh.findings.is_empty());
+    // An entry is anybody's to write: a pod's address is not to be had by it, however old it is.
+    let entry = json!({"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}, "spec": {"address": "10.0.0.1"}});
+    mesh.put(object("WorkloadEntry", "evil", "we", entry));
+    assert_eq!(mesh.found(Kind::WorkloadEntry, "evil", "we").len(), 1);
+    assert_eq!(mesh.pod("shop", "a").addresses.len(), 1);
+}
+
+#[test]
+fn endpoints_that_are_no_pods() {
+    let mut mesh = Mesh::with([
+        service("shop", "db", "10.96.0.9", json!({"spec": {"selector": null}})),
+        merged(
+            slice("shop", "db", 5432, &[]),
+            json!({"endpoints": [{"addresses": ["172.16.0.1"], "conditions": {"ready": false}}]}),
+        ),
+    ]);
+    let found = mesh.workload("c/discovery.k8s.io/EndpointSlice/shop/db-1/172.16.0.1");
+    assert_eq!(found.status(), WorkloadStatus::Unhealthy);
+    assert_eq!(
+        found.services["shop/db.shop.svc.cluster.local"].ports[0].target_port,
+        5432
+    );
+    mesh.delete(Kind::Service, "shop", "db");
+    assert!(mesh.resources.is_empty());
+}
+
+#[test]
+fn a_slice_speaks_for_its_own_namespace() {
+    let mut other = slice("evil", "web", 8080, &[]);
+    other["endpoints"] =
+        json!([{"addresses": ["1.1.1.1"], "targetRef": {"kind": "Pod", "name": "web", "namespace": "shop"}}]);
+    let mut objects = web();
+    objects.extend([service("evil", "web", "10.96.0.2", json!({})), other]);
+    let mesh = Mesh::with(objects);
+    assert_eq!(mesh.pod("shop", "web").services.len(), 1);
+}
+
+#[test]
+fn workload_entries() {
+    let entry = |spec: Value| object("WorkloadEntry", "shop", "vm", json!({"spec": spec}));
+    let spec = json!({"address": "172.16.0.1", "labels": {"app": "web"}, "ports": {"http": 9090}, "locality": "r/z",
+        "weight": 3, "serviceAccount": "vm"});
+    let mut mesh = Mesh::with([service("shop", "web", "10.96.0.1", json!({})), entry(spec)]);
+    let uid = "c/networking.istio.io/WorkloadEntry/shop/vm";
+    let found = mesh.workload(uid);
+    assert_eq!(
+        found.services["shop/web.shop.svc.cluster.local"].ports[0].target_port,
+        9090
+    );
+    assert_eq!((found.capacity, found.service_account.as_str()), (Some(3), "vm"));
+    assert_eq!(found.locality.as_ref().unwrap().zone, "z");
+    assert_eq!(found.tunnel_protocol(), TunnelProtocol::None);
+    mesh.put(entry(json!({"address": "db.example.com"})));
+    let found = mesh.workload(uid);
+    assert_eq!((found.hostname.as_str(), found.addresses.len()), ("db.example.com", 0));
+    for bad in ["", "unix:///tmp/x", "0.0.0.0"] {
+        mesh.put(entry(json!({"address": bad})));
+        assert!(mesh.find_workload(uid).is_none());
+        assert_eq!(mesh.found(Kind::WorkloadEntry, "shop", "vm").len(), 1, "{bad}");
+    }
+}
+
+#[test]
+fn the_meshs_configuration() {
+    let config = |text: &str| object("ConfigMap", "istio-system", "istio", json!({"data": {"mesh": text}}));
+    let mut mesh = Mesh::with(web());
+    mesh.put(config(
+        "trustDomain: td\ntrustDomainAliases: [old]\nenableTracing: true",
+    ));
+    assert_eq!(mesh.pod("shop", "web").trust_domain, "td");
+    assert_eq!(mesh.index.settings().trust_domain_aliases.len(), 1);
+    let expected = "note: ConfigMap istio-system/istio: data.mesh.enableTracing: not acted upon";
+    assert_eq!(mesh.found(Kind::ConfigMap, "istio-system", "istio"), [expected]);
+    mesh.put(config("trustDomain: ["));
+    assert_eq!(mesh.pod("shop", "web").trust_domain, "td", "the last good one holds");
+    assert!(mesh.found(Kind::ConfigMap, "istio-system", "istio")[0].starts_with("refused: "));
+    mesh.delete(Kind::ConfigMap, "istio-system", "istio");
+    assert_eq!(mesh.pod("shop", "web").trust_domain, "");
+    assert!(mesh.findings.is_empty());
+}
