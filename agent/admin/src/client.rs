@@ -41,59 +41,77 @@ pub enum ClientError {
     #[error("the agent's answer broke off: {0}")]
     Broken(String),
     /// Nothing came in time.
-    #[error("the agent did not answer within {} s", TIMEOUT.as_secs())]
-    Timeout,
+    #[error("the agent at {path} did not answer within {} s", .after.as_secs(), path = .path.display())]
+    Timeout {
+        /// The socket.
+        path: PathBuf,
+        /// How long was waited.
+        after: Duration,
+    },
 }
 
 /// `GET` from the agent behind this socket; the text of the answer.
 pub async fn get(socket: &Path, path: &str) -> Result<String, ClientError> {
-    exchange(socket, Method::GET, path, Bytes::new()).await
+    within(TIMEOUT, socket, path, None::<&()>).await
 }
 
 /// `POST` a value as JSON.
 pub async fn post(socket: &Path, path: &str, value: &impl Serialize) -> Result<String, ClientError> {
-    let body = serde_json::to_vec(value).map_err(|error| ClientError::Broken(error.to_string()))?;
-    exchange(socket, Method::POST, path, body.into()).await
+    within(TIMEOUT, socket, path, Some(value)).await
+}
+
+/// `POST` where there is a value, else `GET`, and no longer than `limit`.
+pub async fn within(
+    limit: Duration,
+    socket: &Path,
+    path: &str,
+    value: Option<&impl Serialize>,
+) -> Result<String, ClientError> {
+    let exchange = match value.map(serde_json::to_vec).transpose() {
+        Ok(Some(body)) => exchange(socket, Method::POST, path, body.into()),
+        Ok(None) => exchange(socket, Method::GET, path, Bytes::new()),
+        Err(error) => return Err(ClientError::Broken(error.to_string())),
+    };
+    let timeout = |_elapsed| ClientError::Timeout {
+        path: socket.to_owned(),
+        after: limit,
+    };
+    tokio::time::timeout(limit, exchange).await.map_err(timeout)?
 }
 
 async fn exchange(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<String, ClientError> {
-    let exchange = async {
-        let stream = UnixStream::connect(socket)
-            .await
-            .map_err(|source| ClientError::Connect {
-                path: socket.to_owned(),
-                source,
-            })?;
-        let broken = |error: &dyn std::fmt::Display| ClientError::Broken(error.to_string());
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| broken(&error))?;
-        let driver = tokio::spawn(connection);
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "agent")
-            .body(Full::new(body))
-            .map_err(|error| broken(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
-        let status = response.status();
-        let text = Limited::new(response.into_body(), ANSWER_LIMIT)
-            .collect()
-            .await
-            .map_err(|error| broken(&error))?
-            .to_bytes();
-        driver.abort();
-        let text = String::from_utf8_lossy(&text).into_owned();
-        if status.is_success() {
-            Ok(text)
-        } else {
-            Err(ClientError::Refused {
-                status,
-                text: text.trim_end().to_owned(),
-            })
-        }
-    };
-    tokio::time::timeout(TIMEOUT, exchange)
+    let stream = UnixStream::connect(socket)
         .await
-        .unwrap_or(Err(ClientError::Timeout))
+        .map_err(|source| ClientError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+    let broken = |error: &dyn std::fmt::Display| ClientError::Broken(error.to_string());
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| broken(&error))?;
+    let driver = tokio::spawn(connection);
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "agent")
+        .body(Full::new(body))
+        .map_err(|error| broken(&error))?;
+    let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
+    let status = response.status();
+    let text = Limited::new(response.into_body(), ANSWER_LIMIT)
+        .collect()
+        .await
+        .map_err(|error| broken(&error))?
+        .to_bytes();
+    driver.abort();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    if status.is_success() {
+        Ok(text)
+    } else {
+        Err(ClientError::Refused {
+            status,
+            text: text.trim_end().to_owned(),
+        })
+    }
 }

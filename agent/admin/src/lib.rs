@@ -6,6 +6,8 @@
 //!   GET  /healthz/ready  → 200 or 500 with why
 //!   POST /cmdadd         PodAdded  → 200 once captured
 //!   POST /cmddel         PodRemoved → 200
+//!   POST /cmdcheck       PodChecked → 200 if captured, or not to be
+//!   POST /gc             ValidAttachments → 200 once the pods of other sandboxes are gone
 //! ```
 //! `cmdadd` is what Istio's CNI plugin sends to its agent. Deliberately unknown here: how any of it is done; the binary
 //! hands in an [`Agent`].
@@ -14,8 +16,9 @@ mod client;
 mod server;
 mod status;
 
-pub use client::{ClientError, get, post};
+pub use client::{ClientError, get, post, within};
 pub use server::{Agent, Answer, Health, ServeError, serve_health, serve_socket};
 pub use status::{
-    CapabilityStatus, CaptureStatus, CertificateStatus, KnowledgeStatus, PodAdded, PodIp, PodRemoved, PodStatus, Status,
+    CapabilityStatus, CaptureStatus, CertificateStatus, IdentityStatus, KnowledgeStatus, PodAdded, PodChecked, PodIp,
+    PodRemoved, PodSourceStatus, PodStatus, SourceStatus, Status, ValidAttachments,
 };

@@ -15,7 +15,7 @@ use tokio::{
     sync::Semaphore,
 };
 
-use crate::status::{PodAdded, PodRemoved, Status};
+use crate::status::{PodAdded, PodChecked, PodRemoved, Status, ValidAttachments};
 
 /// How many connections are served at once; more wait.
 const CONNECTIONS: usize = 64;
@@ -23,8 +23,8 @@ const CONNECTIONS: usize = 64;
 const CONNECTION_LIMIT: Duration = Duration::from_secs(120);
 /// How long a peer may take to send a request's header.
 const HEADER_LIMIT: Duration = Duration::from_secs(5);
-/// How large a request's body may be.
-const BODY_LIMIT: usize = 64 << 10;
+/// How large a request's body may be: the ids of all sandboxes of a node fit.
+const BODY_LIMIT: usize = 256 << 10;
 
 /// The answer to a pod event, when it is there.
 pub type Answer = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -43,6 +43,10 @@ pub trait Agent: Health {
     fn pod_added(&self, event: PodAdded) -> Answer;
     /// A pod is gone.
     fn pod_removed(&self, event: PodRemoved) -> Answer;
+    /// Whether a pod is captured, or known not to be.
+    fn pod_checked(&self, event: PodChecked) -> Answer;
+    /// Pods of other sandboxes than these are gone.
+    fn garbage(&self, valid: ValidAttachments) -> Answer;
 }
 
 /// Why nothing can be served.
@@ -147,15 +151,18 @@ async fn answer(agent: Arc<dyn Agent>, request: Request<Incoming>) -> Response<F
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         },
         (&Method::GET, "/healthz/ready") => readiness(&agent.pending()),
-        (&Method::POST, "/cmdadd") => match read(body).await {
-            Ok(event) => outcome(agent.pod_added(event).await),
-            Err(error) => text(StatusCode::BAD_REQUEST, error),
-        },
-        (&Method::POST, "/cmddel") => match read(body).await {
-            Ok(event) => outcome(agent.pod_removed(event).await),
-            Err(error) => text(StatusCode::BAD_REQUEST, error),
-        },
+        (&Method::POST, "/cmdadd") => tell(body, |event| agent.pod_added(event)).await,
+        (&Method::POST, "/cmddel") => tell(body, |event| agent.pod_removed(event)).await,
+        (&Method::POST, "/cmdcheck") => tell(body, |event| agent.pod_checked(event)).await,
+        (&Method::POST, "/gc") => tell(body, |valid| agent.garbage(valid)).await,
         (method, path) => text(StatusCode::NOT_FOUND, format!("there is no {method} {path} here\n")),
+    }
+}
+
+async fn tell<T: DeserializeOwned>(body: Incoming, what: impl FnOnce(T) -> Answer) -> Response<Full<Bytes>> {
+    match read(body).await {
+        Ok(event) => outcome(what(event).await),
+        Err(error) => text(StatusCode::BAD_REQUEST, error),
     }
 }
 
@@ -224,6 +231,14 @@ mod tests {
         fn pod_removed(&self, _event: PodRemoved) -> Answer {
             Box::pin(async { Ok(()) })
         }
+
+        fn pod_checked(&self, event: PodChecked) -> Answer {
+            Box::pin(async move { Err(format!("{} is not captured", event.pod_name)) })
+        }
+
+        fn garbage(&self, valid: ValidAttachments) -> Answer {
+            Box::pin(async move { Err(valid.container_ids.join("+")) })
+        }
     }
 
     #[tokio::test]
@@ -247,10 +262,23 @@ mod tests {
             pod_name: name.to_owned(),
             pod_namespace: "shop".to_owned(),
             ips: vec![],
+            container_id: String::new(),
+            pod_uid: String::new(),
         };
         post(&path, "/cmdadd", &event("good")).await.unwrap();
         let refused = post(&path, "/cmdadd", &event("bad")).await.unwrap_err().to_string();
         assert!(refused.contains("no such netns"), "{refused}");
+        let valid = ValidAttachments {
+            container_ids: vec!["a".to_owned(), "b".to_owned()],
+        };
+        let dropped = post(&path, "/gc", &valid).await.unwrap_err().to_string();
+        assert!(dropped.contains("a+b"), "{dropped}");
+        let checked = PodChecked {
+            pod_name: "web".to_owned(),
+            pod_namespace: "shop".to_owned(),
+        };
+        let checked = post(&path, "/cmdcheck", &checked).await.unwrap_err().to_string();
+        assert!(checked.contains("web is not captured"), "{checked}");
         let garbage = post(&path, "/cmdadd", &7).await.unwrap_err().to_string();
         assert!(garbage.contains("400"), "{garbage}");
         server.abort();

@@ -17,6 +17,12 @@ pub struct PodAdded {
     /// Its addresses.
     #[serde(rename = "IPs")]
     pub ips: Vec<PodIp>,
+    /// The sandbox's id as the container runtime has it; ours, Istio's plugin does not send it.
+    #[serde(default, rename = "ContainerID", skip_serializing_if = "String::is_empty")]
+    pub container_id: String,
+    /// The pod's uid in the API, where the runtime says it; ours, too.
+    #[serde(default, rename = "PodUID", skip_serializing_if = "String::is_empty")]
+    pub pod_uid: String,
 }
 
 /// An address of a pod, as the CNI result has it.
@@ -25,9 +31,24 @@ pub struct PodAdded {
 pub struct PodIp {
     /// With or without a prefix length: `10.0.0.7/24`.
     pub address: String,
+    /// Which of the result's interfaces; not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<u32>,
+    /// Not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
 }
 
 impl PodIp {
+    /// An address and nothing else.
+    pub fn new(address: impl Into<String>) -> Self {
+        Self {
+            address: address.into(),
+            interface: None,
+            gateway: None,
+        }
+    }
+
     /// The address without the prefix length.
     pub fn ip(&self) -> Result<IpAddr, String> {
         let text = self.address.split('/').next().unwrap_or_default();
@@ -44,6 +65,28 @@ pub struct PodRemoved {
     pub pod_name: String,
     /// Its namespace.
     pub pod_namespace: String,
+    /// The sandbox that is gone. A pod of this name with another one is its successor, and stays. Empty: any.
+    #[serde(default, rename = "ContainerID", skip_serializing_if = "String::is_empty")]
+    pub container_id: String,
+}
+
+/// Whether a pod is as it should be (CNI's CHECK).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct PodChecked {
+    /// Its name.
+    pub pod_name: String,
+    /// Its namespace.
+    pub pod_namespace: String,
+}
+
+/// The sandboxes that there are (CNI's GC): pods of other ones are gone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct ValidAttachments {
+    /// Their ids.
+    #[serde(rename = "ContainerIDs")]
+    pub container_ids: Vec<String>,
 }
 
 /// What a node agent is and does.
@@ -64,6 +107,8 @@ pub struct Status {
     pub capture: CaptureStatus,
     /// What is known of the mesh.
     pub knowledge: KnowledgeStatus,
+    /// Every identity that a certificate is kept or wanted for.
+    pub certificates: Vec<IdentityStatus>,
     /// Every pod that the agent was told of.
     pub pods: Vec<PodStatus>,
     /// What the hooks in the kernel did on this node since they were pinned, by reason.
@@ -106,6 +151,56 @@ pub struct KnowledgeStatus {
     pub workloads: usize,
     /// What could not be taken over, and why.
     pub rejected: Vec<String>,
+    /// Where it comes from.
+    pub source: SourceStatus,
+}
+
+/// Where knowledge of the mesh comes from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SourceStatus {
+    /// `static` or `xds`.
+    pub kind: String,
+    /// The file, or the addresses of the control plane.
+    pub address: String,
+    /// Whether it is there now: a control plane's connection stands.
+    pub connected: bool,
+    /// Since when that is so, in seconds since 1970; 0 where unknown.
+    pub since: u64,
+    /// Whether everything that was subscribed has come at least once since the agent started.
+    pub synced: bool,
+    /// Resources held from it.
+    pub resources: usize,
+    /// Why it was not there when it last was not.
+    pub last_error: Option<String>,
+    /// The Kubernetes API that the node's own pods are learnt from, where there is one.
+    pub pods_from: Option<PodSourceStatus>,
+}
+
+/// The Kubernetes API, as the source of the node's own pods.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PodSourceStatus {
+    /// Whether pods and namespaces are known in full.
+    pub synced: bool,
+    /// Pods of this node.
+    pub pods: usize,
+    /// Why it could not be watched when it last could not.
+    pub last_error: Option<String>,
+}
+
+/// The certificate of an identity.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IdentityStatus {
+    /// Whose.
+    pub identity: String,
+    /// What is held.
+    pub certificate: Option<CertificateStatus>,
+    /// When the next is fetched, in seconds since 1970.
+    pub next_fetch: u64,
+    /// Why the last fetch failed, until one succeeds.
+    pub last_error: Option<String>,
 }
 
 /// A pod of the node.
@@ -122,6 +217,9 @@ pub struct PodStatus {
     pub captured: bool,
     /// Why it is not captured, where it should be.
     pub problem: Option<String>,
+    /// What the pod's annotation `ambient.istio.io/redirection` says as far as this agent wrote it: `enabled`, `pending`, or
+    /// nothing.
+    pub redirection: Option<String>,
     /// Its identity, where it is in the mesh.
     pub identity: Option<String>,
     /// Its certificate, once there is one.

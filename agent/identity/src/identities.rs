@@ -131,6 +131,21 @@ impl Identities {
         self.0.fetch(identity, &fetching).await.map_err(unavailable)
     }
 
+    /// Has [`Identities::rotate`] fetch the certificate, if none is held; does not wait for it.
+    pub fn want(&self, identity: &Identity) {
+        let mut entries = self.0.write();
+        if !entries.contains_key(identity) {
+            entries.insert(identity.clone(), Entry::due(self.0.clock.now()));
+            drop(entries);
+            self.0.changed.notify_waiters();
+        }
+    }
+
+    /// Why the last fetch of it failed, unless one succeeded since.
+    pub fn last_error(&self, identity: &Identity) -> Option<IssueError> {
+        self.0.read().get(identity)?.last_error.clone()
+    }
+
     /// Who is trusted.
     pub fn trust(&self) -> &Trust {
         &self.0.trust
@@ -210,14 +225,9 @@ impl Inner {
 
     fn enter(&self, identity: &Identity) -> Arc<Mutex<()>> {
         let mut entries = self.write();
-        let entry = entries.entry(identity.clone()).or_insert_with(|| Entry {
-            credentials: None,
-            // Whoever entered fetches; the rotation takes over if that is cancelled.
-            next_fetch: self.clock.now() + ISSUE_TIMEOUT,
-            failures: 0,
-            last_error: None,
-            fetching: Arc::default(),
-        });
+        // Whoever entered fetches; the rotation takes over if that is cancelled.
+        let due = self.clock.now() + ISSUE_TIMEOUT;
+        let entry = entries.entry(identity.clone()).or_insert_with(|| Entry::due(due));
         entry.fetching.clone()
     }
 
@@ -287,6 +297,16 @@ impl Inner {
 }
 
 impl Entry {
+    fn due(next_fetch: SystemTime) -> Self {
+        Self {
+            credentials: None,
+            next_fetch,
+            failures: 0,
+            last_error: None,
+            fetching: Arc::default(),
+        }
+    }
+
     /// The authority answers again.
     fn hope(&mut self, now: SystemTime) {
         if matches!(self.last_error, Some(IssueError::Unavailable(_))) {

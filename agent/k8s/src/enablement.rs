@@ -26,20 +26,25 @@ pub enum Enablement {
 
 /// Whether a pod is in the mesh: its label over its namespace's, never with the host's network.
 pub fn enablement(pod: &Pod, namespace: Option<&Metadata>) -> Enablement {
+    enablement_of(&pod.metadata, pod.spec.host_network, namespace)
+}
+
+/// Likewise, of what decides it: a pod's metadata and whose network it has.
+pub fn enablement_of(pod: &Metadata, host_network: bool, namespace: Option<&Metadata>) -> Enablement {
     let mode = |metadata: &Metadata| metadata.labels.get(DATAPLANE_MODE).cloned();
     let of_namespace = namespace.and_then(mode);
-    let asked = match mode(&pod.metadata).as_deref() {
+    let asked = match mode(pod).as_deref() {
         Some("ambient") => true,
         Some("none") => false,
         _ => of_namespace.as_deref() == Some("ambient"),
     };
     if !asked {
         Enablement::NotAsked
-    } else if EXCLUDED_NAMESPACES.contains(&pod.metadata.namespace.as_str()) {
+    } else if EXCLUDED_NAMESPACES.contains(&pod.namespace.as_str()) {
         Enablement::ExcludedNamespace
-    } else if pod.spec.host_network {
+    } else if host_network {
         Enablement::HostNetwork
-    } else if pod.metadata.annotations.contains_key("sidecar.istio.io/status") {
+    } else if pod.annotations.contains_key("sidecar.istio.io/status") {
         Enablement::Sidecar
     } else {
         Enablement::Captured
@@ -49,14 +54,13 @@ pub fn enablement(pod: &Pod, namespace: Option<&Metadata>) -> Enablement {
 /// What becomes of a pod's traffic that is not TCP: the pod's annotation over its namespace's; or the value that is
 /// neither `pass` nor `forbid`, which forbids.
 pub(crate) fn non_tcp(pod: &Pod, namespace: Option<&Metadata>) -> (NonTcp, Option<String>) {
+    non_tcp_of(&pod.metadata, namespace)
+}
+
+/// Likewise, of a pod's metadata.
+pub fn non_tcp_of(pod: &Metadata, namespace: Option<&Metadata>) -> (NonTcp, Option<String>) {
     let of_namespace = namespace.and_then(|metadata| metadata.annotations.get(NON_TCP));
-    match pod
-        .metadata
-        .annotations
-        .get(NON_TCP)
-        .or(of_namespace)
-        .map(String::as_str)
-    {
+    match pod.annotations.get(NON_TCP).or(of_namespace).map(String::as_str) {
         None => (NonTcp::Inherit, None),
         Some("pass") => (NonTcp::Pass, None),
         Some("forbid") => (NonTcp::Forbid, None),

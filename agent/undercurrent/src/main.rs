@@ -1,8 +1,11 @@
 //! Undercurrent: a service mesh without sidecars, in one binary. This is where the roles are chosen and wired.
 
 mod app;
+mod cni;
 mod node;
 mod uninstall;
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -18,6 +21,8 @@ struct Cli {
 enum Role {
     /// The node agent: captures the traffic of this node's opted-in pods and carries it through the mesh.
     Node(Box<node::NodeArgs>),
+    /// What a container runtime calls for each pod (a chained CNI plugin); also installs itself.
+    Cni(cni::CniArgs),
     /// Take a node's capture down for good, once its agent has ended.
     Uninstall(uninstall::UninstallArgs),
     /// A whole mesh on this machine: nodes and pods as network namespaces.
@@ -26,13 +31,18 @@ enum Role {
     App(app::Args),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
+    if cni::is_plugin() {
+        return Ok(cni::run_plugin());
+    }
     match Cli::parse().role {
         Role::Node(args) => node::run(*args),
+        Role::Cni(args) => return cni::run(args),
         Role::Uninstall(args) => uninstall::run(&args),
         Role::Playground(args) => playground::run(args),
         Role::App(args) => app::run(args),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

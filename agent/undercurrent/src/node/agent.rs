@@ -7,8 +7,8 @@ use std::{
 };
 
 use admin::{
-    CapabilityStatus, CaptureStatus, CertificateStatus, Health, KnowledgeStatus, PodAdded, PodRemoved, PodStatus,
-    Status,
+    CapabilityStatus, CaptureStatus, CertificateStatus, Health, IdentityStatus, KnowledgeStatus, PodAdded, PodChecked,
+    PodRemoved, PodStatus, SourceStatus, Status, ValidAttachments,
 };
 use telemetry::AccessLog;
 
@@ -44,20 +44,14 @@ impl NodeAgent {
     ) -> PodStatus {
         let certificate = pod.identity.as_ref().and_then(|identity| {
             let info = certificates.iter().find(|info| info.identity == *identity)?;
-            let (serial, _, not_after) = info.held.as_ref()?;
-            let not_after = not_after
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs());
-            Some(CertificateStatus {
-                serial: serial.clone(),
-                not_after,
-            })
+            certificate_status(info)
         });
         PodStatus {
             namespace: pod.pod.namespace.to_string(),
             name: pod.pod.name.to_string(),
             addresses: pod.addresses,
             captured: pod.captured,
+            redirection: None,
             problem: pod.problem,
             identity: pod.identity.map(|identity| identity.to_string()),
             certificate,
@@ -108,7 +102,9 @@ impl admin::Agent for NodeAgent {
                 generation: snapshot.generation(),
                 workloads: snapshot.workloads().count(),
                 rejected: self.problems(),
+                source: SourceStatus::default(),
             },
+            certificates: certificates.iter().map(identity_status).collect(),
             pods: self
                 .view
                 .pods()
@@ -135,6 +131,16 @@ impl admin::Agent for NodeAgent {
         let pods = self.pods.clone();
         Box::pin(async move { pods.removed(event).await })
     }
+
+    fn pod_checked(&self, event: PodChecked) -> admin::Answer {
+        let checked = self.view.check(&event);
+        Box::pin(std::future::ready(checked))
+    }
+
+    fn garbage(&self, valid: ValidAttachments) -> admin::Answer {
+        let pods = self.pods.clone();
+        Box::pin(async move { pods.garbage(valid).await })
+    }
 }
 
 fn named(counts: &BTreeMap<capture::Reason, u64>) -> BTreeMap<String, u64> {
@@ -142,4 +148,26 @@ fn named(counts: &BTreeMap<capture::Reason, u64>) -> BTreeMap<String, u64> {
         .iter()
         .map(|(reason, count)| (reason.label().to_owned(), *count))
         .collect()
+}
+
+fn certificate_status(info: &identity::CertificateInfo) -> Option<CertificateStatus> {
+    let (serial, _, not_after) = info.held.as_ref()?;
+    Some(CertificateStatus {
+        serial: serial.clone(),
+        not_after: seconds(*not_after),
+    })
+}
+
+fn identity_status(info: &identity::CertificateInfo) -> IdentityStatus {
+    IdentityStatus {
+        identity: info.identity.to_string(),
+        certificate: certificate_status(info),
+        next_fetch: seconds(info.next_fetch),
+        last_error: info.last_error.as_ref().map(ToString::to_string),
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }

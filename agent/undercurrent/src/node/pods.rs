@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use admin::{PodAdded, PodRemoved};
+use admin::{PodAdded, PodChecked, PodRemoved, ValidAttachments};
 use anyhow::Context;
 use capture::{CapturedPod, PodSpec};
 use identity::Identities;
@@ -75,7 +75,8 @@ pub struct PodView {
 
 enum Event {
     Added(PodRecord, oneshot::Sender<Result<(), String>>),
-    Removed(NamespacedName, oneshot::Sender<Result<(), String>>),
+    Removed(NamespacedName, String, oneshot::Sender<Result<(), String>>),
+    Garbage(Vec<String>, oneshot::Sender<Result<(), String>>),
 }
 
 impl Pods {
@@ -92,6 +93,7 @@ impl Pods {
                     pod,
                     netns: event.netns,
                     addresses,
+                    container_id: event.container_id,
                 },
                 answer,
             )
@@ -102,7 +104,12 @@ impl Pods {
     /// Resolves once nothing of the pod is left.
     pub async fn removed(&self, event: PodRemoved) -> Result<(), String> {
         let pod = NamespacedName::new(event.pod_namespace, event.pod_name);
-        self.ask(|answer| Event::Removed(pod, answer)).await
+        self.ask(|answer| Event::Removed(pod, event.container_id, answer)).await
+    }
+
+    /// Resolves once nothing is left of pods of other sandboxes than these.
+    pub async fn garbage(&self, valid: ValidAttachments) -> Result<(), String> {
+        self.ask(|answer| Event::Garbage(valid.container_ids, answer)).await
     }
 
     async fn ask(&self, event: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Event) -> Result<(), String> {
@@ -122,6 +129,19 @@ impl View {
     /// Every pod.
     pub fn pods(&self) -> Vec<PodView> {
         self.lock().pods.clone()
+    }
+
+    /// Whether a pod is captured, or known not to be in the mesh.
+    pub fn check(&self, pod: &PodChecked) -> Result<(), String> {
+        let view = self.lock();
+        let known = view
+            .pods
+            .iter()
+            .find(|known| *known.pod.namespace == *pod.pod_namespace && *known.pod.name == *pod.pod_name);
+        match known {
+            None => Err("the agent was not told of the pod".to_owned()),
+            Some(known) => known.problem.clone().map_or(Ok(()), Err),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, ViewState> {
@@ -213,8 +233,17 @@ impl Reconciler {
                 // A plugin that does not wait any more asks again.
                 let _ = answer.send(outcome);
             }
-            Event::Removed(pod, answer) => {
-                let outcome = self.remove(&pod).await;
+            Event::Removed(pod, container_id, answer) => {
+                let successor = self.pods.get(&pod).is_some_and(|known| {
+                    let other = &known.record.container_id;
+                    !container_id.is_empty() && !other.is_empty() && *other != container_id
+                });
+                let outcome = if successor { Ok(()) } else { self.remove(&pod).await };
+                self.show();
+                let _ = answer.send(outcome);
+            }
+            Event::Garbage(valid, answer) => {
+                let outcome = self.collect(&valid).await;
                 self.show();
                 let _ = answer.send(outcome);
             }
@@ -247,6 +276,22 @@ impl Reconciler {
         self.records
             .drop_record(key)
             .map_err(|error| format!("cannot drop the record of {key}: {error}"))
+    }
+
+    /// Forgets the pods of sandboxes that are no more. One whose sandbox nobody named stays.
+    async fn collect(&mut self, valid: &[String]) -> Result<(), String> {
+        let gone = |pod: &&Pod| !pod.record.container_id.is_empty() && !valid.contains(&pod.record.container_id);
+        let gone: Vec<_> = self
+            .pods
+            .values()
+            .filter(gone)
+            .map(|pod| pod.record.pod.clone())
+            .collect();
+        for key in gone {
+            tracing::info!(pod = %key, "its sandbox is gone, as the container runtime says");
+            self.remove(&key).await?;
+        }
+        Ok(())
     }
 
     async fn reconcile_all(&mut self) {

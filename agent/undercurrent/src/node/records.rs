@@ -21,6 +21,9 @@ pub struct PodRecord {
     pub netns: PathBuf,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// Its sandbox, as the container runtime names it; empty where nobody said.
+    #[serde(default)]
+    pub container_id: String,
 }
 
 /// The directory.
@@ -90,6 +93,7 @@ mod tests {
             pod: NamespacedName::new("shop", name),
             netns: "/var/run/netns/x".into(),
             addresses: vec!["10.0.0.1".parse().unwrap()],
+            container_id: String::new(),
         };
         records.keep(&record("a")).unwrap();
         records.keep(&record("b")).unwrap();
