@@ -20,7 +20,7 @@ pub struct ApiError {
     /// What people read.
     pub message: String,
     /// Of which object, and which fields.
-    pub details: Option<Details>,
+    pub details: Option<Box<Details>>,
 }
 
 /// `StatusDetails`.
@@ -147,12 +147,12 @@ impl ApiError {
     }
 
     fn of(mut self, kind: &Kind, name: &str) -> Self {
-        self.details = Some(Details {
+        self.details = Some(Box::new(Details {
             name: name.to_owned(),
             group: kind.group.to_owned(),
             kind: kind.plural.to_owned(),
             ..Details::default()
-        });
+        }));
         self
     }
 
@@ -164,7 +164,7 @@ impl ApiError {
     /// 404: nothing is served at that URL.
     pub fn no_such_resource() -> Self {
         let mut error = Self::new(404, "NotFound", "the server could not find the requested resource");
-        error.details = Some(Details::default());
+        error.details = Some(Box::default());
         error
     }
 
@@ -188,10 +188,10 @@ impl ApiError {
     /// 409: fields that other managers own (server-side apply).
     pub fn apply_conflict(message: impl Into<String>, causes: Vec<Cause>) -> Self {
         let mut error = Self::new(409, "Conflict", message);
-        error.details = Some(Details {
+        error.details = Some(Box::new(Details {
             causes,
             ..Details::default()
-        });
+        }));
         error
     }
 
@@ -239,7 +239,7 @@ impl ApiError {
     /// 403 for what is no object, such as a path.
     pub fn forbidden_request(why: impl fmt::Display) -> Self {
         let mut error = Self::new(403, "Forbidden", format!("forbidden: {why}"));
-        error.details = Some(Details::default());
+        error.details = Some(Box::default());
         error
     }
 
@@ -276,10 +276,10 @@ impl ApiError {
     /// 429: later.
     pub fn too_many_requests(message: impl Into<String>, retry_after_seconds: u32) -> Self {
         let mut error = Self::new(429, "TooManyRequests", message);
-        error.details = Some(Details {
+        error.details = Some(Box::new(Details {
             retry_after_seconds: Some(retry_after_seconds),
             ..Details::default()
-        });
+        }));
         error
     }
 
