@@ -186,8 +186,7 @@ impl Api {
         if let Some(answer) = openapi::answer(path, text(headers, header::ACCEPT)) {
             return Ok(answer);
         }
-        let accepted = accepted.ok_or_else(|| ApiError::not_acceptable("application/json, application/yaml"))?;
-        if accepted.shape == Shape::AggregatedDiscovery
+        if accepted.is_some_and(|accepted| accepted.shape == Shape::AggregatedDiscovery)
             && let Some(document) = discovery::aggregated(path)
         {
             return Ok(answer::plain(200, discovery::AGGREGATED, document.to_string()));
@@ -204,6 +203,7 @@ impl Api {
             "/.well-known/openid-configuration" => openid_configuration(),
             path => discovery::document(path).ok_or_else(ApiError::no_such_resource)?,
         };
+        let accepted = accepted.ok_or_else(|| ApiError::not_acceptable("application/json, application/yaml"))?;
         Ok(answer::value(200, accepted.format, &document))
     }
 }

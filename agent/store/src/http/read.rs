@@ -37,11 +37,11 @@ pub fn one(call: &Call, code: u16, object: &Object) -> Result<Answer, ApiError> 
         (Shape::Whole, Format::Json) => answer::json_text(code, shown(object, kind, version)),
         (Shape::Whole, format) => answer::value(code, format, &shown_value(object, kind, version)),
         (Shape::Table, format) => {
-            let rows = [shown_value(object, kind, version)];
+            let rows = vec![shown_value(object, kind, version)];
             answer::value(
                 code,
                 format,
-                &shape::table(kind, &rows, call.query.include, Some(object.revision)),
+                &shape::table(kind, rows, call.query.include, Some(object.revision)),
             )
         }
         (Shape::Metadata, format) => {
@@ -74,7 +74,7 @@ pub fn list(api: &Api, call: &Call) -> Result<Answer, ApiError> {
             let api_version = kind.api_version(call.resource.version);
             json!({"kind": format!("{}List", kind.kind), "apiVersion": api_version, "items": values()})
         }
-        Shape::Table => shape::table(kind, &values(), call.query.include, None),
+        Shape::Table => shape::table(kind, values(), call.query.include, None),
         Shape::Metadata | Shape::MetadataList => json!({
             "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1",
             "items": values().into_iter().map(shape::metadata).collect::<Vec<_>>(),
@@ -216,7 +216,7 @@ pub fn not_in_the_future(api: &Api, wanted: Option<u64>) -> Result<(), ApiError>
         return Ok(());
     };
     let mut error = ApiError::timeout(format!("Too large resource version: {wanted}, current: {current}"));
-    error.details = Some(Details {
+    error.details = Some(Box::new(Details {
         causes: vec![Cause {
             reason: "ResourceVersionTooLarge",
             message: "Too large resource version".into(),
@@ -224,6 +224,6 @@ pub fn not_in_the_future(api: &Api, wanted: Option<u64>) -> Result<(), ApiError>
         }],
         retry_after_seconds: Some(1),
         ..Details::default()
-    });
+    }));
     Err(error)
 }

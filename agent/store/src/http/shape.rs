@@ -1,9 +1,10 @@
 //! Objects in other shapes than whole: metadata alone, and tables.
 
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 
 use super::query::IncludeObject;
-use crate::kinds::Kind;
+use crate::{kinds::Kind, table};
 
 /// `PartialObjectMetadata` of an object.
 pub fn metadata(mut object: Value) -> Value {
@@ -13,25 +14,24 @@ pub fn metadata(mut object: Value) -> Value {
 }
 
 /// A table of these objects; with the revision, if it is of one object.
-pub fn table(kind: &'static Kind, objects: &[Value], include: IncludeObject, revision: Option<u64>) -> Value {
-    let _ = (kind, include);
-    let rows: Vec<Value> = objects
-        .iter()
-        .map(|object| {
-            json!({"cells": [object["metadata"]["name"], object["metadata"]["creationTimestamp"]],
-                "object": metadata(object.clone())})
-        })
-        .collect();
+pub fn table(kind: &'static Kind, objects: Vec<Value>, include: IncludeObject, revision: Option<u64>) -> Value {
+    let now = OffsetDateTime::now_utc();
+    let row = |object: Value| {
+        let cells = table::row(kind, &object, now);
+        let object = match include {
+            IncludeObject::None => return json!({"cells": cells}),
+            IncludeObject::Metadata => metadata(object),
+            IncludeObject::Object => object,
+        };
+        json!({"cells": cells, "object": object})
+    };
+    let rows: Vec<Value> = objects.into_iter().map(row).collect();
     let mut metadata = json!({});
     if let Some(revision) = revision {
         metadata["resourceVersion"] = revision.to_string().into();
     }
     json!({
         "kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
-        "columnDefinitions": [
-            {"name": "Name", "type": "string", "format": "name", "description": "", "priority": 0},
-            {"name": "Created At", "type": "date", "format": "", "description": "", "priority": 0},
-        ],
-        "rows": rows,
+        "columnDefinitions": table::columns(kind), "rows": rows,
     })
 }

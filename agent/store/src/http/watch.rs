@@ -214,8 +214,8 @@ impl Stream {
         let (kind, version) = (self.call.resource.kind, self.call.resource.version);
         match self.call.accepted.shape {
             Shape::Table => {
-                let rows = [shown_value(object, kind, version)];
-                let mut table = shape::table(kind, &rows, self.call.query.include, Some(object.revision));
+                let rows = vec![shown_value(object, kind, version)];
+                let mut table = shape::table(kind, rows, self.call.query.include, Some(object.revision));
                 if std::mem::replace(&mut self.headers_shown, true) {
                     table["columnDefinitions"] = Value::Null;
                 }
