@@ -213,7 +213,7 @@ impl Table {
 }
 
 fn relink(links: &mut Tree<Links>, before: Option<&Entry>, after: Option<&Entry>, of: impl Fn(&Entry) -> &[Arc<str>]) {
-    let keys = |entry: Option<&Entry>| entry.map(&of).map_or(&[][..], |keys| &keys[..]).to_vec();
+    let keys = |entry: Option<&Entry>| entry.map(&of).map(<[_]>::to_vec).unwrap_or_default();
     let (gone, new) = (keys(before), keys(after));
     for key in gone.iter().filter(|key| !new.contains(key)) {
         links.page_mut(key).remove(key, &before.expect("it has keys").name);

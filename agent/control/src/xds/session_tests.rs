@@ -258,6 +258,26 @@ fn a_service_brings_its_endpoints_and_keeps_them_current() {
 }
 
 #[test]
+fn a_name_that_comes_back_to_a_service_brings_the_endpoints_of_now() {
+    let cache = Cache::new();
+    mesh(&cache);
+    let mut client = Client::new();
+    client.subscribe(View::Address, &["/10.1.0.1"], &[]);
+    client.settle(&cache);
+    cache.apply(vec![
+        Change::Put(service("ns/s", "10.1.0.2", 0)),
+        Change::Put(workload("c", "10.0.0.3", &["ns/s"], 0)),
+    ]);
+    assert_eq!(
+        sent(&client.settle(&cache)),
+        ["ns/s"],
+        "it has it, but did not ask for it"
+    );
+    cache.apply(vec![Change::Put(service("ns/s", "10.1.0.1", 0))]);
+    assert_eq!(sent(&client.settle(&cache)), ["c", "ns/s"]);
+}
+
+#[test]
 fn a_name_that_means_nothing_is_answered_and_delivered_when_it_appears() {
     let cache = Cache::new();
     mesh(&cache);
@@ -528,6 +548,10 @@ fn run(wildcard: bool, steps: Vec<Step>) -> Result<(), TestCaseError> {
             }
             Step::Unsubscribe(name) if names.len() > 1 && names.contains(name) => {
                 names.remove(name);
+                if name == "*" {
+                    // Who gives everything up forgets it; what it still asks for by name is answered anew.
+                    client.has[View::Address as usize].clear();
+                }
                 client.subscribe(View::Address, &[], &[name]);
             }
             Step::Unsubscribe(_) => {}

@@ -94,7 +94,7 @@ impl Subscription {
             names: HashSet::new(),
             held: HashSet::new(),
             asked: Vec::new(),
-            known: std::mem::take(&mut request.known),
+            known: Vec::new(),
             owed: true,
             again: false,
             sent: None,
@@ -104,6 +104,7 @@ impl Subscription {
             acknowledged: 0,
         };
         new.change(request);
+        new.known = std::mem::take(&mut request.known);
         if !new.wildcard {
             let reported = new
                 .known
@@ -139,11 +140,12 @@ impl Subscription {
         }
     }
 
-    /// What it still asks for by name is answered anew.
+    /// It forgets what it had; what it still asks for by name is answered anew.
     fn give_up_everything(&mut self) {
         (self.wildcard, self.again) = (false, false);
         (self.sent, self.plan) = (None, None);
         self.held.clear();
+        self.known.clear();
         self.asked = self.names.iter().cloned().collect();
     }
 
@@ -362,11 +364,13 @@ impl Subscription {
         if let Some(from) = from {
             let push = pushes.between(self.view, from, to);
             for put in push.puts() {
-                let held = self.held.contains(&put.name);
-                if held || self.wants(table, put) {
+                let wanted = self.wants(table, put);
+                if wanted || self.held.contains(&put.name) {
                     answer.found.insert(Arc::clone(&put.name), Arc::clone(put));
-                    let fresh = |entry: &Entry| held || self.held.contains(&entry.name);
-                    answer.add_endpoints(self.view, table, put, fresh);
+                }
+                // A name of the service may be new, so that endpoints come that did not change.
+                if wanted {
+                    answer.add_endpoints(self.view, table, put, |entry| self.held.contains(&entry.name));
                 }
             }
             let gone = push.removed().filter(|entry| self.held.contains(&entry.name));

@@ -26,7 +26,9 @@ pub(super) struct Tree<P> {
 
 impl<P: Clone + Default> Tree<P> {
     pub(super) fn new() -> Self {
-        let branch = Arc::new(vec![Arc::new(P::default()); FANOUT]);
+        // One empty page stands for all until something is put into one.
+        let page = Arc::new(P::default());
+        let branch = Arc::new(vec![page; FANOUT]);
         Self {
             hasher: RandomState::new(),
             root: Arc::new(vec![branch; FANOUT]),
