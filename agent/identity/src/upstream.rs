@@ -11,7 +11,7 @@
 
 use std::{
     fmt, io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     str::FromStr,
     sync::{
@@ -26,7 +26,7 @@ use rustls::{ClientConfig, crypto::aws_lc_rs::default_provider};
 use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
+    net::{TcpStream, ToSocketAddrs},
 };
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
@@ -119,23 +119,50 @@ pub struct Upstream {
 impl Upstream {
     /// A channel that connects when it is first used, and again whenever its connection is lost. Needs a tokio runtime.
     pub fn channel(&self) -> Channel {
-        let origin = self
-            .addresses
-            .first()
-            .and_then(|address| address.to_string().parse().ok())
-            .unwrap_or_default();
-        // The connector does TLS itself, and chooses the address: this one is never dialled.
-        let endpoint = Endpoint::from_static("http://control")
-            .origin(origin)
-            .http2_keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .tcp_nodelay(true);
         let upstream = Arc::new(self.clone());
         let last = Arc::new(AtomicUsize::new(0));
-        endpoint.connect_with_connector_lazy(tower::service_fn(move |_| {
+        endpoint(self.addresses.first()).connect_with_connector_lazy(tower::service_fn(move |_| {
             let (upstream, last) = (upstream.clone(), last.clone());
             async move { upstream.connect(&last).await.map(TokioIo::new) }
+        }))
+    }
+
+    /// Every address that the names have now, in the order in which they were given; one that has none is passed over
+    /// where another has some.
+    ///
+    /// # Errors
+    /// None has any: says so of each.
+    pub async fn resolve(&self) -> io::Result<Vec<(ControlAddress, SocketAddr)>> {
+        let (mut found, mut failures) = (Vec::new(), Vec::new());
+        for name in &self.addresses {
+            let looking_up = tokio::net::lookup_host((name.host.as_str(), name.port));
+            match tokio::time::timeout(CONNECT_TIMEOUT, looking_up).await {
+                Ok(Ok(addresses)) => found.extend(addresses.map(|address| (name.clone(), address))),
+                Ok(Err(error)) => failures.push(format!("{name}: {error}")),
+                Err(_elapsed) => failures.push(format!("{name}: no answer to its name")),
+            }
+        }
+        if found.is_empty() {
+            return Err(io::Error::other(failures.join("; ")));
+        }
+        Ok(found)
+    }
+
+    /// A channel to one of the addresses that [`Upstream::resolve`] told, for whoever chooses among them.
+    pub fn channel_to(&self, name: &ControlAddress, address: SocketAddr) -> Channel {
+        let (upstream, name) = (Arc::new(self.clone()), name.clone());
+        endpoint(Some(&name)).connect_with_connector_lazy(tower::service_fn(move |_| {
+            let (upstream, name) = (upstream.clone(), name.clone());
+            async move {
+                let connecting = upstream.connect_to(&name, address);
+                match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
+                    Ok(connected) => connected.map(TokioIo::new),
+                    Err(_elapsed) => Err(io::Error::other(format!(
+                        "no answer within {} s",
+                        CONNECT_TIMEOUT.as_secs()
+                    ))),
+                }
+            }
         }))
     }
 
@@ -145,7 +172,7 @@ impl Upstream {
         let (first, count) = (last.load(Relaxed), self.addresses.len());
         for at in (first..first + count).map(|at| at % count) {
             let address = &self.addresses[at];
-            let connecting = self.connect_to(address);
+            let connecting = self.connect_to(address, (address.host.as_str(), address.port));
             let failure = match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
                 Ok(Ok(stream)) => {
                     last.store(at, Relaxed);
@@ -159,14 +186,14 @@ impl Upstream {
         Err(io::Error::other(failures.join("; ")))
     }
 
-    async fn connect_to(&self, address: &ControlAddress) -> io::Result<Box<dyn Stream>> {
-        let tls = if address.plaintext { None } else { Some(self.tls()?) };
-        let socket = TcpStream::connect((address.host.as_str(), address.port)).await?;
+    async fn connect_to(&self, name: &ControlAddress, to: impl ToSocketAddrs) -> io::Result<Box<dyn Stream>> {
+        let tls = if name.plaintext { None } else { Some(self.tls()?) };
+        let socket = TcpStream::connect(to).await?;
         socket.set_nodelay(true)?;
         let Some(tls) = tls else {
             return Ok(Box::new(socket));
         };
-        let name = ServerName::try_from(address.host.clone()).map_err(io::Error::other)?;
+        let name = ServerName::try_from(name.host.clone()).map_err(io::Error::other)?;
         let stream = TlsConnector::from(tls).connect(name, socket).await?;
         if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
             return Err(io::Error::other("it does not speak HTTP/2 (ALPN)"));
@@ -188,6 +215,17 @@ impl Upstream {
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Arc::new(config))
     }
+}
+
+/// The connector does TLS itself, and chooses the address: this one is never dialled.
+fn endpoint(name: Option<&ControlAddress>) -> Endpoint {
+    let origin = name.and_then(|name| name.to_string().parse().ok()).unwrap_or_default();
+    Endpoint::from_static("http://control")
+        .origin(origin)
+        .http2_keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true)
 }
 
 /// TLS or, on loopback, plain TCP.

@@ -14,9 +14,7 @@ mod workload;
 
 use std::net::IpAddr;
 
-use model::{
-    GatewayAddress, GatewayDestination, NamespacedName, NetworkAddress, Policy, Service, Workload,
-};
+use model::{GatewayAddress, GatewayDestination, NamespacedName, NetworkAddress, Policy, Service, Workload};
 use proto::{
     Message,
     workload::{Address, address, gateway_address},
@@ -98,7 +96,11 @@ fn known<T: TryFrom<i32>>(field: &str, value: i32) -> Result<T, DecodeError> {
 }
 
 fn not_empty<'a>(field: &str, text: &'a str) -> Result<&'a str, DecodeError> {
-    if text.is_empty() { wrong(field, "it is empty") } else { Ok(text) }
+    if text.is_empty() {
+        wrong(field, "it is empty")
+    } else {
+        Ok(text)
+    }
 }
 
 fn namespaced(field: &str, text: &str, interner: &mut Interner) -> Result<NamespacedName, DecodeError> {

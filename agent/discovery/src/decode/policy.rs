@@ -21,7 +21,11 @@ pub(super) fn read(read: wire::Authorization, interner: &mut Interner) -> Result
         name,
         scope: scope(read.scope)?,
         action: action(read.action)?,
-        rules: read.rules.iter().map(|rule| self::rule(rule, interner)).collect::<Result<_, _>>()?,
+        rules: read
+            .rules
+            .iter()
+            .map(|rule| self::rule(rule, interner))
+            .collect::<Result<_, _>>()?,
         dry_run: read.dry_run,
     })
 }
@@ -100,11 +104,7 @@ fn one_match(read: &wire::Match, interner: &mut Interner) -> Result<Match, Decod
     })
 }
 
-fn texts(
-    field: &str,
-    read: &[wire::StringMatch],
-    interner: &mut Interner,
-) -> Result<Vec<StringMatch>, DecodeError> {
+fn texts(field: &str, read: &[wire::StringMatch], interner: &mut Interner) -> Result<Vec<StringMatch>, DecodeError> {
     use wire::string_match::MatchType;
     let one = |text: &wire::StringMatch| {
         Ok(match &text.match_type {

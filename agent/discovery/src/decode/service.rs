@@ -2,17 +2,28 @@
 
 use std::collections::BTreeMap;
 
-use model::{AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, RoutingScope, Service, Visibility};
+use model::{
+    AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, RoutingScope, Service, Visibility,
+};
 use proto::workload as wire;
 
 use super::{DecodeError, Interner, gateway, known, network_address, not_empty, port, wrong};
 
 pub(super) fn read(read: wire::Service, interner: &mut Interner) -> Result<Service, DecodeError> {
-    let vips = read.addresses.iter().map(|address| network_address("addresses", address, interner));
+    let vips = read
+        .addresses
+        .iter()
+        .map(|address| network_address("addresses", address, interner));
     let vips = vips.collect::<Result<_, _>>()?;
     // One of several waypoints is a waypoint: what matters here is that traffic has to go through one.
-    let weighted = read.weighted_waypoints.into_iter().find_map(|waypoint| waypoint.destination);
-    let waypoint = read.waypoint.or(weighted).map(|address| gateway("waypoint", address, interner));
+    let weighted = read
+        .weighted_waypoints
+        .into_iter()
+        .find_map(|waypoint| waypoint.destination);
+    let waypoint = read
+        .waypoint
+        .or(weighted)
+        .map(|address| gateway("waypoint", address, interner));
     let mut ports = Vec::with_capacity(read.ports.len());
     let mut app_protocols = BTreeMap::new();
     for mapped in &read.ports {

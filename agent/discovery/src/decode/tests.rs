@@ -70,11 +70,24 @@ fn read_policy(change: impl FnOnce(&mut security::Authorization)) -> Result<Obje
 
 #[test]
 fn what_is_left_out_means_what_istio_says() {
-    let Ok(Object::Workload(read)) = read_workload(|_| ()) else { panic!("not a workload") };
-    assert_eq!((read.trust_domain.as_str(), &*read.service_account), ("cluster.local", "default"));
-    assert_eq!((read.capacity, &*read.workload_type, &*read.network), (1, "deployment", ""));
-    assert_eq!(read.services.get(&NamespacedName::new("shop", "web.example")), Some(&[(80, 8080)].into()));
-    let Ok(Object::Service(read)) = read_service(|_| ()) else { panic!("not a service") };
+    let Ok(Object::Workload(read)) = read_workload(|_| ()) else {
+        panic!("not a workload")
+    };
+    assert_eq!(
+        (read.trust_domain.as_str(), &*read.service_account),
+        ("cluster.local", "default")
+    );
+    assert_eq!(
+        (read.capacity, &*read.workload_type, &*read.network),
+        (1, "deployment", "")
+    );
+    assert_eq!(
+        read.services.get(&NamespacedName::new("shop", "web.example")),
+        Some(&[(80, 8080)].into())
+    );
+    let Ok(Object::Service(read)) = read_service(|_| ()) else {
+        panic!("not a service")
+    };
     assert_eq!((read.load_balancing, read.waypoint), (None, None));
 }
 
@@ -102,7 +115,9 @@ fn one_of_several_waypoints_is_a_waypoint() {
 fn a_resource_that_is_not_understood_is_refused_by_its_field() {
     let workloads: [(&str, fn(&mut wire::Workload)); 9] = [
         ("uid: ", |workload| workload.uid.clear()),
-        ("addresses: ", |workload| workload.addresses = vec![vec![1, 2, 3].into()]),
+        ("addresses: ", |workload| {
+            workload.addresses = vec![vec![1, 2, 3].into()]
+        }),
         ("tunnel_protocol: value 9 ", |workload| workload.tunnel_protocol = 9),
         ("network_mode: value 9 ", |workload| workload.network_mode = 9),
         ("workload_type: value 9 ", |workload| workload.workload_type = 9),
@@ -110,7 +125,9 @@ fn a_resource_that_is_not_understood_is_refused_by_its_field() {
         ("services: ", |workload| {
             workload.services.insert("nowhere".to_owned(), Default::default());
         }),
-        ("authorization_policies: ", |workload| workload.authorization_policies = vec!["a/b/c".to_owned()]),
+        ("authorization_policies: ", |workload| {
+            workload.authorization_policies = vec!["a/b/c".to_owned()]
+        }),
         ("waypoint: ", |workload| workload.waypoint = Some(Default::default())),
     ];
     for (expected, change) in workloads {
@@ -169,8 +186,15 @@ fn a_resource_that_is_not_understood_is_refused_by_its_field() {
 fn a_policy_that_can_not_be_read_closes_what_it_may_be_about() {
     let closes = |message: &[u8]| closing("shop/deny", message);
     let unknown_action = closes(&policy(|policy| policy.action = 5)).unwrap();
-    assert_eq!((unknown_action.scope, unknown_action.action), (Scope::Namespace, Action::Deny));
-    assert_eq!(unknown_action.rules, [Rule::new()], "a rule without clauses always matches");
+    assert_eq!(
+        (unknown_action.scope, unknown_action.action),
+        (Scope::Namespace, Action::Deny)
+    );
+    assert_eq!(
+        unknown_action.rules,
+        [Rule::new()],
+        "a rule without clauses always matches"
+    );
     let allow = closes(&policy(|policy| policy.action = security::Action::Allow.into())).unwrap();
     assert_eq!((allow.action, allow.rules.len()), (Action::Allow, 0));
     let global = closes(&policy(|policy| policy.scope = security::Scope::Global.into())).unwrap();

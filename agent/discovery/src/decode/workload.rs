@@ -14,12 +14,19 @@ pub(super) fn read(read: wire::Workload, interner: &mut Interner) -> Result<Work
     let addresses = read.addresses.iter().map(|address| ip("addresses", address));
     let policies = read.authorization_policies.iter();
     let waypoint = read.waypoint.map(|address| gateway("waypoint", address, interner));
-    let network_gateway = read.network_gateway.map(|address| gateway("network_gateway", address, interner));
+    let network_gateway = read
+        .network_gateway
+        .map(|address| gateway("network_gateway", address, interner));
     Ok(Workload {
         uid: WorkloadUid(not_empty("uid", &read.uid)?.into()),
         name: read.name.as_str().into(),
         namespace: interner.get(&read.namespace),
-        trust_domain: or(&read.trust_domain, TrustDomain::default().as_str(), interner, TrustDomain::new),
+        trust_domain: or(
+            &read.trust_domain,
+            TrustDomain::default().as_str(),
+            interner,
+            TrustDomain::new,
+        ),
         service_account: or(&read.service_account, "default", interner, |account| account),
         workload_ips: addresses.collect::<Result<_, _>>()?,
         protocol: match known("tunnel_protocol", read.tunnel_protocol)? {
@@ -75,7 +82,12 @@ fn services(
     let ports = |list: &wire::PortList| {
         let ports = list.ports.iter();
         ports
-            .map(|mapped| Ok((port("services", mapped.service_port)?, port("services", mapped.target_port)?)))
+            .map(|mapped| {
+                Ok((
+                    port("services", mapped.service_port)?,
+                    port("services", mapped.target_port)?,
+                ))
+            })
             .collect::<Result<PortMap, DecodeError>>()
     };
     read.iter()

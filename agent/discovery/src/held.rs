@@ -1,0 +1,230 @@
+//! The resources of one type: what is held in which version, what the current state's parts have brought so far, and
+//! what was refused.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use mesh::Delta;
+use model::{NamespacedName, WorkloadUid};
+
+use crate::{
+    books::Type,
+    decode::{self, Object},
+    state::Change,
+};
+
+/// What a resource is, to remove it by its name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    Workload,
+    Service,
+    Policy,
+}
+
+#[derive(Debug)]
+struct Entry {
+    version: Box<str>,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+struct Refusal {
+    reason: String,
+    /// A policy stands for it in the mesh.
+    closes: bool,
+    /// Said on this connection.
+    recent: bool,
+}
+
+#[derive(Debug)]
+struct Staged {
+    version: String,
+    object: Object,
+    message: Vec<u8>,
+}
+
+/// A change that does not say its type yet.
+#[derive(Debug)]
+pub(crate) enum Untyped {
+    Put(String, String, Vec<u8>),
+    Remove(String),
+}
+
+impl Untyped {
+    pub(crate) fn of(self, type_: Type) -> Change {
+        match self {
+            Self::Put(name, version, message) => Change::put(type_, name, version, message),
+            Self::Remove(name) => Change::remove(type_, name),
+        }
+    }
+}
+
+/// The resources of one type.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    entries: HashMap<Arc<str>, Entry>,
+    rejected: BTreeMap<String, Refusal>,
+    /// A name's last word counts; by name, so that what follows does not depend on a hash.
+    puts: BTreeMap<Arc<str>, Staged>,
+    removals: BTreeSet<String>,
+    /// The messages of what closes, for the disk.
+    closing: BTreeMap<String, Vec<u8>>,
+    synchronised: bool,
+}
+
+fn kind_of(object: &Object) -> Kind {
+    match object {
+        Object::Workload(_) => Kind::Workload,
+        Object::Service(_) => Kind::Service,
+        Object::Policy(_) => Kind::Policy,
+    }
+}
+
+/// The object's name; a workload's own text, so that it is in memory once.
+fn name_of(object: &Object) -> Arc<str> {
+    match object {
+        Object::Workload(workload) => workload.uid.0.clone(),
+        Object::Service(service) => service.key().to_string().into(),
+        Object::Policy(policy) => policy.key().to_string().into(),
+    }
+}
+
+fn key_of(name: &str) -> NamespacedName {
+    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    NamespacedName::new(namespace, name)
+}
+
+fn remove(kind: Kind, name: &str, delta: &mut Delta) {
+    match kind {
+        Kind::Workload => delta.removed_workloads.push(WorkloadUid(name.into())),
+        Kind::Service => delta.removed_services.push(key_of(name)),
+        Kind::Policy => delta.removed_policies.push(key_of(name)),
+    }
+}
+
+impl Held {
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether this connection brought a whole state.
+    pub(crate) fn is_synchronised(&self) -> bool {
+        self.synchronised
+    }
+
+    /// What was refused, with why.
+    pub(crate) fn rejected(&self) -> impl Iterator<Item = (&str, &str)> {
+        let rejected = self.rejected.iter();
+        rejected.map(|(name, refusal)| (name.as_str(), refusal.reason.as_str()))
+    }
+
+    /// What is held, to be told to the control plane.
+    pub(crate) fn versions(&self) -> BTreeMap<String, String> {
+        let entries = self.entries.iter();
+        entries
+            .map(|(name, entry)| (name.to_string(), entry.version.to_string()))
+            .collect()
+    }
+
+    /// What was left unfinished is forgotten.
+    pub(crate) fn disconnected(&mut self) {
+        self.puts.clear();
+        self.removals.clear();
+        self.closing.clear();
+        self.synchronised = false;
+        self.rejected.values_mut().for_each(|refusal| refusal.recent = false);
+    }
+
+    pub(crate) fn stage(&mut self, object: Object, version: String, message: &[u8]) {
+        let name = name_of(&object);
+        self.removals.remove(&*name);
+        self.closing.remove(&*name);
+        let staged = Staged {
+            version,
+            object,
+            message: message.to_vec(),
+        };
+        self.puts.insert(name, staged);
+    }
+
+    pub(crate) fn stage_removal(&mut self, name: &str) {
+        self.puts.remove(name);
+        self.closing.remove(name);
+        self.removals.insert(name.to_owned());
+    }
+
+    /// The last good one stays, here and in the mesh; where there is none, a policy closes.
+    pub(crate) fn stage_refusal(&mut self, type_: Type, name: &str, message: &[u8], reason: String) {
+        let has_good =
+            self.puts.contains_key(name) || (self.entries.contains_key(name) && !self.removals.contains(name));
+        let closes = type_ == Type::Authorization && !has_good && decode::closing(name, message).is_some();
+        if closes {
+            self.closing.insert(name.to_owned(), message.to_vec());
+        }
+        let refusal = Refusal {
+            reason,
+            closes,
+            recent: true,
+        };
+        self.rejected.insert(name.to_owned(), refusal);
+    }
+
+    /// The state is whole: what changes.
+    pub(crate) fn commit(&mut self, live: bool) -> (Vec<Untyped>, Delta) {
+        let (mut changes, mut delta) = (Vec::new(), Delta::default());
+        for name in std::mem::take(&mut self.removals) {
+            let closed = self.forget_refusal(&name, &mut delta);
+            if let Some(entry) = self.entries.remove(name.as_str()) {
+                remove(entry.kind, &name, &mut delta);
+                changes.push(Untyped::Remove(name));
+            } else if closed {
+                changes.push(Untyped::Remove(name));
+            }
+        }
+        if live && !std::mem::replace(&mut self.synchronised, true) {
+            self.forget_stale(&mut changes, &mut delta);
+        }
+        for (name, message) in std::mem::take(&mut self.closing) {
+            delta.policies.extend(decode::closing(&name, &message));
+            changes.push(Untyped::Put(name, String::new(), message));
+        }
+        for (name, staged) in std::mem::take(&mut self.puts) {
+            self.forget_refusal(&name, &mut delta);
+            let (kind, version) = (kind_of(&staged.object), staged.version.as_str().into());
+            let before = self.entries.insert(name.clone(), Entry { version, kind });
+            if let Some(before) = before.filter(|before| before.kind != kind) {
+                remove(before.kind, &name, &mut delta);
+            }
+            match staged.object {
+                Object::Workload(workload) => delta.workloads.push(*workload),
+                Object::Service(service) => delta.services.push(*service),
+                Object::Policy(policy) => delta.policies.push(*policy),
+            }
+            changes.push(Untyped::Put(name.to_string(), staged.version, staged.message));
+        }
+        (changes, delta)
+    }
+
+    /// A refusal that is over; whether something stood for it.
+    fn forget_refusal(&mut self, name: &str, delta: &mut Delta) -> bool {
+        let closed = self.rejected.get(name).is_some_and(|refusal| refusal.closes);
+        if closed {
+            delta.removed_policies.push(key_of(name));
+        }
+        self.rejected.remove(name);
+        closed
+    }
+
+    /// Refusals of an earlier connection: they are not among what we say we hold, so one that is still there came again.
+    fn forget_stale(&mut self, changes: &mut Vec<Untyped>, delta: &mut Delta) {
+        let stale = self.rejected.iter().filter(|(_, refusal)| !refusal.recent);
+        let stale: Vec<String> = stale.map(|(name, _)| name.clone()).collect();
+        for name in stale {
+            if self.forget_refusal(&name, delta) {
+                changes.push(Untyped::Remove(name));
+            }
+        }
+    }
+}
