@@ -32,7 +32,7 @@ mod service;
 mod translate;
 
 pub use authorization_policy::{AuthorizationPolicy, closing};
-pub use enablement::{Enablement, enablement};
+pub use enablement::{Enablement, enablement, enablement_of, non_tcp_of};
 pub use finding::{Effect, Finding, ObjectRef, Place, Problem};
 pub use live::validate;
 pub use meta::{IntOrString, Metadata, OwnerReference, Selector};

@@ -2,6 +2,7 @@
 
 mod app;
 mod cni;
+mod control;
 mod node;
 mod uninstall;
 
@@ -21,6 +22,8 @@ struct Cli {
 enum Role {
     /// The node agent: captures the traffic of this node's opted-in pods and carries it through the mesh.
     Node(Box<node::NodeArgs>),
+    /// The control plane: what agents know, and who they are, from the objects of a Kubernetes API.
+    Control(Box<control::ControlArgs>),
     /// What a container runtime calls for each pod (a chained CNI plugin); also installs itself.
     Cni(cni::CniArgs),
     /// Take a node's capture down for good, once its agent has ended.
@@ -37,6 +40,7 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     match Cli::parse().role {
         Role::Node(args) => node::run(*args),
+        Role::Control(args) => control::run(*args),
         Role::Cni(args) => return cni::run(args),
         Role::Uninstall(args) => uninstall::run(&args),
         Role::Playground(args) => playground::run(args),

@@ -279,7 +279,6 @@ mod tests {
     fn what_is_no_configuration_is_named() {
         for (text, code) in [
             ("", Code::Decoding),
-            ("[]", Code::Decoding),
             (r#"{"cniVersion":"0.2.0"}"#, Code::IncompatibleVersion),
             (r#"{"cniVersion":"2.0.0"}"#, Code::IncompatibleVersion),
             (r#"{"cniVersion":"1.0.0","timeoutSeconds":-1}"#, Code::Decoding),

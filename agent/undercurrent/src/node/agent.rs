@@ -1,20 +1,16 @@
 //! What the local socket asks of this process.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, PoisonError},
-    time::{Instant, SystemTime},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use admin::{
     CapabilityStatus, CaptureStatus, CertificateStatus, Health, IdentityStatus, KnowledgeStatus, PodAdded, PodChecked,
-    PodRemoved, PodStatus, SourceStatus, Status, ValidAttachments,
+    PodRemoved, PodStatus, Status, ValidAttachments,
 };
 use telemetry::AccessLog;
 
 use super::{
     pods::{PodView, Pods, View},
-    static_source::Problems,
+    source::{Source, seconds},
 };
 
 /// Everything that the status is made of.
@@ -23,7 +19,7 @@ pub struct NodeAgent {
     pub node_name: String,
     pub capabilities: capture::Capabilities,
     pub knowledge: mesh::Knowledge,
-    pub problems: Problems,
+    pub source: Source,
     pub identities: identity::Identities,
     pub capture: capture::Capture,
     pub proxy: Arc<l4::Proxy>,
@@ -33,11 +29,8 @@ pub struct NodeAgent {
 }
 
 impl NodeAgent {
-    fn problems(&self) -> Vec<String> {
-        self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     fn pod_status(
+        &self,
         pod: PodView,
         certificates: &[identity::CertificateInfo],
         counters: &capture::GuardCounters,
@@ -51,7 +44,7 @@ impl NodeAgent {
             name: pod.pod.name.to_string(),
             addresses: pod.addresses,
             captured: pod.captured,
-            redirection: None,
+            redirection: self.source.redirection(&pod.pod),
             problem: pod.problem,
             identity: pod.identity.map(|identity| identity.to_string()),
             certificate,
@@ -64,7 +57,7 @@ impl Health for NodeAgent {
     fn pending(&self) -> Vec<String> {
         let mut pending = Vec::new();
         if !self.knowledge.snapshot().ready() {
-            pending.push(format!("knowledge of the mesh ({})", self.problems().join("; ")));
+            pending.push(format!("knowledge of the mesh ({})", self.source.awaited()));
         }
         if !self.view.settled() {
             pending.push("the pods that were known before the restart".to_owned());
@@ -100,16 +93,16 @@ impl admin::Agent for NodeAgent {
             },
             knowledge: KnowledgeStatus {
                 generation: snapshot.generation(),
-                workloads: snapshot.workloads().count(),
-                rejected: self.problems(),
-                source: SourceStatus::default(),
+                workloads: snapshot.counts().workloads,
+                rejected: self.source.rejected(),
+                source: self.source.status(snapshot.ready()),
             },
             certificates: certificates.iter().map(identity_status).collect(),
             pods: self
                 .view
                 .pods()
                 .into_iter()
-                .map(|pod| Self::pod_status(pod, &certificates, &counters))
+                .map(|pod| self.pod_status(pod, &certificates, &counters))
                 .collect(),
             counters: named(&counters.total),
             connections: self
@@ -165,9 +158,4 @@ fn identity_status(info: &identity::CertificateInfo) -> IdentityStatus {
         next_fetch: seconds(info.next_fetch),
         last_error: info.last_error.as_ref().map(ToString::to_string),
     }
-}
-
-fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }

@@ -1,8 +1,14 @@
 //! What the node role is told on its command line or by its environment; read here and nowhere else.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, builder::FalseyValueParser};
+use identity::ControlAddress;
+use model::TrustDomain;
 
 /// Options of `undercurrent node`.
 #[derive(Args, Clone, Debug)]
@@ -10,15 +16,10 @@ pub struct NodeArgs {
     /// This node's name, as workloads name it.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node: String,
-    /// What is known of the mesh: a file of workloads, services and policies, reread when it changes.
-    #[arg(long = "static", env = "UNDERCURRENT_STATIC", value_name = "FILE")]
-    pub static_file: PathBuf,
-    /// The certificate (PEM) of the authority that signs the identities of this node's pods.
-    #[arg(long, env = "UNDERCURRENT_CA_CERT", value_name = "FILE")]
-    pub ca_cert: PathBuf,
-    /// Its private key (PEM, PKCS#8).
-    #[arg(long, env = "UNDERCURRENT_CA_KEY", value_name = "FILE")]
-    pub ca_key: PathBuf,
+    #[command(flatten)]
+    pub fixed: StaticArgs,
+    #[command(flatten)]
+    pub control: ControlArgs,
     /// Where the agent keeps its socket and what must outlive a restart.
     #[arg(
         long,
@@ -68,6 +69,125 @@ pub struct NodeArgs {
     pub ebpf_log: bool,
 }
 
+/// A mesh without a control plane: everything is in files.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Without a control plane")]
+pub struct StaticArgs {
+    /// What is known of the mesh: a file of workloads, services and policies, reread when it changes.
+    #[arg(
+        long = "static",
+        env = "UNDERCURRENT_STATIC",
+        value_name = "FILE",
+        required_unless_present = "xds",
+        conflicts_with = "xds",
+        requires_all = ["ca_cert", "ca_key"]
+    )]
+    pub static_file: Option<PathBuf>,
+    /// The certificate (PEM) of the authority that signs the identities of this node's pods.
+    #[arg(long, env = "UNDERCURRENT_CA_CERT", value_name = "FILE", conflicts_with = "xds")]
+    pub ca_cert: Option<PathBuf>,
+    /// Its private key (PEM, PKCS#8).
+    #[arg(long, env = "UNDERCURRENT_CA_KEY", value_name = "FILE", conflicts_with = "xds")]
+    pub ca_key: Option<PathBuf>,
+}
+
+/// A mesh with a control plane, ours or istiod; the environment is that of ztunnel.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "With a control plane")]
+pub struct ControlArgs {
+    /// The control plane's addresses, such as istiod.istio-system.svc:15012; several are tried in turn.
+    #[arg(long, env = "XDS_ADDRESS", value_name = "HOST:PORT", value_delimiter = ',')]
+    pub xds: Vec<ControlAddress>,
+    /// The certificate authority's addresses [default: those of --xds].
+    #[arg(
+        long,
+        env = "CA_ADDRESS",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        requires = "xds"
+    )]
+    pub ca: Vec<ControlAddress>,
+    /// This node's service-account token (audience istio-ca), reread when it is replaced.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_TOKEN",
+        value_name = "FILE",
+        default_value = "/var/run/secrets/tokens/istio-token"
+    )]
+    pub token: PathBuf,
+    /// The roots (PEM) of the mesh, for the control plane and for peers; reread when they change.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_ROOTS",
+        value_name = "FILE",
+        default_value = "/var/run/secrets/istio/root-cert.pem"
+    )]
+    pub roots: PathBuf,
+    /// This cluster's name, as the control plane has it [default: $ISTIO_META_CLUSTER_ID, else Kubernetes].
+    #[arg(long, env = "CLUSTER_ID", value_name = "NAME")]
+    cluster: Option<String>,
+    /// This node's network, as the control plane has it.
+    #[arg(long, env = "NETWORK", value_name = "NAME", default_value = "")]
+    pub network: String,
+    /// The mesh's trust domain.
+    #[arg(long, env = "TRUST_DOMAIN", value_name = "DOMAIN", default_value = "cluster.local", value_parser = trust_domain)]
+    pub trust_domain: TrustDomain,
+    /// Trust domains whose identities count as the mesh's own.
+    #[arg(long, env = "TRUST_DOMAIN_ALIASES", value_name = "DOMAIN", value_delimiter = ',', value_parser = trust_domain)]
+    pub trust_domain_aliases: Vec<TrustDomain>,
+    /// Learn only of what this node's pods talk to, when they do.
+    #[arg(long, env = "XDS_ON_DEMAND", value_parser = FalseyValueParser::new())]
+    pub xds_on_demand: bool,
+    /// How to reach the Kubernetes API, which names this node's pods [default: as a pod of the cluster does].
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// This agent's own pod, as it introduces itself to the control plane.
+    #[arg(
+        long,
+        env = "POD_NAME",
+        value_name = "NAME",
+        default_value = "undercurrent-node",
+        hide = true
+    )]
+    pub pod_name: String,
+    /// Its namespace.
+    #[arg(
+        long,
+        env = "POD_NAMESPACE",
+        value_name = "NAME",
+        default_value = "istio-system",
+        hide = true
+    )]
+    pub pod_namespace: String,
+    /// Its address.
+    #[arg(long, env = "INSTANCE_IP", value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), hide = true)]
+    pub instance_ip: IpAddr,
+    /// Its service account.
+    #[arg(long, env = "SERVICE_ACCOUNT", value_name = "NAME", hide = true)]
+    pub service_account: Option<String>,
+}
+
+impl ControlArgs {
+    /// This cluster's name.
+    pub fn cluster(&self) -> String {
+        let of_istio = || std::env::var("ISTIO_META_CLUSTER_ID").ok();
+        let name = self.cluster.clone().or_else(of_istio).filter(|name| !name.is_empty());
+        name.unwrap_or_else(|| "Kubernetes".to_owned())
+    }
+
+    /// Where certificates come from.
+    pub fn ca(&self) -> &[ControlAddress] {
+        if self.ca.is_empty() { &self.xds } else { &self.ca }
+    }
+}
+
+fn trust_domain(text: &str) -> Result<TrustDomain, String> {
+    if text.is_empty() || text.contains(['/', ' ']) {
+        return Err("expected a domain, such as cluster.local".to_owned());
+    }
+    Ok(TrustDomain::new(text))
+}
+
 /// How traffic is captured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum CaptureMode {
@@ -93,4 +213,44 @@ fn seconds(text: &str) -> Result<Duration, String> {
     text.parse()
         .map(Duration::from_secs)
         .map_err(|_| "expected a number of seconds".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        node: NodeArgs,
+    }
+
+    fn parse(line: &str) -> Result<NodeArgs, String> {
+        let words = std::iter::once("node").chain(line.split_whitespace());
+        Cli::try_parse_from(words)
+            .map(|cli| cli.node)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn there_is_one_source_of_knowledge() {
+        let fixed = "--static a --ca-cert b --ca-key c";
+        let args = parse(&format!("--node n1 {fixed}")).unwrap();
+        assert_eq!(args.fixed.static_file, Some("a".into()));
+        let args = parse("--node n1 --xds istiod.istio-system.svc,10.0.0.1:15012").unwrap();
+        assert_eq!(args.control.xds.len(), 2);
+        assert_eq!(args.control.ca(), args.control.xds);
+        assert!(!args.control.xds_on_demand);
+        for bad in [
+            "--node n1",
+            "--node n1 --static a",
+            &format!("--node n1 {fixed} --xds istiod:15012"),
+            "--node n1 --xds istiod --ca-key c",
+            "--node n1 --xds http://istiod:15010",
+            "--node n1 --xds istiod --trust-domain a/b",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
 }

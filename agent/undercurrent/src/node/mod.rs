@@ -1,22 +1,26 @@
 //! The node role: capture, knowledge, identities and the L4 proxy of one node, wired together.
 //!
 //! ```text
-//! static file ─► mesh ─┬─► pods: what is captured ◄─ cmdadd, cmddel (agent.sock), a timer
-//!                      │        │ capture                │ listeners, sockets
-//!                      └─► l4 proxy (shards) ◄───────────┘        identities ◄─ the authority of --ca-cert
+//! source: a static file, or ─► mesh ─┬─► pods: what is captured ◄─ cmdadd, cmddel (agent.sock), the Kubernetes API, a timer
+//! the control plane by xDS           │        │ capture                │ listeners, sockets
+//!                                    └─► l4 proxy (shards) ◄───────────┘        identities ◄─ an authority in files, or the CA
 //! ```
-//! Under failure: without capture the role ends and says why; without a usable file it runs, is not ready, and refuses;
+//! Under failure: without capture the role ends and says why; without a usable file, or before the control plane said
+//! anything, it runs, is not ready, and refuses;
 //! SIGTERM drains and leaves capture in place, so that pods wait for the next agent instead of going out in plaintext.
 //! `undercurrent uninstall` takes capture down.
 
 mod agent;
 mod config;
-mod logging;
+mod kube_source;
+pub mod logging;
 mod pods;
 mod records;
+mod redirection;
+mod source;
 mod static_source;
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use capture::Capture;
@@ -48,9 +52,14 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 
 async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     let node = start_capture(&args)?;
-    let (writer, knowledge) = mesh::new();
-    let problems = static_source::follow(args.static_file.clone(), writer).context("cannot follow the static file")?;
-    let identities = start_identities(&args, &knowledge)?;
+    let source::Sources {
+        knowledge,
+        identities,
+        oracle,
+        board,
+        source,
+        background,
+    } = source::start(&args).await?;
     let access_log = start_access_log(args.access_log).context("cannot start the access log")?;
     let mut config = l4::Config::default();
     if let Some(shards) = args.shards {
@@ -60,11 +69,12 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         .context("cannot start the proxy")?;
     let proxy = Arc::new(proxy);
     let parts = pods::Parts {
-        node_name: args.node.as_str().into(),
+        oracle,
         capture: node.clone(),
         knowledge: knowledge.clone(),
         identities: identities.clone(),
         proxy: proxy.clone(),
+        board,
     };
     let (pods, view, reconciler) = pods::start(parts, &args.state_dir.join("pods"))?;
     let agent = Arc::new(agent::NodeAgent {
@@ -72,7 +82,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         node_name: args.node.clone(),
         capabilities: node.capabilities(),
         knowledge,
-        problems,
+        source,
         identities: identities.clone(),
         capture: node.clone(),
         proxy: proxy.clone(),
@@ -90,6 +100,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         failure = proxy.failed() => bail!("the proxy failed: {failure}"),
         ended = reconciler => bail!("the pods' reconciler ended: {ended:?}"),
         ended = kernel_log(&node) => bail!("the eBPF programs' log ended: {ended:?}"),
+        () = background.run() => bail!("the watches of the cluster ended"),
         () = identities.rotate() => bail!("the rotation of certificates ended"),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -132,19 +143,6 @@ async fn kernel_log(node: &Capture) -> std::io::Result<()> {
         Some(log) => log.run().await,
         None => std::future::pending().await,
     }
-}
-
-fn start_identities(args: &NodeArgs, knowledge: &mesh::Knowledge) -> anyhow::Result<identity::Identities> {
-    let read =
-        |path: &std::path::Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
-    let authority = identity::LocalAuthority::from_pem(&read(&args.ca_cert)?, &read(&args.ca_key)?)
-        .with_context(|| format!("{} and {}", args.ca_cert.display(), args.ca_key.display()))?;
-    let trust_domain = knowledge.snapshot().settings().trust_domain.clone();
-    Ok(identity::Identities::new(
-        Arc::new(authority),
-        trust_domain,
-        identity::Clock::system(),
-    ))
 }
 
 fn start_access_log(mode: AccessLogMode) -> std::io::Result<AccessLog> {

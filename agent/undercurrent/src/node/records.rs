@@ -11,6 +11,8 @@ use std::{
 use model::NamespacedName;
 use serde::{Deserialize, Serialize};
 
+use super::kube_source::ApiPod;
+
 /// A pod that the agent was told of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -24,6 +26,24 @@ pub struct PodRecord {
     /// Its sandbox, as the container runtime names it; empty where nobody said.
     #[serde(default)]
     pub container_id: String,
+    /// Who it is, as the Kubernetes API said last; nothing where there is none.
+    #[serde(default)]
+    pub api: Option<ApiPod>,
+}
+
+impl PodRecord {
+    /// Whether both are of one sandbox: if not, one of them is gone.
+    pub fn is_same_sandbox(&self, other: &Self) -> bool {
+        let sandbox = |record: &Self| {
+            (
+                record.netns.clone(),
+                record.addresses.clone(),
+                record.container_id.clone(),
+            )
+        };
+        let uid = |record: &Self| record.api.as_ref().map(|api| api.uid.clone());
+        sandbox(self) == sandbox(other) && (uid(self).is_none() || uid(other).is_none() || uid(self) == uid(other))
+    }
 }
 
 /// The directory.
@@ -94,6 +114,7 @@ mod tests {
             netns: "/var/run/netns/x".into(),
             addresses: vec!["10.0.0.1".parse().unwrap()],
             container_id: String::new(),
+            api: None,
         };
         records.keep(&record("a")).unwrap();
         records.keep(&record("b")).unwrap();

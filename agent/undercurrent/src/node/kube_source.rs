@@ -1,0 +1,363 @@
+//! The node's own pods, as the Kubernetes API has them: who they are, and whether they are to be in the mesh.
+//!
+//! ```text
+//! watch pods of this node ─┐
+//! watch namespaces ────────┴─► Table ─► Cluster::pod (who, in the mesh or not) ─► the reconciler of pods
+//! GET, if a pod is not there yet ──────► Cluster::resolve (cmdadd) ┘
+//! ```
+//! Knows nothing of sandboxes or capture. What it answers was said by the API; it never guesses: a pod that nobody can
+//! vouch for is refused (`a_pod_that_the_api_does_not_have_is_refused`), and so is one that has the name of another
+//! (`the_predecessor_of_a_pod_does_not_stand_for_it`).
+//!
+//! The API away: what was known stays, and pods' records on disk remember it across a restart of the agent; the watches
+//! begin again with back-off (0.8 to 30 s).
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures_util::StreamExt;
+use k8s::Enablement;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::{
+    Api, Client, ResourceExt,
+    runtime::{
+        WatchStreamExt,
+        watcher::{self, watcher},
+    },
+};
+use model::{NamespacedName, NonTcp};
+use serde::{Deserialize, Serialize};
+use tokio::{sync::watch, time::Instant};
+
+/// What Istio's control plane reads, and its CNI agent writes.
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+/// One request for a pod that is about to start.
+const GET_TIMEOUT: Duration = Duration::from_secs(3);
+const GET_AGAIN: Duration = Duration::from_millis(250);
+
+/// A pod as the API vouches for it; kept in its record.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApiPod {
+    /// The object's uid: a pod of the same name with another one is another pod.
+    pub uid: String,
+    /// Half of its identity.
+    pub service_account: Arc<str>,
+    /// Whether its traffic is to be captured.
+    pub in_mesh: bool,
+    /// What becomes of its traffic that is not TCP.
+    pub non_tcp: NonTcp,
+}
+
+/// A pod of the table, with what others need to know of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ListedPod {
+    pub metadata: k8s::Metadata,
+    pub service_account: Arc<str>,
+    pub host_network: bool,
+    pub running: bool,
+    pub ended: bool,
+}
+
+/// The cluster, as seen from this node.
+#[derive(Clone)]
+pub struct Cluster(Arc<Inner>);
+
+struct Inner {
+    client: Client,
+    node: String,
+    table: Mutex<Table>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Table {
+    pods: Watched<ListedPod>,
+    namespaces: Watched<k8s::Metadata>,
+}
+
+/// One kind of objects, and what a listing under way has of it so far.
+struct Watched<T> {
+    objects: BTreeMap<NamespacedName, T>,
+    listing: BTreeMap<NamespacedName, T>,
+    synced: bool,
+    problem: Option<String>,
+}
+
+impl<T> Default for Watched<T> {
+    fn default() -> Self {
+        Self {
+            objects: BTreeMap::new(),
+            listing: BTreeMap::new(),
+            synced: false,
+            problem: None,
+        }
+    }
+}
+
+impl<T: PartialEq> Watched<T> {
+    /// Takes an event over; whether anything is otherwise than before.
+    fn take<K>(&mut self, event: watcher::Result<watcher::Event<K>>, read: impl Fn(K) -> (NamespacedName, T)) -> bool {
+        match event {
+            Err(error) => {
+                let problem = Some(error.to_string());
+                let new = self.problem != problem;
+                self.problem = problem;
+                return new;
+            }
+            Ok(watcher::Event::Init) => self.listing.clear(),
+            Ok(watcher::Event::InitApply(object)) => {
+                let (name, object) = read(object);
+                self.listing.insert(name, object);
+            }
+            Ok(watcher::Event::InitDone) => {
+                self.problem = None;
+                let listed = std::mem::take(&mut self.listing);
+                let new = !self.synced || self.objects != listed;
+                (self.objects, self.synced) = (listed, true);
+                return new;
+            }
+            Ok(watcher::Event::Apply(object)) => {
+                let (name, object) = read(object);
+                return self.put(name, object);
+            }
+            Ok(watcher::Event::Delete(object)) => return self.objects.remove(&read(object).0).is_some(),
+        }
+        false
+    }
+
+    fn put(&mut self, name: NamespacedName, object: T) -> bool {
+        let new = self.objects.get(&name) != Some(&object);
+        self.objects.insert(name, object);
+        new
+    }
+}
+
+impl Table {
+    /// Only with its namespace, whose label may be what enrols it.
+    fn pod(&self, name: &NamespacedName) -> Option<ApiPod> {
+        let pod = self.pods.objects.get(name)?;
+        let namespace = self.namespaces.objects.get(&cluster_wide(&name.namespace))?;
+        Some(api_pod(pod, namespace))
+    }
+}
+
+fn api_pod(pod: &ListedPod, namespace: &k8s::Metadata) -> ApiPod {
+    let enablement = k8s::enablement_of(&pod.metadata, pod.host_network, Some(namespace));
+    ApiPod {
+        uid: pod.metadata.uid.clone(),
+        service_account: pod.service_account.clone(),
+        in_mesh: enablement == Enablement::Captured,
+        non_tcp: k8s::non_tcp_of(&pod.metadata, Some(namespace)).0,
+    }
+}
+
+fn cluster_wide(name: &str) -> NamespacedName {
+    NamespacedName::new("", name)
+}
+
+impl Cluster {
+    /// Nothing is asked before [`Cluster::run`] or [`Cluster::resolve`].
+    pub fn new(client: Client, node: &str) -> Self {
+        Self(Arc::new(Inner {
+            client,
+            node: node.to_owned(),
+            table: Mutex::default(),
+            changed: watch::Sender::new(0),
+        }))
+    }
+
+    /// The API, for what is written there.
+    pub fn client(&self) -> &Client {
+        &self.0.client
+    }
+
+    /// Watches until dropped.
+    pub async fn run(&self) {
+        let of_node = watcher::Config::default().fields(&format!("spec.nodeName={}", self.0.node));
+        let pods = watcher(Api::<Pod>::all(self.0.client.clone()), of_node).default_backoff();
+        let pods = pods.for_each(|event| {
+            self.learn(|table| table.pods.take(event, listed_pod));
+            std::future::ready(())
+        });
+        let namespaces = Api::<Namespace>::all(self.0.client.clone());
+        let namespaces = watcher(namespaces, watcher::Config::default()).default_backoff();
+        let namespaces = namespaces.for_each(|event| {
+            self.learn(|table| table.namespaces.take(event, listed_namespace));
+            std::future::ready(())
+        });
+        tokio::join!(pods, namespaces);
+    }
+
+    /// Wakes when something changed.
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.0.changed.subscribe()
+    }
+
+    /// A pod of this node as the API vouches for it, if that is known.
+    pub fn pod(&self, name: &NamespacedName) -> Option<ApiPod> {
+        self.table().pod(name)
+    }
+
+    /// The pods of this node with what enrols them; none before all are known.
+    pub fn listed(&self) -> Option<Vec<(ListedPod, Enablement)>> {
+        let table = self.table();
+        if !table.pods.synced || !table.namespaces.synced {
+            return None;
+        }
+        let listed = table.pods.objects.iter().map(|(name, pod)| {
+            let namespace = table.namespaces.objects.get(&cluster_wide(&name.namespace));
+            let enablement = k8s::enablement_of(&pod.metadata, pod.host_network, namespace);
+            (pod.clone(), enablement)
+        });
+        Some(listed.collect())
+    }
+
+    /// What the pod's annotation says.
+    pub fn redirection(&self, name: &NamespacedName) -> Option<String> {
+        let table = self.table();
+        table
+            .pods
+            .objects
+            .get(name)?
+            .metadata
+            .annotations
+            .get(REDIRECTION)
+            .cloned()
+    }
+
+    /// Takes over what an answer of the API says of a pod: its watch will say the same.
+    pub fn learn_pod(&self, pod: Pod) {
+        let (name, pod) = listed_pod(pod);
+        self.learn(|table| table.pods.put(name, pod));
+    }
+
+    /// Who a pod is that is about to start, from what is known, else by asking for it until `within` is over.
+    ///
+    /// `uid` is empty where the runtime does not say; then the API is asked first, since what is known may be its
+    /// predecessor.
+    pub async fn resolve(&self, name: &NamespacedName, uid: &str, within: Duration) -> Result<ApiPod, String> {
+        let end = Instant::now() + within;
+        let known = || self.pod(name).filter(|pod| uid.is_empty() || pod.uid == uid);
+        if let Some(pod) = known().filter(|_| !uid.is_empty()) {
+            return Ok(pod);
+        }
+        loop {
+            let problem = match tokio::time::timeout(GET_TIMEOUT, self.fetch(name)).await {
+                Ok(Ok(pod)) if uid.is_empty() || pod.uid == uid => return Ok(pod),
+                Ok(Ok(other)) => format!("the API has another pod of this name ({}, not {uid})", other.uid),
+                Ok(Err(error)) => error,
+                Err(_elapsed) => format!("the API did not answer within {} s", GET_TIMEOUT.as_secs()),
+            };
+            if let Some(pod) = known() {
+                return Ok(pod);
+            }
+            if Instant::now() + GET_AGAIN > end {
+                return Err(format!("who pod {name} is cannot be known: {problem}"));
+            }
+            tokio::time::sleep(GET_AGAIN).await;
+        }
+    }
+
+    async fn fetch(&self, name: &NamespacedName) -> Result<ApiPod, String> {
+        let pods = Api::<Pod>::namespaced(self.0.client.clone(), &name.namespace);
+        let pod = pods.get(&name.name).await.map_err(|error| said(&error))?;
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+        if node.as_ref() != Some(&self.0.node) {
+            let node = node.unwrap_or_default();
+            return Err(format!(
+                "the API says that it runs on {node:?}, this is {:?}",
+                self.0.node
+            ));
+        }
+        let listed = self
+            .table()
+            .namespaces
+            .objects
+            .get(&cluster_wide(&name.namespace))
+            .cloned();
+        let namespace = match listed {
+            Some(namespace) => namespace,
+            None => {
+                let namespaces = Api::<Namespace>::all(self.0.client.clone());
+                let namespace = namespaces.get(&name.namespace).await.map_err(|error| said(&error))?;
+                listed_namespace(namespace).1
+            }
+        };
+        Ok(api_pod(&listed_pod(pod).1, &namespace))
+    }
+
+    /// For the status.
+    pub fn status(&self) -> admin::PodSourceStatus {
+        let table = self.table();
+        let problems = [&table.pods.problem, &table.namespaces.problem];
+        admin::PodSourceStatus {
+            synced: table.pods.synced && table.namespaces.synced,
+            pods: table.pods.objects.len(),
+            last_error: problems.into_iter().flatten().next().cloned(),
+        }
+    }
+
+    fn learn(&self, change: impl FnOnce(&mut Table) -> bool) {
+        let mut table = self.table();
+        let before = (table.pods.problem.clone(), table.namespaces.problem.clone());
+        if change(&mut table) {
+            for problem in [&table.pods.problem, &table.namespaces.problem].into_iter().flatten() {
+                if before.0.as_ref() != Some(problem) && before.1.as_ref() != Some(problem) {
+                    tracing::warn!(
+                        problem,
+                        "the Kubernetes API cannot be watched; what was known stays in force"
+                    );
+                }
+            }
+            drop(table);
+            self.0.changed.send_modify(|changes| *changes += 1);
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("the API answers {} {}", status.code, status.message),
+        other => format!("the API cannot be asked: {other}"),
+    }
+}
+
+fn metadata(object: &impl ResourceExt) -> k8s::Metadata {
+    k8s::Metadata {
+        name: object.name_any(),
+        namespace: object.namespace().unwrap_or_default(),
+        labels: object.labels().clone(),
+        annotations: object.annotations().clone(),
+        uid: object.uid().unwrap_or_default(),
+        ..k8s::Metadata::default()
+    }
+}
+
+fn listed_pod(pod: Pod) -> (NamespacedName, ListedPod) {
+    let metadata = metadata(&pod);
+    let spec = pod.spec.unwrap_or_default();
+    let phase = pod.status.and_then(|status| status.phase).unwrap_or_default();
+    let service_account = spec.service_account_name.filter(|name| !name.is_empty());
+    let name = NamespacedName::new(metadata.namespace.as_str(), metadata.name.as_str());
+    let listed = ListedPod {
+        metadata,
+        service_account: service_account.as_deref().unwrap_or("default").into(),
+        host_network: spec.host_network.unwrap_or_default(),
+        running: phase == "Running",
+        ended: matches!(phase.as_str(), "Succeeded" | "Failed"),
+    };
+    (name, listed)
+}
+
+fn listed_namespace(namespace: Namespace) -> (NamespacedName, k8s::Metadata) {
+    let metadata = metadata(&namespace);
+    (cluster_wide(&metadata.name), metadata)
+}

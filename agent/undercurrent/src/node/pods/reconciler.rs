@@ -1,0 +1,542 @@
+//! The task that makes this node's pods what they should be.
+//!
+//! A pod that is to leave the mesh is released only when its peers were told: its annotation goes first, and its capture
+//! when the mesh says so too, or after [`RELEASE_WITHIN`] (make before break, but a control plane that is away holds up
+//! nobody for long).
+//!
+//! A pod that an agent before this one had captured is taken over at once, whether there is a certificate yet or not: it
+//! runs. One that is about to start waits for it, since it must be able to talk at once.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use capture::{CapturedPod, PodSpec};
+use identity::Identities;
+use mesh::Knowledge;
+use model::{Identity, NamespacedName, OriginalDst, PeerAddr, WorkloadUid};
+use socket2::SockRef;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::Instant,
+};
+
+use super::{
+    Event, Outcome, PATIENCE, PodView, Pods, View,
+    expectation::{Expected, Oracle, Trouble},
+};
+use crate::node::{
+    records::{PodRecord, Records},
+    redirection::{Board, Wish, Wishes},
+};
+
+const RECONCILE_EVERY: Duration = Duration::from_secs(15);
+/// How long a pod that leaves the mesh stays captured, at the most, so that its peers learn of it before.
+const RELEASE_WITHIN: Duration = Duration::from_secs(5);
+/// Events that wait; the local socket serves fewer connections than that at once.
+const EVENTS: usize = 256;
+
+/// What the reconciler works with.
+pub struct Parts {
+    pub oracle: Oracle,
+    pub capture: capture::Capture,
+    pub knowledge: Knowledge,
+    pub identities: Identities,
+    pub proxy: Arc<l4::Proxy>,
+    /// Where the pods' annotations are put up to be written.
+    pub board: Board,
+}
+
+/// Starts the reconciler with the pods that an earlier agent was told of.
+pub fn start(parts: Parts, directory: &Path) -> anyhow::Result<(Pods, View, JoinHandle<()>)> {
+    let (records, found) =
+        Records::open(directory).with_context(|| format!("cannot keep pods in {}", directory.display()))?;
+    if !found.is_empty() {
+        tracing::info!(pods = found.len(), "pods found again from before the restart");
+    }
+    let (events, receiver) = mpsc::channel(EVENTS);
+    let view = View::default();
+    let cluster = match &parts.oracle {
+        Oracle::Mesh { .. } => None,
+        Oracle::Cluster(pods) => Some(pods.cluster.clone()),
+    };
+    // Never told: nothing but the mesh and the timer wakes.
+    let api_changed = cluster
+        .as_ref()
+        .map_or_else(|| watch::channel(0).1, |cluster| cluster.changed());
+    let restored = |record: PodRecord| (record.pod.clone(), Pod::new(record, true));
+    let reconciler = Reconciler {
+        pods: found.into_values().map(restored).collect(),
+        parts,
+        records,
+        view: view.clone(),
+    };
+    let pods = Pods { events, cluster };
+    Ok((pods, view, tokio::spawn(reconciler.run(receiver, api_changed))))
+}
+
+struct Reconciler {
+    parts: Parts,
+    records: Records,
+    pods: BTreeMap<NamespacedName, Pod>,
+    view: View,
+}
+
+struct Pod {
+    record: PodRecord,
+    state: State,
+    trouble: Option<Trouble>,
+    /// Known from before this agent's start, and running since.
+    restored: bool,
+    /// When it should first have been released.
+    leaving: Option<Instant>,
+    /// Plugins that wait, and until when.
+    waiting: Vec<(oneshot::Sender<Outcome>, Instant)>,
+}
+
+/// What the kernel and the proxy were last told of a pod.
+#[derive(Clone, PartialEq)]
+enum State {
+    Unknown,
+    Told(Expected),
+}
+
+impl Pod {
+    fn new(record: PodRecord, restored: bool) -> Self {
+        Self {
+            record,
+            state: State::Unknown,
+            trouble: None,
+            restored,
+            leaving: None,
+            waiting: Vec::new(),
+        }
+    }
+
+    fn captured_as(&self) -> Option<&Identity> {
+        match &self.state {
+            State::Told(Expected::Captured { identity, .. }) => Some(identity),
+            _ => None,
+        }
+    }
+
+    /// Answers who waits, unless there may be a better answer soon.
+    fn answer(&mut self, now: Instant) {
+        let outcome = match &self.trouble {
+            None => Ok(()),
+            Some(Trouble::Failed(text)) => Err(text.clone()),
+            Some(Trouble::Waiting(text)) => {
+                let (over, waiting) = self.waiting.drain(..).partition(|(_, until)| *until <= now);
+                self.waiting = waiting;
+                let over: Vec<(oneshot::Sender<Outcome>, Instant)> = over;
+                over.into_iter()
+                    .for_each(|(answer, _)| drop(answer.send(Err(text.clone()))));
+                return;
+            }
+        };
+        // A plugin that does not wait any more asks again.
+        let waiting = self.waiting.drain(..);
+        waiting.for_each(|(answer, _)| drop(answer.send(outcome.clone())));
+    }
+}
+
+impl Reconciler {
+    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut api_changed: watch::Receiver<u64>) {
+        let mut changed = self.parts.knowledge.changed();
+        let mut issued = self.parts.identities.issued();
+        let mut timer = tokio::time::interval(RECONCILE_EVERY);
+        timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let due = self.next_date();
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.handle(event).await,
+                    None => return,
+                },
+                // The writer lives as long as the process; without it there is nothing new to learn.
+                Ok(()) = changed.changed() => self.reconcile_all().await,
+                Ok(()) = api_changed.changed() => self.reconcile_all().await,
+                Ok(()) = issued.changed() => self.reconcile_all().await,
+                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    self.reconcile_all().await;
+                }
+                _ = timer.tick() => {
+                    self.repair().await;
+                    self.reconcile_all().await;
+                }
+            }
+            self.show();
+        }
+    }
+
+    /// When somebody's patience ends, or a release may wait no longer.
+    fn next_date(&self) -> Option<Instant> {
+        let dates = self.pods.values().flat_map(|pod| {
+            let leaving = pod.leaving.map(|since| since + RELEASE_WITHIN);
+            pod.waiting.iter().map(|(_, until)| *until).chain(leaving)
+        });
+        dates.min()
+    }
+
+    async fn handle(&mut self, event: Event) {
+        match event {
+            Event::Added(record, answer) => self.add(record, answer).await,
+            Event::Removed(pod, container_id, answer) => {
+                let successor = self.pods.get(&pod).is_some_and(|known| {
+                    let other = &known.record.container_id;
+                    !container_id.is_empty() && !other.is_empty() && *other != container_id
+                });
+                let outcome = if successor { Ok(()) } else { self.remove(&pod).await };
+                self.show();
+                let _ = answer.send(outcome);
+            }
+            Event::Garbage(valid, answer) => {
+                let outcome = self.collect(&valid).await;
+                self.show();
+                let _ = answer.send(outcome);
+            }
+        }
+    }
+
+    async fn add(&mut self, record: PodRecord, answer: oneshot::Sender<Outcome>) {
+        let key = record.pod.clone();
+        let kept = self.keep(record).await;
+        if let Err(error) = kept {
+            let _ = answer.send(Err(error));
+            return;
+        }
+        self.tell_mesh();
+        if let Some(pod) = self.pods.get_mut(&key) {
+            pod.waiting.push((answer, Instant::now() + PATIENCE));
+        }
+        self.reconcile(&key).await;
+        self.show();
+        if let Some(pod) = self.pods.get_mut(&key) {
+            pod.answer(Instant::now());
+        }
+    }
+
+    /// Keeps the record of a pod that is told of; one of its name in another sandbox is its predecessor, and gone.
+    async fn keep(&mut self, record: PodRecord) -> Outcome {
+        let key = record.pod.clone();
+        if self
+            .pods
+            .get(&key)
+            .is_some_and(|before| !before.record.is_same_sandbox(&record))
+        {
+            self.remove(&key).await?;
+        }
+        self.records
+            .keep(&record)
+            .map_err(|error| format!("cannot keep the record of {key}: {error}"))?;
+        let pod = self.pods.entry(key).or_insert_with(|| Pod::new(record.clone(), false));
+        pod.record = record;
+        Ok(())
+    }
+
+    async fn remove(&mut self, key: &NamespacedName) -> Outcome {
+        if let Some(pod) = self.pods.remove(key) {
+            if let State::Told(told) = &pod.state {
+                if let Expected::Captured { uid, .. } = told {
+                    self.parts.proxy.remove_pod(uid);
+                }
+                self.parts.capture.forget(told.uid()).await;
+            }
+            self.forget_identity(pod.captured_as());
+            for (answer, _) in pod.waiting {
+                let _ = answer.send(Err("the pod is gone".to_owned()));
+            }
+            self.tell_mesh();
+        }
+        self.records
+            .drop_record(key)
+            .map_err(|error| format!("cannot drop the record of {key}: {error}"))
+    }
+
+    /// The certificate of an identity that no pod has any more is not kept.
+    fn forget_identity(&self, identity: Option<&Identity>) {
+        if let Some(identity) = identity
+            && !self.pods.values().any(|pod| pod.captured_as() == Some(identity))
+        {
+            self.parts.identities.forget(identity);
+        }
+    }
+
+    /// Forgets the pods of sandboxes that are no more. One whose sandbox nobody named stays.
+    async fn collect(&mut self, valid: &[String]) -> Outcome {
+        let gone = |pod: &&Pod| !pod.record.container_id.is_empty() && !valid.contains(&pod.record.container_id);
+        let gone: Vec<_> = self
+            .pods
+            .values()
+            .filter(gone)
+            .map(|pod| pod.record.pod.clone())
+            .collect();
+        for key in gone {
+            tracing::info!(pod = %key, "its sandbox is gone, as the container runtime says");
+            self.remove(&key).await?;
+        }
+        Ok(())
+    }
+
+    fn tell_mesh(&self) {
+        if let Oracle::Cluster(pods) = &self.parts.oracle {
+            pods.tell(self.pods.values().map(|pod| &pod.record));
+        }
+    }
+
+    /// What nobody tells of: namespaces that vanished, and capture that is not as it was left.
+    async fn repair(&mut self) {
+        let gone = |pod: &&Pod| !pod.record.netns.exists();
+        let gone: Vec<_> = self
+            .pods
+            .values()
+            .filter(gone)
+            .map(|pod| pod.record.pod.clone())
+            .collect();
+        for key in gone {
+            tracing::info!(pod = %key, "its network namespace is gone");
+            if let Err(error) = self.remove(&key).await {
+                tracing::warn!(pod = %key, error, "cannot forget the pod");
+            }
+        }
+        match self.parts.capture.reconcile().await {
+            Ok(repaired) => repaired.iter().for_each(|what| tracing::warn!("repaired: {what}")),
+            Err(error) => tracing::error!(%error, "cannot see whether capture stands as it should"),
+        }
+    }
+
+    async fn reconcile_all(&mut self) {
+        self.learn();
+        let keys: Vec<_> = self.pods.keys().cloned().collect();
+        for key in keys {
+            self.reconcile(&key).await;
+        }
+        let waiting = |pod: &Pod| pod.trouble.is_some();
+        let settled = self.parts.knowledge.snapshot().ready() && !self.pods.values().any(waiting);
+        if settled && !self.view.settled() {
+            // Whoever sees the agent ready sees its pods.
+            self.show();
+            self.view.lock().settled = true;
+            if let Err(error) = self.parts.capture.forget_untold().await {
+                tracing::error!(%error, "cannot forget pods that went while no agent ran");
+            }
+        }
+        self.show();
+        let now = Instant::now();
+        self.pods.values_mut().for_each(|pod| pod.answer(now));
+    }
+
+    /// Takes over what the API says now, also into the records: an agent after this one may start without it.
+    fn learn(&mut self) {
+        for pod in self.pods.values_mut() {
+            let Some(news) = self.parts.oracle.news(&pod.record) else {
+                continue;
+            };
+            pod.record.api = Some(news);
+            if let Err(error) = self.records.keep(&pod.record) {
+                tracing::warn!(pod = %pod.record.pod, %error, "cannot keep the pod's record");
+            }
+        }
+        self.tell_mesh();
+    }
+
+    /// Brings one pod nearer to what it should be.
+    async fn reconcile(&mut self, key: &NamespacedName) {
+        let Some(pod) = self.pods.get(key) else { return };
+        let outcome = match self.parts.oracle.expected(&pod.record, &self.parts.knowledge) {
+            Ok(expected) if pod.state == State::Told(expected.clone()) => Ok(expected),
+            Ok(expected) => self.change(key, &expected).await.map(|()| expected),
+            Err(trouble) => Err(trouble),
+        };
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        let before = pod.captured_as().cloned();
+        let trouble = match outcome {
+            Ok(expected) => {
+                (pod.state, pod.leaving) = (State::Told(expected), None);
+                None
+            }
+            Err(trouble) => Some(trouble),
+        };
+        if let Some(trouble) = &trouble
+            && pod.trouble.as_ref() != Some(trouble)
+        {
+            tracing::warn!(pod = %key, "{}", trouble.text());
+        }
+        pod.trouble = trouble;
+        if before.as_ref() != pod.captured_as() {
+            self.forget_identity(before.as_ref());
+        }
+    }
+
+    async fn change(&mut self, key: &NamespacedName, after: &Expected) -> Result<(), Trouble> {
+        let Some(pod) = self.pods.get_mut(key) else {
+            return Ok(());
+        };
+        match after {
+            Expected::Uncaptured(uid) => {
+                if let State::Told(Expected::Captured { uid, .. }) = &pod.state {
+                    let since = *pod.leaving.get_or_insert_with(Instant::now);
+                    if since.elapsed() < RELEASE_WITHIN && self.parts.may_be_dialled(key, uid) {
+                        let text = "it leaves the mesh: its peers are told before it is released";
+                        return Err(Trouble::Waiting(text.to_owned()));
+                    }
+                    self.parts.release(&pod.record, uid).await?;
+                    // Released: from here on it is known and not captured, whatever fails next.
+                    pod.state = State::Unknown;
+                }
+                self.parts.know(&pod.record, uid).await
+            }
+            Expected::Captured {
+                uid,
+                identity,
+                non_tcp_forbidden,
+            } => {
+                pod.leaving = None;
+                if !pod.restored {
+                    self.parts.may_start(identity)?;
+                }
+                self.parts.identities.want(identity);
+                let served = matches!(&pod.state, State::Told(Expected::Captured { uid: served, .. }) if served == uid);
+                self.parts.capture(&pod.record, uid, *non_tcp_forbidden, served).await
+            }
+        }
+    }
+
+    /// Shows every pod in the status, and what its annotation is to say on the board.
+    fn show(&self) {
+        let view = |pod: &Pod| {
+            let (uid, captured) = match &pod.state {
+                State::Unknown => (WorkloadUid("".into()), false),
+                State::Told(told) => (told.uid().clone(), matches!(told, Expected::Captured { .. })),
+            };
+            PodView {
+                pod: pod.record.pod.clone(),
+                uid,
+                addresses: pod.record.addresses.clone(),
+                captured,
+                identity: pod.captured_as().cloned(),
+                problem: pod.trouble.as_ref().map(|trouble| trouble.text().to_owned()),
+            }
+        };
+        let pods = self.pods.values().map(view).collect();
+        let mut state = self.view.lock();
+        state.pods = pods;
+        let wishes = Wishes {
+            pods: self.pods.values().filter_map(wish).collect(),
+            complete: state.settled,
+        };
+        drop(state);
+        self.parts.board.put(wishes);
+    }
+}
+
+/// What a pod's annotation is to say.
+fn wish(pod: &Pod) -> Option<(NamespacedName, (String, Wish))> {
+    let api = pod.record.api.as_ref()?;
+    let wish = match &pod.state {
+        _ if pod.leaving.is_some() => Wish::Absent,
+        State::Told(Expected::Captured { .. }) => Wish::Enabled,
+        State::Told(Expected::Uncaptured(_)) => Wish::Absent,
+        // Found again: the kernel still captures it, and this agent is about to serve it.
+        State::Unknown if pod.restored => Wish::Leave,
+        State::Unknown => Wish::Absent,
+    };
+    Some((pod.record.pod.clone(), (api.uid.clone(), wish)))
+}
+
+impl Parts {
+    /// A pod that starts must be able to talk at once: the mesh known, and its certificate there.
+    fn may_start(&self, identity: &Identity) -> Result<(), Trouble> {
+        self.identities.want(identity);
+        if !self.knowledge.snapshot().ready() {
+            return Err(Trouble::Waiting("nothing is known of the mesh yet".to_owned()));
+        }
+        if self.identities.cached(identity).is_some() {
+            return Ok(());
+        }
+        let why = self.identities.last_error(identity);
+        let why = why.map_or_else(|| "it is being fetched".to_owned(), |error| error.to_string());
+        Err(Trouble::Waiting(format!("no certificate for {identity} yet: {why}")))
+    }
+
+    /// Whether peers may still dial the pod through the mesh, as far as can be told from here.
+    fn may_be_dialled(&self, pod: &NamespacedName, uid: &WorkloadUid) -> bool {
+        let Oracle::Cluster(pods) = &self.oracle else {
+            return false;
+        };
+        let annotated = pods.cluster.redirection(pod).is_some();
+        let snapshot = self.knowledge.snapshot();
+        annotated || snapshot.workload(uid).is_some_and(|workload| workload.is_captured())
+    }
+
+    async fn know(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
+        self.capture.know(spec(record, uid)).await.map_err(failed)
+    }
+
+    async fn release(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
+        self.capture.release(uid).await.map_err(failed)?;
+        self.proxy.retire_pod(uid);
+        tracing::info!(pod = %record.pod, "not captured any more");
+        Ok(())
+    }
+
+    async fn capture(&self, record: &PodRecord, uid: &WorkloadUid, forbid: bool, served: bool) -> Result<(), Trouble> {
+        let handle = self.capture.capture(spec(record, uid), forbid).await.map_err(failed)?;
+        if served {
+            return Ok(());
+        }
+        let listeners = handle.listeners().map_err(failed)?;
+        let pod = l4::Pod {
+            uid: uid.clone(),
+            sockets: Arc::new(Sockets(handle)),
+            listeners: l4::PodListeners {
+                outbound: listeners.outbound,
+                inbound: listeners.inbound,
+                hbone: listeners.hbone,
+            },
+        };
+        let taken = self.proxy.add_pod(pod);
+        taken.map_err(|error| failed(format!("the proxy does not take the pod: {error}")))?;
+        tracing::info!(pod = %record.pod, "captured");
+        Ok(())
+    }
+}
+
+fn failed(error: impl ToString) -> Trouble {
+    Trouble::Failed(error.to_string())
+}
+
+fn spec(record: &PodRecord, uid: &WorkloadUid) -> PodSpec {
+    PodSpec {
+        uid: uid.clone(),
+        netns: record.netns.clone(),
+        addresses: record.addresses.clone(),
+    }
+}
+
+/// Capture's handle, as the proxy wants it.
+struct Sockets(CapturedPod);
+
+impl l4::PodSockets for Sockets {
+    fn original_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst> {
+        self.0.original_destination(accepted, peer, local)
+    }
+
+    fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+        self.0.inbound_destination(accepted, peer, local)
+    }
+
+    fn outbound_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
+        self.0.outbound_socket(target)
+    }
+
+    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> std::io::Result<socket2::Socket> {
+        self.0.inbound_socket(target, source)
+    }
+}
