@@ -327,7 +327,12 @@ impl Index {
 
     /// Makes the dirty parts anew.
     fn settle(&mut self, mut touched: BTreeSet<Source>) -> Outcome {
-        let dirty = std::mem::take(&mut self.tables.dirty);
+        let mut dirty = std::mem::take(&mut self.tables.dirty);
+        let stand_ins: Vec<_> = dirty
+            .iter()
+            .filter_map(|part| self.tables.stand_ins(part).cloned())
+            .collect();
+        dirty.extend(stand_ins);
         let mut outcome = Outcome {
             recomputed: dirty.len(),
             ..Outcome::default()

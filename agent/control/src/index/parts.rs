@@ -45,6 +45,13 @@ pub(super) enum PartKind {
     Namespace,
 }
 
+impl PartKind {
+    /// Whether it is somebody to talk to.
+    pub const fn is_workload(self) -> bool {
+        matches!(self, Self::Pod | Self::Entry | Self::Endpoint | Self::SliceEndpoint)
+    }
+}
+
 /// A part of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Part {

@@ -47,7 +47,11 @@ impl Tables {
             workload.network_mode = NetworkMode::HostNetwork;
         }
         workload.status = health(pod.ready);
-        workload.services = collect(self.services_of_pod(name, pod));
+        let mut services = self.services_of_pod(name, pod);
+        if !pod.host_network {
+            self.add_shared(part, network, &workload.workload_ips, &mut services);
+        }
+        workload.services = collect(services);
         workload.authorization_policies = self.listed_policies(&name.namespace, &pod.labels);
         workload.waypoint = self.waypoint(&pod.labels, &name.namespace, Traffic::Workloads, notes);
         workload.locality = self
@@ -75,7 +79,9 @@ impl Tables {
             settings.cluster
         );
         let mut workload = self.endpoint_workload(part, uid, endpoint, settings, "spec.address", notes)?;
-        workload.services = collect(self.services_of_entry(name, endpoint));
+        let mut services = self.services_of_entry(name, endpoint);
+        self.add_shared(part, &workload.network, &workload.workload_ips, &mut services);
+        workload.services = collect(services);
         workload.waypoint = self.waypoint(&endpoint.labels, namespace, Traffic::Workloads, notes);
         Some(workload)
     }
@@ -97,6 +103,7 @@ impl Tables {
         let mut workload = self.endpoint_workload(part, uid, endpoint, settings, "spec.endpoints", notes)?;
         let mut services = Services::new();
         self.add_hosts(name, entry, Some(endpoint), &mut services);
+        self.add_shared(part, &workload.network, &workload.workload_ips, &mut services);
         workload.services = collect(services);
         // The entry's label is its services' and its endpoints'; what is wrong with it is said once, of the services.
         workload.waypoint = self.waypoint(&entry.labels, namespace, Traffic::Workloads, &mut Vec::new());
@@ -108,7 +115,8 @@ impl Tables {
         let name = &part.of;
         let slice = self.slices.get(name)?;
         let (ip, ready) = *slice.others.get(usize::try_from(part.index).ok()?)?;
-        let service = self.services.get(&slice.service)?;
+        let service = &slice.service;
+        let mut services = self.services_of_slice(name)?;
         let workload_ips = self.owned(part, &self.network, &[ip], "endpoints", notes);
         if workload_ips.is_empty() {
             return None;
@@ -118,22 +126,14 @@ impl Tables {
             "{}/discovery.k8s.io/EndpointSlice/{namespace}/{of}/{ip}",
             settings.cluster
         );
-        let mut workload = self.workload(
-            WorkloadUid(uid.into()),
-            name,
-            &self.network,
-            &Labels::default(),
-            settings,
-        );
+        let uid = WorkloadUid(uid.into());
+        let mut workload = self.workload(uid, name, &self.network, &Labels::default(), settings);
+        self.add_shared(part, &self.network, &workload_ips, &mut services);
         workload.workload_ips = workload_ips;
-        workload.canonical_name = slice.service.name.clone();
-        workload.workload_name = slice.service.name.clone();
+        workload.canonical_name = service.name.clone();
+        workload.workload_name = service.name.clone();
         workload.status = health(ready);
-        let key = NamespacedName {
-            namespace: namespace.clone(),
-            name: service.hostname.clone(),
-        };
-        workload.services = collect(Services::from([(key, slice_ports(&service.ports, &slice.ports))]));
+        workload.services = collect(services);
         Some(workload)
     }
 
@@ -206,11 +206,75 @@ impl Tables {
         let mut owned = Vec::with_capacity(addresses.len());
         for ip in addresses {
             match self.owner(&Address::single(network, *ip)) {
-                Some(owner) if owner != part => notes.push(taken(field, &ip.to_string(), owner)),
+                Some(owner) if owner != part => {
+                    let (field, problem, effect) = taken(field, &ip.to_string(), owner);
+                    let stands_in = part.kind != PartKind::Pod && owner.kind.is_workload();
+                    notes.push((field, problem, if stands_in { Effect::Note } else { effect }));
+                }
                 _ => owned.push(*ip),
             }
         }
         owned
+    }
+
+    /// The services of the other endpoints that are at these addresses: who has the address is the endpoint for them
+    /// all, with its own identity. So two ServiceEntries may name one address, and one may name a pod's.
+    fn add_shared(&self, part: &Part, network: &Arc<str>, addresses: &[IpAddr], to: &mut Services) {
+        for ip in addresses {
+            for other in self
+                .addresses
+                .of(&Address::single(network, *ip))
+                .filter(|other| *other != part)
+            {
+                let services = match other.kind {
+                    PartKind::Entry => {
+                        let entry = self.entries.get(&other.of);
+                        entry.map(|entry| self.services_of_entry(&other.of, &entry.endpoint))
+                    }
+                    PartKind::Endpoint => self.services_of_endpoint(other),
+                    PartKind::SliceEndpoint => self.services_of_slice(&other.of),
+                    _ => None,
+                };
+                for (name, ports) in services.into_iter().flatten() {
+                    to.entry(name).or_insert(ports);
+                }
+            }
+        }
+    }
+
+    fn services_of_endpoint(&self, part: &Part) -> Option<Services> {
+        let entry = self.service_entries.get(&part.of)?;
+        let endpoint = entry.endpoints.get(usize::try_from(part.index).ok()?)?;
+        let mut services = Services::new();
+        self.add_hosts(&part.of, entry, Some(endpoint), &mut services);
+        Some(services)
+    }
+
+    fn services_of_slice(&self, name: &NamespacedName) -> Option<Services> {
+        let slice = self.slices.get(name)?;
+        let service = self.services.get(&slice.service)?;
+        let key = NamespacedName {
+            namespace: name.namespace.clone(),
+            name: service.hostname.clone(),
+        };
+        Some(Services::from([(key, slice_ports(&service.ports, &slice.ports))]))
+    }
+
+    /// Those whose services change with a part's: who has its address in its stead.
+    pub(super) fn stand_ins(&self, part: &Part) -> Option<&Part> {
+        let (network, ip) = match part.kind {
+            PartKind::Entry => place_of(&self.entries.get(&part.of)?.endpoint)?,
+            PartKind::Endpoint => {
+                let entry = self.service_entries.get(&part.of)?;
+                place_of(entry.endpoints.get(usize::try_from(part.index).ok()?)?)?
+            }
+            PartKind::SliceEndpoint => {
+                let slice = self.slices.get(&part.of)?;
+                (None, slice.others.get(usize::try_from(part.index).ok()?)?.0)
+            }
+            _ => return None,
+        };
+        self.owner(&Address::single(network.unwrap_or(&self.network), ip))
     }
 
     /// The services that a pod is an endpoint of: those whose slices name it, and the hosts of entries that select it.
@@ -281,6 +345,13 @@ pub(super) fn taken(field: &str, what: &str, owner: &Part) -> Note {
     let owner = owner.source().object();
     let problem = Problem::Invalid(format!("{what} is {owner}'s"));
     (field.to_owned(), problem, Effect::Narrowed)
+}
+
+fn place_of(endpoint: &Endpoint) -> Option<(Option<&Arc<str>>, IpAddr)> {
+    match endpoint.place {
+        Place::Ip(ip) => Some((endpoint.network.as_ref(), ip)),
+        Place::Host(_) => None,
+    }
 }
 
 fn set_tunnel(workload: &mut Workload, tunnel: Tunnel) {

@@ -173,6 +173,40 @@ fn an_address_has_one_owner() {
 }
 
 #[test]
+fn who_has_an_address_is_the_endpoint_for_all() {
+    let entry = |namespace: &str, name: &str, ip: &str| {
+        let spec = json!({"hosts": [format!("{name}.com")], "resolution": "STATIC", "ports": [{"number": 80}],
+            "endpoints": [{"address": ip}]});
+        object("ServiceEntry", namespace, name, json!({"spec": spec}))
+    };
+    let mut mesh = Mesh::with([
+        entry("shop", "a", "172.16.0.1"),
+        entry("shop", "b", "172.16.0.1"),
+        entry("far", "c", "10.0.0.1"),
+        pod("shop", "web", "10.0.0.1", json!({})),
+    ]);
+    let services = |mesh: &Mesh, uid: &str| mesh.workload(uid).services.into_keys().collect::<Vec<_>>();
+    let first = "c/networking.istio.io/ServiceEntry/shop/a/172.16.0.1";
+    assert_eq!(services(&mesh, first), ["shop/a.com", "shop/b.com"]);
+    assert_eq!(services(&mesh, "c//v1/Pod/shop/web"), ["far/c.com"]);
+    let expected = "note: ServiceEntry far/c: spec.endpoints: 10.0.0.1 is Pod shop/web's";
+    assert_eq!(mesh.found(Kind::ServiceEntry, "far", "c"), [expected]);
+    assert_eq!(mesh.workloads().count(), 2);
+    mesh.delete(Kind::ServiceEntry, "shop", "b");
+    assert_eq!(services(&mesh, first), ["shop/a.com"]);
+    // The one that stands in has to hear of what is nobody's change but the other's.
+    mesh.put(merged(
+        entry("far", "older", "172.16.0.9"),
+        json!({"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"},
+        "spec": {"hosts": ["c.com"]}}),
+    ));
+    assert!(
+        services(&mesh, "c//v1/Pod/shop/web").is_empty(),
+        "the name is another's now"
+    );
+}
+
+#[test]
 fn endpoints_that_are_no_pods() {
     let mut mesh = Mesh::with([
         service("shop", "db", "10.96.0.9", json!({"spec": {"selector": null}})),
