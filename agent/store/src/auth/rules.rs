@@ -75,6 +75,11 @@ impl User {
         }
     }
 
+    /// Whether it is the administrator, who may also ask as somebody else.
+    pub fn is_administrator(&self) -> bool {
+        self.is_in(ALL_POWERFUL[0])
+    }
+
     fn is_in(&self, group: &str) -> bool {
         self.groups.iter().any(|own| own == group)
     }

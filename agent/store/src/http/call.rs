@@ -1,7 +1,7 @@
 //! One request, read: who asks, for what, in which form, with which body.
 //!
 //! The body is bounded in size and in time; nothing of it is looked at before the user is known to be allowed
-//! (`dispatch`). JSON and YAML are read, protobuf and CBOR are refused with 415, which says what is read.
+//! (`dispatch`). JSON, YAML and protobuf are read, CBOR is refused with 415, which says what is read.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use serde_json::Value;
 
-use super::{accept::Accepted, query::Query, route::Resource};
+use super::{accept::Accepted, protobuf, query::Query, route::Resource};
 use crate::{auth::rules::User, engine::ApiError, patch::default_manager};
 
 /// The largest body, as in Kubernetes.
@@ -54,7 +54,10 @@ impl Call {
         match self.media_type.as_str() {
             "" | "application/json" | "text/plain" => read(&self.body, true),
             "application/yaml" => read(&self.body, false),
-            _ => Err(ApiError::unsupported_media_type("application/json, application/yaml")),
+            "application/vnd.kubernetes.protobuf" => protobuf::read(&self.body),
+            _ => Err(ApiError::unsupported_media_type(
+                "application/json, application/yaml, application/vnd.kubernetes.protobuf",
+            )),
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use http::{HeaderMap, Method, Request, header, request::Parts};
+use http::{HeaderMap, HeaderName, Method, Request, header, request::Parts};
 use hyper::body::Incoming;
 use serde_json::Value;
 use tasks::DrainSignal;
@@ -32,6 +32,9 @@ use crate::{
     },
     engine::{ApiError, Engine},
 };
+
+const IMPERSONATE_USER: HeaderName = HeaderName::from_static("impersonate-user");
+const IMPERSONATE_GROUP: HeaderName = HeaderName::from_static("impersonate-group");
 
 /// How many watches there may be at once.
 const MOST_WATCHES: usize = 16 << 10;
@@ -84,7 +87,7 @@ impl Api {
     async fn try_answer(&self, peer: Option<&User>, parts: &Parts, body: Incoming) -> Result<Answer, ApiError> {
         let path = parts.uri.path();
         let route = route(path);
-        let user = self.user(peer, &parts.headers)?;
+        let user = impersonated(self.user(peer, &parts.headers)?, &parts.headers)?;
         let watching = is_watch(parts.uri.query().unwrap_or_default());
         let attributes = attributes(&route, &parts.method, path, watching);
         if !authorize(&user, &attributes).allowed {
@@ -206,6 +209,36 @@ impl Api {
         let accepted = accepted.ok_or_else(|| ApiError::not_acceptable("application/json, application/yaml"))?;
         Ok(answer::value(200, accepted.format, &document))
     }
+}
+
+/// Whom the administrator asks to be (`kubectl --as`).
+fn impersonated(user: User, headers: &HeaderMap) -> Result<User, ApiError> {
+    let name = text(headers, IMPERSONATE_USER);
+    let groups = headers.get_all(IMPERSONATE_GROUP).iter();
+    let mut groups: Vec<String> = groups
+        .filter_map(|group| group.to_str().ok().map(str::to_owned))
+        .collect();
+    if name.is_empty() && groups.is_empty() {
+        return Ok(user);
+    }
+    if name.is_empty() || !user.is_administrator() {
+        let why = format!(
+            "User {:?} cannot impersonate resource \"users\" in API group \"\"",
+            user.name
+        );
+        return Err(ApiError::forbidden_request(why));
+    }
+    if let ["system", "serviceaccount", namespace, account] = name.split(':').collect::<Vec<_>>().as_slice()
+        && groups.is_empty()
+    {
+        return Ok(User::service_account(namespace, account, ""));
+    }
+    groups.push("system:authenticated".to_owned());
+    Ok(User {
+        name: name.to_owned(),
+        groups,
+        ..User::default()
+    })
 }
 
 /// The Kubernetes whose API this is the shape of.

@@ -16,7 +16,9 @@ pub fn check(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiError> {
         return Ok(Vec::new());
     }
     let mut wrong = schema::unknown_fields(resource.kind, object);
-    wrong.extend(schema::duplicate_fields(&call.body));
+    if call.body.first() == Some(&b'{') {
+        wrong.extend(schema::duplicate_fields(&call.body));
+    }
     verdict(call, wrong)
 }
 

@@ -5,8 +5,8 @@
 //!                                       └─► discovery, openapi
 //!              pure: route, query, accept, selector, form, shape
 //! ```
-//! What it does not do, of what kube-apiserver does: protobuf and CBOR (JSON and YAML only; clients that only send
-//! protobuf get a 415), lists of a past revision (410; but for the pages of one list), impersonation, proxying, logs and
+//! What it does not do, of what kube-apiserver does: answers in protobuf, and CBOR (JSON and YAML; bodies may be
+//! protobuf), lists of a past revision (410; but for the pages of one list), proxying, logs and
 //! exec, priorities and fairness (connections, streams and watches are bounded instead), audit.
 //!
 //! Invariants: nothing is told to who may not ask; a body is bounded and read only after that; a stream of events is
@@ -20,6 +20,7 @@ mod dispatch;
 mod form;
 mod openapi;
 mod pages;
+mod protobuf;
 mod query;
 mod read;
 mod reviews;

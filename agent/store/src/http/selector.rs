@@ -266,15 +266,6 @@ impl Fields {
         self.0.is_empty()
     }
 
-    /// The one name that can match, if there is such a condition.
-    pub fn name(&self) -> Option<&str> {
-        let mut names = self
-            .0
-            .iter()
-            .filter(|(field, equal, _)| *equal && field == "metadata.name");
-        names.next().map(|(_, _, value)| value.as_str())
-    }
-
     /// Whether the name and namespace alone decide, so that nobody has to parse the object.
     pub fn need_only_the_key(&self) -> bool {
         self.0
