@@ -7,7 +7,7 @@
 use json_patch::{Patch, PatchErrorKind, PatchOperation};
 use serde_json::Value;
 
-use crate::engine::{ApiError, Cause};
+use crate::engine::ApiError;
 
 /// Operations in one patch, as in Kubernetes.
 const MOST_OPERATIONS: usize = 10_000;
@@ -76,18 +76,14 @@ pub fn merge(live: &Value, patch: &Value) -> Result<Value, ApiError> {
     Ok(changed)
 }
 
-/// 422, in the API server's words, with the reason that it leaves out.
+/// 422, in the API server's words and with the reason that it keeps to itself.
 pub(super) fn impossible(why: impl std::fmt::Display) -> ApiError {
-    let cause = Cause {
-        reason: "UnexpectedServerResponse",
-        message: why.to_string(),
-        field: String::new(),
-    };
-    let message = "the server rejected our request due to an error in our request";
     ApiError {
         code: 422,
         reason: "Invalid",
-        ..ApiError::apply_conflict(message, vec![cause])
+        ..ApiError::bad_request(format!(
+            "the server rejected our request due to an error in our request: {why}"
+        ))
     }
 }
 
@@ -170,8 +166,10 @@ mod tests {
         assert_eq!(refused(json!([{"op": "jump", "path": "/a"}])).code, 400);
         let failed = refused(json!([{"op": "test", "path": "/spec/replicas", "value": 2}]));
         assert_eq!((failed.code, failed.reason), (422, "Invalid"));
-        let why = &failed.details.unwrap().causes[0].message;
-        assert_eq!(why, "testing value /spec/replicas failed: test failed");
+        assert_eq!(
+            failed.message,
+            "the server rejected our request due to an error in our request: testing value /spec/replicas failed: test failed"
+        );
         assert_eq!(refused(json!([{"op": "remove", "path": "/nowhere"}])).code, 422);
         assert_eq!(
             refused(json!([{"op": "replace", "path": "/spec/x/y", "value": 1}])).code,

@@ -169,8 +169,8 @@ fn what_makes_no_sense_is_refused() {
     assert_eq!(refused(pods(), json!({"spec": {"containers": ["a"]}})).code, 400);
     let no_key = refused(pods(), json!({"spec": {"containers": [{"image": "a"}]}}));
     assert_eq!(no_key.code, 422);
-    let why = &no_key.details.unwrap().causes[0].message;
-    assert_eq!(why, r#"map: {"image":"a"} does not contain declared merge key: name"#);
+    let why = r#"map: {"image":"a"} does not contain declared merge key: name"#;
+    assert!(no_key.message.ends_with(why), "{}", no_key.message);
     let policies = by_plural("security.istio.io", "authorizationpolicies").unwrap();
     assert_eq!(refused(policies, json!({})).code, 415);
 }
