@@ -12,7 +12,8 @@ use model::{
 use super::{
     labels,
     names::Names,
-    records::{Age, Allowed, Endpoint, Gateway, Host, ServiceEntry, ServicePort, visibility},
+    records::{Age, Allowed, Endpoint, Gateway, Host, ServiceEntry},
+    service_records::{ServicePort, visibility},
 };
 
 /// What to tell an object's author: field, why, what follows.

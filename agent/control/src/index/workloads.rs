@@ -11,7 +11,8 @@ use super::{
     labels,
     names::Labels,
     parts::{Address, Part, PartKind, within},
-    records::{Endpoint, Place, Pod, ServiceEntry, ServicePort, Tunnel},
+    records::{Endpoint, Place, Pod, ServiceEntry, Tunnel},
+    service_records::ServicePort,
     tables::Tables,
     waypoints::Traffic,
 };

@@ -42,7 +42,13 @@ fn load_balancing() {
         let ns = if with { merged(ns, by_namespace) } else { ns };
         let mesh = Mesh::with([ns, service("shop", "web", "10.96.0.1", more)]);
         let found = mesh.service(WEB).load_balancing;
-        found.map(|found| (found.mode(), found.routing_preference().last(), found.health_policy()))
+        found.map(|found| {
+            (
+                found.mode(),
+                found.routing_preference().next_back(),
+                found.health_policy(),
+            )
+        })
     };
     use HealthPolicy::{AllowAll, OnlyHealthy};
     let close = Some((Mode::Failover, Some(Scope::Zone), OnlyHealthy));
