@@ -27,6 +27,7 @@ pub(super) const TEXTS: &[&str] = &[
     include_str!("types/events.txt"),
     include_str!("types/authentication.txt"),
     include_str!("types/authorization.txt"),
+    include_str!("types/istio-meta.txt"),
     include_str!("types/istio-networking.txt"),
     include_str!("types/istio-security.txt"),
     include_str!("types/istio-telemetry.txt"),
