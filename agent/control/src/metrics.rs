@@ -47,27 +47,72 @@ impl Collector for Everything {
             "States of the mesh so far",
             i64::try_from(snapshot.generation()).unwrap_or(i64::MAX),
         )?;
-        gauge("undercurrent_addresses", "Workloads and services", number(snapshot.len(Type::Address)))?;
-        gauge("undercurrent_policies", "Policies", number(snapshot.len(Type::Authorization)))?;
-        gauge("undercurrent_ca_waiting", "Certificate requests that wait", number(self.authority.waiting()))?;
-        gauge("undercurrent_watches_broken", "Watches that are interrupted", number(self.health.troubles().len()))?;
+        gauge(
+            "undercurrent_addresses",
+            "Workloads and services",
+            number(snapshot.len(Type::Address)),
+        )?;
+        gauge(
+            "undercurrent_policies",
+            "Policies",
+            number(snapshot.len(Type::Authorization)),
+        )?;
+        gauge(
+            "undercurrent_ca_waiting",
+            "Certificate requests that wait",
+            number(self.authority.waiting()),
+        )?;
+        gauge(
+            "undercurrent_watches_broken",
+            "Watches that are interrupted",
+            number(self.health.troubles().len()),
+        )?;
         if let Some(until) = self.authority.signer_not_after() {
-            let seconds = until.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+            let seconds = until
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs();
             gauge(
                 "citadel_server_cert_chain_expiry_timestamp",
                 "When the signing chain ends, in seconds since 1970",
                 i64::try_from(seconds).unwrap_or(i64::MAX),
             )?;
         }
+        self.counters(&mut encoder)
+    }
+}
+
+impl Everything {
+    fn counters(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let counters = &self.acknowledged.counters;
         for (name, help, counter) in [
             ("undercurrent_xds_streams", "Streams let in", &counters.streams),
-            ("undercurrent_xds_turned_away", "Streams told to come back later", &counters.turned_away),
-            ("undercurrent_xds_unauthenticated", "Streams of unknown callers", &counters.unauthenticated),
-            ("undercurrent_xds_dropped", "Streams ended because the client did not keep up", &counters.dropped),
+            (
+                "undercurrent_xds_turned_away",
+                "Streams told to come back later",
+                &counters.turned_away,
+            ),
+            (
+                "undercurrent_xds_unauthenticated",
+                "Streams of unknown callers",
+                &counters.unauthenticated,
+            ),
+            (
+                "undercurrent_xds_dropped",
+                "Streams ended because the client did not keep up",
+                &counters.dropped,
+            ),
             ("pilot_xds_pushes", "Responses sent", &counters.responses),
-            ("undercurrent_xds_sent_bytes", "Bytes of responses sent", &counters.bytes),
-            ("pilot_total_xds_rejects", "Responses refused by clients", &counters.refusals),
+            (
+                "undercurrent_xds_sent_bytes",
+                "Bytes of responses sent",
+                &counters.bytes,
+            ),
+            (
+                "pilot_total_xds_rejects",
+                "Responses refused by clients",
+                &counters.refusals,
+            ),
         ] {
             let counter = ConstCounter::new(counter.load(Ordering::Relaxed));
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;

@@ -3,7 +3,7 @@
 use std::{io, net::SocketAddr, path::Path, sync::Arc};
 
 use arc_swap::ArcSwap;
-use k8s::{Finding, ObjectRef, live::Kind};
+use k8s::live::Kind;
 use kube::Client;
 use model::{NamespacedName, TrustDomain};
 use prometheus_client::registry::Registry;
@@ -16,10 +16,12 @@ use crate::{
     ca::{Authority, CertificateService, Counters, Queue, Secrets},
     config::Config,
     index::{self, Settings},
+    leader,
     metrics::Everything,
-    resources::Change,
     serve::{self, Accepting, ListenError, Monitoring, ServerCertificate},
-    watch::{self, Health, Indexing, Sink, View},
+    status::{Board, Reporter},
+    trust::{self, Namespaces},
+    watch::{self, Health, IndexStep, Indexing, Sink, View},
     xds::{self, Cache, Discovery},
 };
 
@@ -86,6 +88,8 @@ struct Parts {
     health: Health,
     certificate: Arc<ServerCertificate>,
     counters: Counters,
+    board: Arc<Board>,
+    namespaces: Arc<Namespaces>,
 }
 
 impl Control {
@@ -100,23 +104,36 @@ impl Control {
         let (trigger, drain) = drain_channel();
         let mut control = Self {
             xds: listener.local_addr()?,
-            plaintext: plaintext.as_ref().map(tokio::net::TcpListener::local_addr).transpose()?,
+            plaintext: plaintext
+                .as_ref()
+                .map(tokio::net::TcpListener::local_addr)
+                .transpose()?,
             monitoring: monitoring.local_addr()?,
             trigger,
             ports: JoinSet::new(),
         };
         let (parts, problem) = Parts::start(client, config, &drain)?;
         let tls = parts.certificate.config()?;
-        let follow = parts.certificate.clone().follow(parts.authority.clone(), parts.config.names(), drain.clone());
+        let follow = parts
+            .certificate
+            .clone()
+            .follow(parts.authority.clone(), parts.config.names(), drain.clone());
         tokio::spawn(follow);
-        for (listener, tls) in std::iter::once((listener, Some(tls))).chain(plaintext.map(|listener| (listener, None))) {
+        for (listener, tls) in std::iter::once((listener, Some(tls))).chain(plaintext.map(|listener| (listener, None)))
+        {
             let accepting = Accepting::new(listener, tls, parts.config.limits);
             let router = xds::transport()
                 .add_service(parts.discovery.clone())
                 .add_service(parts.certificates());
-            control.ports.spawn(serve::serve(accepting, router, drain.clone(), parts.config.patience));
+            control
+                .ports
+                .spawn(serve::serve(accepting, router, drain.clone(), parts.config.patience));
         }
-        tokio::spawn(serve::serve_monitoring(monitoring, Arc::new(parts.monitoring(problem)), drain));
+        tokio::spawn(serve::serve_monitoring(
+            monitoring,
+            Arc::new(parts.monitoring(problem)),
+            drain,
+        ));
         tracing::info!(xds = %control.xds, monitoring = %control.monitoring, "control plane started");
         Ok(control)
     }
@@ -172,8 +189,10 @@ impl Parts {
         let cache = Arc::new(Cache::new());
         let authenticate: Arc<dyn xds::Authenticate> = authenticator.clone();
         let discovery = Discovery::start(cache.clone(), authenticate, config.discovery.clone(), drain.clone());
+        let (board, namespaces) = (Arc::new(Board::default()), Arc::new(Namespaces::default()));
         let sink = ToCache {
             cache: cache.clone(),
+            board: board.clone(),
             trust_domain,
         };
         let indexing = Indexing::new(
@@ -186,7 +205,7 @@ impl Parts {
             },
             sink,
         );
-        let views: Arc<[Arc<dyn View>]> = Arc::new([view as Arc<dyn View>]);
+        let views: Arc<[Arc<dyn View>]> = Arc::new([view as Arc<dyn View>, namespaces.clone()]);
         let health = watch::start(&client, indexing, views, drain)?;
         let parts = Self {
             config,
@@ -198,14 +217,42 @@ impl Parts {
             health,
             certificate: Arc::default(),
             counters: Counters::default(),
+            board,
+            namespaces,
         };
+        parts.write(drain);
         Ok((parts, problem))
+    }
+
+    /// What only the replica that leads does.
+    fn write(&self, drain: &DrainSignal) {
+        let (client, config) = (self.client.clone(), &self.config);
+        let leads = leader::start(client.clone(), &config.root_namespace, &config.replica, drain.clone());
+        let bundle = self.authority.bundle();
+        tokio::spawn(trust::run(
+            client.clone(),
+            self.namespaces.clone(),
+            bundle,
+            leads.clone(),
+            drain.clone(),
+        ));
+        let reporter = Reporter {
+            client,
+            board: self.board.clone(),
+            acknowledged: self.discovery.acknowledged().clone(),
+            replica: config.replica.clone(),
+        };
+        tokio::spawn(reporter.run(leads, drain.clone()));
     }
 
     fn certificates(
         &self,
     ) -> proto::ca::istio_certificate_service_server::IstioCertificateServiceServer<CertificateService> {
-        CertificateService::server(self.authority.clone(), self.authenticator.clone(), self.counters.clone())
+        CertificateService::server(
+            self.authority.clone(),
+            self.authenticator.clone(),
+            self.counters.clone(),
+        )
     }
 
     fn monitoring(&self, problem: Problem) -> Monitoring {
@@ -248,7 +295,11 @@ fn waits_for(health: &Health, cache: &Cache, certificate: &ServerCertificate, pr
     }
     if !certificate.is_there() {
         let why = problem.borrow();
-        return Some(why.as_deref().unwrap_or("the certificate authority is being set up").to_owned());
+        return Some(
+            why.as_deref()
+                .unwrap_or("the certificate authority is being set up")
+                .to_owned(),
+        );
     }
     None
 }
@@ -280,16 +331,18 @@ fn refusal(refusal: &xds::Refusal) -> Value {
 /// From the index into the cache.
 struct ToCache {
     cache: Arc<Cache>,
+    board: Arc<Board>,
     trust_domain: Arc<ArcSwap<TrustDomain>>,
 }
 
 impl Sink for ToCache {
-    fn apply(&mut self, changes: Vec<Change>, _findings: Vec<(ObjectRef, Vec<Finding>)>, settings: &Settings) {
+    fn apply(&mut self, step: IndexStep, settings: &Settings) {
         if **self.trust_domain.load() != settings.trust_domain {
             tracing::info!(trust_domain = %settings.trust_domain, "the mesh configuration sets the trust domain");
             self.trust_domain.store(Arc::new(settings.trust_domain.clone()));
         }
-        self.cache.apply(changes);
+        let generation = self.cache.apply(step.changes);
+        self.board.note(step.seen, step.findings, generation);
     }
 }
 

@@ -20,10 +20,17 @@ async fn a_node_gets_certificates_for_its_own_pods_only() {
     assert_eq!(roots_of(&chain), replica.bundle().await);
     let refused = certificate(&channel, &token, Some(DB), csr()).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
-    assert!(refused.message().contains("no pod of shop/db runs on its node n1"), "{}", refused.message());
+    assert!(
+        refused.message().contains("no pod of shop/db runs on its node n1"),
+        "{}",
+        refused.message()
+    );
     // Its own, too, and that of a pod that came a moment ago.
     let own = certificate(&channel, &token, None, csr()).await.unwrap();
-    assert_eq!(identity_of(&own[0]), "spiffe://cluster.local/ns/istio-system/sa/ztunnel");
+    assert_eq!(
+        identity_of(&own[0]),
+        "spiffe://cluster.local/ns/istio-system/sa/ztunnel"
+    );
     cluster.pod("shop", "db-2", "db", "n1").await;
     let late = certificate(&channel, &token, Some(DB), csr()).await.unwrap();
     assert_eq!(identity_of(&late[0]), DB);
@@ -53,7 +60,11 @@ async fn tokens_that_are_no_good_are_refused() {
     let unbound = cluster.token("istio-system", "ztunnel", None, "istio-ca").await;
     let refused = ask(&unbound).await;
     assert_eq!(refused.code(), Code::PermissionDenied);
-    assert!(refused.message().contains("not bound to a pod"), "{}", refused.message());
+    assert!(
+        refused.message().contains("not bound to a pod"),
+        "{}",
+        refused.message()
+    );
     let mut forged = cluster.agent(1).await;
     forged.replace_range(forged.len() - 8.., "AAAAAAAA");
     assert_eq!(ask(&forged).await.code(), Code::Unauthenticated);
@@ -67,7 +78,9 @@ async fn tokens_that_are_no_good_are_refused() {
         (refused.code() == Code::Unauthenticated).then_some(())
     })
     .await;
-    certificate(&channel, &cluster.agent(1).await, Some(CART), csr()).await.unwrap();
+    certificate(&channel, &cluster.agent(1).await, Some(CART), csr())
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -79,7 +92,10 @@ async fn weak_and_malformed_requests_are_refused_with_a_reason() {
     for (request, reason) in [
         (include_str!("../src/ca/testdata/rsa-1024.csr").to_owned(), "1024 bits"),
         (include_str!("../src/ca/testdata/p224.csr").to_owned(), "P-256"),
-        ("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n".to_owned(), "PKCS #10"),
+        (
+            "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n".to_owned(),
+            "PKCS #10",
+        ),
         (String::new(), "PEM"),
         ("x".repeat(20_000), "16384"),
     ] {

@@ -80,7 +80,9 @@ fn has_pod(names: &BTreeMap<String, Address>, name: &str) -> bool {
 async fn give_address(cluster: &Cluster, pod: &str, ip: &str) {
     let status = json!({"status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]}});
     let pods = cluster.api::<k8s_openapi::api::core::v1::Pod>("shop");
-    pods.patch_status(pod, &PatchParams::default(), &Patch::Merge(&status)).await.unwrap();
+    pods.patch_status(pod, &PatchParams::default(), &Patch::Merge(&status))
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -91,24 +93,35 @@ async fn objects_reach_an_agent_and_outlive_the_api() {
     let channel = replica.connect().await;
     let token = cluster.agent(1).await;
     let mut addresses = Addresses::open(&channel, &token).await;
-    addresses.until("the pod that was there", |names| has_pod(names, "cart-1")).await;
+    addresses
+        .until("the pod that was there", |names| has_pod(names, "cart-1"))
+        .await;
     give_address(&cluster, "db-1", "10.0.0.2").await;
-    addresses.until("the pod that came", |names| has_pod(names, "db-1")).await;
+    addresses
+        .until("the pod that came", |names| has_pod(names, "db-1"))
+        .await;
     // Without the API, what is known is served, and certificates are signed for callers that are known.
     cluster.stop_api().await;
     let mut others = Addresses::open(&channel, &token).await;
-    others.until("all of it", |names| has_pod(names, "cart-1") && has_pod(names, "db-1")).await;
+    others
+        .until("all of it", |names| has_pod(names, "cart-1") && has_pod(names, "db-1"))
+        .await;
     certificate(&channel, &token, Some(CART), csr()).await.unwrap();
     assert_eq!(replica.get("/readyz").await.unwrap().0, 200);
     // What happened meanwhile is made up for.
     cluster.start_api().await;
     cluster.delete_pod("shop", "cart-1").await;
-    addresses.until("the pod that went", |names| !has_pod(names, "cart-1")).await;
+    addresses
+        .until("the pod that went", |names| !has_pod(names, "cart-1"))
+        .await;
     let (_, syncz) = replica.get("/debug/syncz").await.unwrap();
     let syncz: serde_json::Value = serde_json::from_str(&syncz).unwrap();
     assert_eq!(syncz["clients"].as_array().unwrap().len(), 2, "{syncz}");
     let (_, metrics) = replica.get("/metrics").await.unwrap();
-    assert!(metrics.contains("citadel_server_success_cert_issuance_count_total 1"), "{metrics}");
+    assert!(
+        metrics.contains("citadel_server_success_cert_issuance_count_total 1"),
+        "{metrics}"
+    );
     assert!(metrics.contains("pilot_xds 2"), "{metrics}");
 }
 
@@ -117,8 +130,12 @@ async fn two_replicas_agree_on_one_authority() {
     let cluster = Cluster::new().await;
     let (one, two) = tokio::join!(cluster.control(), cluster.control());
     let token = cluster.agent(1).await;
-    let from_one = certificate(&one.connect().await, &token, Some(CART), csr()).await.unwrap();
-    let from_two = certificate(&two.connect().await, &token, Some(CART), csr()).await.unwrap();
+    let from_one = certificate(&one.connect().await, &token, Some(CART), csr())
+        .await
+        .unwrap();
+    let from_two = certificate(&two.connect().await, &token, Some(CART), csr())
+        .await
+        .unwrap();
     assert_eq!(from_one[1..], from_two[1..], "the same signer and the same roots");
 }
 
@@ -148,7 +165,9 @@ fn given() -> BTreeMap<String, String> {
     use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
     let authority = |name: &str| {
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, format!("{name} {}", rand_name()));
+        params
+            .distinguished_name
+            .push(DnType::CommonName, format!("{name} {}", rand_name()));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params
@@ -156,7 +175,10 @@ fn given() -> BTreeMap<String, String> {
     let (root_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
     let root = authority("root");
     let root_pem = root.self_signed(&root_key).unwrap().pem();
-    let signer = authority("signer").signed_by(&key, &Issuer::new(root, root_key)).unwrap().pem();
+    let signer = authority("signer")
+        .signed_by(&key, &Issuer::new(root, root_key))
+        .unwrap()
+        .pem();
     BTreeMap::from([
         ("ca-cert.pem".into(), signer.clone()),
         ("ca-key.pem".into(), key.serialize_pem()),
@@ -169,7 +191,12 @@ fn given() -> BTreeMap<String, String> {
 fn rand_name() -> String {
     use rcgen::PublicKeyData;
     let key = rcgen::KeyPair::generate().unwrap();
-    key.der_bytes().iter().skip(1).take(4).map(|byte| format!("{byte:02x}")).collect()
+    key.der_bytes()
+        .iter()
+        .skip(1)
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 async fn give(cluster: &Cluster, values: &BTreeMap<String, String>) {
@@ -177,7 +204,10 @@ async fn give(cluster: &Cluster, values: &BTreeMap<String, String>) {
         "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "cacerts"}, "stringData": values,
     });
     let secrets = cluster.api::<Secret>("istio-system");
-    secrets.patch("cacerts", &PatchParams::apply("user").force(), &Patch::Apply(&secret)).await.unwrap();
+    secrets
+        .patch("cacerts", &PatchParams::apply("user").force(), &Patch::Apply(&secret))
+        .await
+        .unwrap();
 }
 
 fn quick() -> Config {
@@ -188,7 +218,9 @@ fn quick() -> Config {
 }
 
 async fn issue(replica: &Replica, token: &str) -> Vec<String> {
-    certificate(&replica.connect().await, token, Some(CART), csr()).await.unwrap()
+    certificate(&replica.connect().await, token, Some(CART), csr())
+        .await
+        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -198,7 +230,10 @@ async fn another_root_takes_over_without_an_outage() {
     let token = cluster.agent(1).await;
     let before = issue(&replica, &token).await;
     give(&cluster, &given()).await;
-    eventually("the new root is announced", || async { (replica.bundle().await.len() == 2).then_some(()) }).await;
+    eventually("the new root is announced", || async {
+        (replica.bundle().await.len() == 2).then_some(())
+    })
+    .await;
     let announced = issue(&replica, &token).await;
     assert_eq!(announced[1], before[1], "the old one signs on");
     assert_eq!(roots_of(&announced).len(), 2);
@@ -207,9 +242,15 @@ async fn another_root_takes_over_without_an_outage() {
         (chain[1] != before[1]).then_some(chain)
     })
     .await;
-    assert!(verifies(&after, &roots_of(&announced)), "the new is known to who was told in time");
+    assert!(
+        verifies(&after, &roots_of(&announced)),
+        "the new is known to who was told in time"
+    );
     assert!(verifies(&before, &roots_of(&after)), "the old is still trusted");
-    eventually("the old root leaves", || async { (replica.bundle().await.len() == 1).then_some(()) }).await;
+    eventually("the old root leaves", || async {
+        (replica.bundle().await.len() == 1).then_some(())
+    })
+    .await;
     assert!(verifies(&after, &replica.bundle().await));
 }
 
@@ -245,7 +286,14 @@ async fn with_broken_cacerts_from_the_start_nothing_is_made_up() {
         (status == 503 && text.contains("cacerts, root-cert.pem")).then_some(())
     })
     .await;
-    assert!(cluster.api::<Secret>("istio-system").get_opt("istio-ca-secret").await.unwrap().is_none());
+    assert!(
+        cluster
+            .api::<Secret>("istio-system")
+            .get_opt("istio-ca-secret")
+            .await
+            .unwrap()
+            .is_none()
+    );
     give(&cluster, &given()).await;
     replica.ready().await;
 }

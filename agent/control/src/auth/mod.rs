@@ -99,7 +99,8 @@ impl fmt::Display for Caller {
 
 /// The token of `authorization: Bearer <token>`.
 pub fn bearer(metadata: &tonic::metadata::MetadataMap) -> Result<&str, AuthError> {
-    let missing = || AuthError::Unauthenticated("no token: send `authorization: Bearer <service account token>`".into());
+    let missing =
+        || AuthError::Unauthenticated("no token: send `authorization: Bearer <service account token>`".into());
     let header = metadata.get("authorization").ok_or_else(missing)?;
     let header = header.to_str().map_err(|_| missing())?;
     let (scheme, token) = header.split_once(' ').ok_or_else(missing)?;

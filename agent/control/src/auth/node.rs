@@ -14,9 +14,7 @@ use arc_swap::ArcSwap;
 use model::{Identity, NamespacedName, TrustDomain};
 use tokio::sync::Semaphore;
 
-use super::{
-    AuthError, BoundPod, Caller, PodFacts, PodView, TokenUser, pods::Pods, tokens::Tokens,
-};
+use super::{AuthError, BoundPod, Caller, PodFacts, PodView, TokenUser, pods::Pods, tokens::Tokens};
 
 /// Questions to the API at once: in all, and for each caller.
 const ASKED_AT_ONCE: usize = 32;
@@ -85,10 +83,14 @@ impl Authenticator {
             }
         };
         if facts.uid != bound.uid {
-            return Err(unauthenticated(format!("the token's pod {name} is gone; another one has its name")));
+            return Err(unauthenticated(format!(
+                "the token's pod {name} is gone; another one has its name"
+            )));
         }
         if facts.account != account.name {
-            return Err(unauthenticated(format!("the token's pod {name} does not run as {account}")));
+            return Err(unauthenticated(format!(
+                "the token's pod {name} does not run as {account}"
+            )));
         }
         if !facts.runs {
             return Err(unauthenticated(format!("the token's pod {name} has ended")));
@@ -108,7 +110,9 @@ impl Authenticator {
             return Ok(own);
         };
         let denied = |why: String| AuthError::Denied(why.into());
-        let asked: Identity = asked.parse().map_err(|error| denied(format!("{asked:.300}: {error}")))?;
+        let asked: Identity = asked
+            .parse()
+            .map_err(|error| denied(format!("{asked:.300}: {error}")))?;
         if asked == own {
             return Ok(own);
         }
@@ -129,15 +133,12 @@ impl Authenticator {
         if self.view.runs(node, &account) || self.runs_by_the_api(caller, node, &account).await? {
             return Ok(asked);
         }
-        Err(denied(format!("{caller} may not ask for {asked}: no pod of {account} runs on its node {node}")))
+        Err(denied(format!(
+            "{caller} may not ask for {asked}: no pod of {account} runs on its node {node}"
+        )))
     }
 
-    async fn runs_by_the_api(
-        &self,
-        caller: &Caller,
-        node: &str,
-        account: &NamespacedName,
-    ) -> Result<bool, AuthError> {
+    async fn runs_by_the_api(&self, caller: &Caller, node: &str, account: &NamespacedName) -> Result<bool, AuthError> {
         let _turn = self.turn(&caller.key()).await?;
         let pods = self.pods.on_node(node, &account.namespace).await?;
         Ok(pods.iter().any(|pod| pod.runs && pod.account == account.name))
@@ -173,7 +174,11 @@ struct Turn<'a> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let mut per_caller = self.authenticator.per_caller.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut per_caller = self
+            .authenticator
+            .per_caller
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(own) = per_caller.get_mut(&self.caller) {
             *own -= 1;
             if *own == 0 {
@@ -203,7 +208,13 @@ mod tests {
 
     impl Reviews for Words {
         fn review(&self, token: String) -> Pin<Box<dyn Future<Output = Result<TokenUser, AuthError>> + Send>> {
-            let parts: Vec<_> = token.rsplit('.').next().unwrap().split('/').map(str::to_owned).collect();
+            let parts: Vec<_> = token
+                .rsplit('.')
+                .next()
+                .unwrap()
+                .split('/')
+                .map(str::to_owned)
+                .collect();
             let pod = parts.get(2).map(|name| BoundPod {
                 name: name.as_str().into(),
                 uid: parts[3].as_str().into(),
@@ -239,8 +250,14 @@ mod tests {
 
     fn authenticator() -> Authenticator {
         let view = PodView::default();
-        view.put(NamespacedName::new("istio-system", "agent-1"), facts("u1", "n1", "ztunnel"));
-        view.put(NamespacedName::new("istio-system", "agent-2"), facts("u2", "n2", "ztunnel"));
+        view.put(
+            NamespacedName::new("istio-system", "agent-1"),
+            facts("u1", "n1", "ztunnel"),
+        );
+        view.put(
+            NamespacedName::new("istio-system", "agent-2"),
+            facts("u2", "n2", "ztunnel"),
+        );
         view.put(NamespacedName::new("shop", "cart-1"), facts("u4", "n1", "cart"));
         view.put(NamespacedName::new("shop", "db-1"), facts("u5", "n2", "db"));
         let ended = PodFacts {
@@ -318,7 +335,10 @@ mod tests {
 
     #[tokio::test]
     async fn an_agent_newer_than_the_view_is_found_at_the_api() {
-        let caller = authenticator().caller("e30.e30.istio-system/ztunnel/agent-3/u3").await.unwrap();
+        let caller = authenticator()
+            .caller("e30.e30.istio-system/ztunnel/agent-3/u3")
+            .await
+            .unwrap();
         assert_eq!(caller.node.as_deref(), Some("n3"));
     }
 }

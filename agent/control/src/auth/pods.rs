@@ -29,7 +29,11 @@ pub struct PodFacts {
 impl PodFacts {
     /// From an object of the API.
     pub fn of(pod: &serde_json::Value) -> Self {
-        let text = |pointer: &str| pod.pointer(pointer).and_then(serde_json::Value::as_str).unwrap_or_default();
+        let text = |pointer: &str| {
+            pod.pointer(pointer)
+                .and_then(serde_json::Value::as_str)
+                .unwrap_or_default()
+        };
         Self::from_parts(
             text("/metadata/uid"),
             text("/spec/nodeName"),
@@ -80,13 +84,22 @@ impl PodView {
 
     /// A pod.
     pub fn get(&self, name: &NamespacedName) -> Option<PodFacts> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).pods.get(name).cloned()
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pods
+            .get(name)
+            .cloned()
     }
 
     /// Whether a pod of this account runs on this node.
     pub fn runs(&self, node: &Arc<str>, account: &NamespacedName) -> bool {
         let place = (node.clone(), account.namespace.clone(), account.name.clone());
-        self.0.read().unwrap_or_else(PoisonError::into_inner).running.contains_key(&place)
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .running
+            .contains_key(&place)
     }
 }
 
@@ -190,6 +203,9 @@ mod tests {
             "metadata": {"uid": "u"}, "spec": {"nodeName": "n1"}, "status": {"phase": "Failed"},
         });
         assert_eq!(PodFacts::of(&json), pod("n1", "Failed"));
-        assert_eq!(PodFacts::of(&serde_json::json!(3)), PodFacts::from_parts("", "", "", ""));
+        assert_eq!(
+            PodFacts::of(&serde_json::json!(3)),
+            PodFacts::from_parts("", "", "", "")
+        );
     }
 }

@@ -55,7 +55,10 @@ fn user(answer: TokenReview, audiences: &[String]) -> Result<TokenUser, AuthErro
     // An API that does not know of audiences would accept a token for any.
     let found = status.audiences.unwrap_or_default();
     if !found.iter().any(|audience| audiences.contains(audience)) {
-        return Err(refused(format!("the token's audience is not {}", audiences.join(" or "))));
+        return Err(refused(format!(
+            "the token's audience is not {}",
+            audiences.join(" or ")
+        )));
     }
     let user = status.user.unwrap_or_default();
     let name = user.username.clone().unwrap_or_default();
@@ -109,9 +112,15 @@ mod tests {
     fn others_are_refused_with_a_reason() {
         let user = serde_json::json!({"username": "system:serviceaccount:a:b"});
         for (answer, reason) in [
-            (serde_json::json!({"authenticated": false, "error": "expired"}), "expired"),
+            (
+                serde_json::json!({"authenticated": false, "error": "expired"}),
+                "expired",
+            ),
             (serde_json::json!({"authenticated": true, "user": user}), "audience"),
-            (serde_json::json!({"authenticated": true, "audiences": ["api"], "user": user}), "audience"),
+            (
+                serde_json::json!({"authenticated": true, "audiences": ["api"], "user": user}),
+                "audience",
+            ),
             (
                 serde_json::json!({"authenticated": true, "audiences": ["istio-ca"], "user": {"username": "kubelet"}}),
                 "kubelet",

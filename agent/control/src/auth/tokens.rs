@@ -78,7 +78,9 @@ impl Tokens {
         let end = expiry(token)?;
         let now = self.clock.now();
         if end.is_some_and(|end| end <= now) {
-            return Err(AuthError::Unauthenticated("the token has expired; read it again from its file".into()));
+            return Err(AuthError::Unauthenticated(
+                "the token has expired; read it again from its file".into(),
+            ));
         }
         let mut hash = Hash::default();
         hash.copy_from_slice(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
@@ -108,7 +110,9 @@ impl Tokens {
                 reviews.review(token).await
             };
             let late = || AuthError::Unavailable("the Kubernetes API did not answer about the token in time".into());
-            let answer = tokio::time::timeout(REVIEW_TIMEOUT, review).await.unwrap_or_else(|_| Err(late()));
+            let answer = tokio::time::timeout(REVIEW_TIMEOUT, review)
+                .await
+                .unwrap_or_else(|_| Err(late()));
             drop(place);
             let until = keep(&answer, clock.now(), end);
             let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,7 +123,10 @@ impl Tokens {
             answer
         });
         let failed = || AuthError::Unavailable("checking the token failed; try again".into());
-        Ok(task.map(move |answer| answer.unwrap_or_else(|_| Err(failed()))).boxed().shared())
+        Ok(task
+            .map(move |answer| answer.unwrap_or_else(|_| Err(failed())))
+            .boxed()
+            .shared())
     }
 }
 
@@ -167,7 +174,9 @@ fn expiry(token: &str) -> Result<Option<SystemTime>, AuthError> {
     };
     let claims = URL_SAFE_NO_PAD.decode(claims).map_err(|_| bad())?;
     let claims: Claims = serde_json::from_slice(&claims).map_err(|_| bad())?;
-    Ok(claims.exp.and_then(|exp| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(exp))))
+    Ok(claims
+        .exp
+        .and_then(|exp| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(exp))))
 }
 
 #[cfg(test)]
@@ -242,7 +251,10 @@ mod tests {
         now.store(29, Ordering::SeqCst);
         assert!(tokens.check(&token(30)).await.is_ok());
         now.store(30, Ordering::SeqCst);
-        assert!(matches!(tokens.check(&token(30)).await, Err(AuthError::Unauthenticated(_))));
+        assert!(matches!(
+            tokens.check(&token(30)).await,
+            Err(AuthError::Unauthenticated(_))
+        ));
         assert_eq!(api.asked.load(Ordering::SeqCst), 1);
     }
 
@@ -264,7 +276,10 @@ mod tests {
         let tokens = Tokens::new(api.clone(), clock(&Arc::default()));
         for asked in 1..4 {
             api.go.notify_one();
-            assert!(matches!(tokens.check(&token(1000)).await, Err(AuthError::Unavailable(_))));
+            assert!(matches!(
+                tokens.check(&token(1000)).await,
+                Err(AuthError::Unavailable(_))
+            ));
             assert_eq!(api.asked.load(Ordering::SeqCst), asked);
         }
     }
@@ -275,7 +290,10 @@ mod tests {
         let tokens = Tokens::new(api.clone(), clock(&Arc::default()));
         let long = "x".repeat(MAX_TOKEN + 1);
         for token in ["", "a.b", "a.b.c.d", "e30.!.x", "e30.e30=.x", &long] {
-            assert!(matches!(tokens.check(token).await, Err(AuthError::Unauthenticated(_))), "{token}");
+            assert!(
+                matches!(tokens.check(token).await, Err(AuthError::Unauthenticated(_))),
+                "{token}"
+            );
         }
         assert_eq!(api.asked.load(Ordering::SeqCst), 0);
     }

@@ -94,7 +94,8 @@ impl Authority {
             state,
         };
         self.in_force.store(Some(Arc::new(in_force)));
-        self.bundle.send_if_modified(|before| before.replace(bundle.clone()) != Some(bundle));
+        self.bundle
+            .send_if_modified(|before| before.replace(bundle.clone()) != Some(bundle));
         self.generation.send_modify(|generation| *generation += 1);
     }
 
@@ -130,7 +131,10 @@ impl Authority {
 
     /// When the signing chain ends.
     pub fn signer_not_after(&self) -> Option<SystemTime> {
-        self.in_force.load().as_ref().map(|in_force| in_force.state.signing.not_after())
+        self.in_force
+            .load()
+            .as_ref()
+            .map(|in_force| in_force.state.signing.not_after())
     }
 
     /// Checks a request and signs; in line with the caller's other requests.

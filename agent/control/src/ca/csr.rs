@@ -7,7 +7,9 @@
 use rcgen::SubjectPublicKeyInfo;
 use x509_parser::{
     certification_request::X509CertificationRequest,
-    oid_registry::{OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_NIST_EC_P384, OID_PKCS1_RSAENCRYPTION, OID_SIG_ED25519},
+    oid_registry::{
+        OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_NIST_EC_P384, OID_PKCS1_RSAENCRYPTION, OID_SIG_ED25519,
+    },
     prelude::FromDer,
     public_key::PublicKey,
     x509::SubjectPublicKeyInfo as ParsedKey,
@@ -52,7 +54,10 @@ pub fn check(pem: &str) -> Result<SubjectPublicKeyInfo, CsrError> {
     }
     let (after, section) =
         x509_parser::pem::parse_x509_pem(pem.as_bytes()).map_err(|error| CsrError::Pem(error.to_string()))?;
-    if !matches!(section.label.as_str(), "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST") {
+    if !matches!(
+        section.label.as_str(),
+        "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST"
+    ) {
         return Err(CsrError::Pem(format!("it is {}", section.label)));
     }
     if !after.iter().all(u8::is_ascii_whitespace) {
@@ -146,9 +151,18 @@ mod tests {
 
     #[test]
     fn weak_keys_are_refused() {
-        assert_eq!(check(include_str!("testdata/rsa-1024.csr")).unwrap_err(), CsrError::RsaSize(1024));
-        assert!(matches!(check(include_str!("testdata/p224.csr")), Err(CsrError::KeyKind(_))));
-        assert_eq!(check(include_str!("testdata/sha1.csr")).unwrap_err(), CsrError::WeakHash);
+        assert_eq!(
+            check(include_str!("testdata/rsa-1024.csr")).unwrap_err(),
+            CsrError::RsaSize(1024)
+        );
+        assert!(matches!(
+            check(include_str!("testdata/p224.csr")),
+            Err(CsrError::KeyKind(_))
+        ));
+        assert_eq!(
+            check(include_str!("testdata/sha1.csr")).unwrap_err(),
+            CsrError::WeakHash
+        );
     }
 
     #[test]
@@ -177,7 +191,10 @@ mod tests {
         let good = request_of(&KeyPair::generate().unwrap());
         assert!(matches!(check(&format!("{good}{good}")), Err(CsrError::Pem(_))));
         assert!(matches!(check(&good.replace(" REQUEST", "")), Err(CsrError::Pem(_))));
-        assert!(matches!(check(&pem_of(&[0x30, 3, 2, 1, 1])), Err(CsrError::Malformed(_))));
+        assert!(matches!(
+            check(&pem_of(&[0x30, 3, 2, 1, 1])),
+            Err(CsrError::Malformed(_))
+        ));
     }
 
     fn rustls_pem(text: &str) -> (String, Vec<u8>) {

@@ -64,7 +64,9 @@ pub fn intermediate(
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.use_authority_key_identifier_extension = true;
     params.not_after = params.not_after.min(root_not_after(root)?.into());
-    let signed = params.signed_by(&key, &issuer).map_err(|error| failed(error.to_string()))?;
+    let signed = params
+        .signed_by(&key, &issuer)
+        .map_err(|error| failed(error.to_string()))?;
     let mut roots = vec![certificate.clone()];
     roots.extend(others.iter().filter(|other| **other != certificate).cloned());
     Ok(BTreeMap::from([
@@ -116,7 +118,10 @@ fn authority(trust_domain: &str, role: &str, now: SystemTime, lifetime: Duration
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, trust_domain);
     // Each with a name of its own: two roots of one name would be mistaken for one another when a chain is built.
-    let name = format!("Undercurrent {role} {:02x}{:02x}{:02x}{:02x}", serial[1], serial[2], serial[3], serial[4]);
+    let name = format!(
+        "Undercurrent {role} {:02x}{:02x}{:02x}{:02x}",
+        serial[1], serial[2], serial[3], serial[4]
+    );
     params.distinguished_name.push(DnType::CommonName, name);
     params.serial_number = Some(SerialNumber::from_slice(&serial));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];

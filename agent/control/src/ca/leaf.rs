@@ -96,7 +96,13 @@ pub fn sign_server(
         Ok(address) => Ok(SanType::IpAddress(address)),
         Err(_) => Ok(SanType::DnsName(name.as_str().try_into()?)),
     });
-    issue(material, key, names.collect::<Result<_, rcgen::Error>>()?, lifetime, now)
+    issue(
+        material,
+        key,
+        names.collect::<Result<_, rcgen::Error>>()?,
+        lifetime,
+        now,
+    )
 }
 
 /// A certificate for nobody, to see whether a material can sign.
@@ -174,7 +180,10 @@ mod tests {
         assert!(!parsed.is_ca());
         assert_eq!(parsed.public_key().raw, key.subject_public_key_info());
         let names = &parsed.subject_alternative_name().unwrap().unwrap().value.general_names;
-        assert!(matches!(names.as_slice(), [GeneralName::URI("spiffe://cluster.local/ns/shop/sa/cart")]));
+        assert!(matches!(
+            names.as_slice(),
+            [GeneralName::URI("spiffe://cluster.local/ns/shop/sa/cart")]
+        ));
         let usage = parsed.extended_key_usage().unwrap().unwrap().value;
         assert!(usage.client_auth && usage.server_auth);
         let length = parsed.validity().not_after.timestamp() - parsed.validity().not_before.timestamp();
@@ -186,7 +195,11 @@ mod tests {
     fn two_leaves_of_one_key_have_two_serials() {
         let now = SystemTime::now();
         let (material, key) = (material(now), KeyPair::generate().unwrap());
-        let serial = || sign(&material, &key, &identity(), Duration::from_secs(60), now).unwrap().serial;
+        let serial = || {
+            sign(&material, &key, &identity(), Duration::from_secs(60), now)
+                .unwrap()
+                .serial
+        };
         assert_ne!(serial(), serial());
     }
 
@@ -198,7 +211,10 @@ mod tests {
         let leaf = sign(&material, &key, &identity(), century, now).unwrap();
         assert_eq!(leaf.not_after, material.not_after());
         let late = material.not_after();
-        assert!(matches!(sign(&material, &key, &identity(), century, late), Err(SignError::SignerEnded)));
+        assert!(matches!(
+            sign(&material, &key, &identity(), century, late),
+            Err(SignError::SignerEnded)
+        ));
     }
 
     #[test]

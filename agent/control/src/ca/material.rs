@@ -84,7 +84,9 @@ impl Material {
     /// Reads and checks what a Secret holds. Without roots, the signing certificate must be its own.
     pub fn read(values: &BTreeMap<String, Vec<u8>>, now: SystemTime) -> Result<Self, MaterialError> {
         let certificates = certificates(values, CERTIFICATE, MAX_CHAIN)?;
-        let signer = certificates.first().ok_or_else(|| bad(CERTIFICATE)("no certificate in it"))?;
+        let signer = certificates
+            .first()
+            .ok_or_else(|| bad(CERTIFICATE)("no certificate in it"))?;
         let key = text(values, KEY)?;
         let pair = KeyPair::from_pem(key.trim()).map_err(|_| bad(KEY)("no private key in it that can be read"))?;
         check_signer(signer, &pair, now)?;
@@ -186,7 +188,9 @@ pub fn verify(
     let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider)
         .build()
         .map_err(|error| error.to_string())?;
-    let since = now.duration_since(SystemTime::UNIX_EPOCH).map_err(|error| error.to_string())?;
+    let since = now
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_err(|error| error.to_string())?;
     verifier
         .verify_client_cert(leaf, intermediates, UnixTime::since_unix_epoch(since))
         .map(|_| ())
@@ -205,7 +209,10 @@ fn certificates(
 ) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
     let found = pem::decode_all(text(values, key)?.as_bytes()).map_err(bad(key))?;
     if found.len() > most {
-        return Err(bad(key)(format!("{} certificates; at most {most} are read", found.len())));
+        return Err(bad(key)(format!(
+            "{} certificates; at most {most} are read",
+            found.len()
+        )));
     }
     Ok(found)
 }
@@ -239,10 +246,15 @@ fn check_signer(signer: &CertificateDer<'_>, pair: &KeyPair, now: SystemTime) ->
     if parsed.public_key().raw != pair.subject_public_key_info() {
         return Err(bad(KEY)(format!("it is not the key of {CERTIFICATE}")));
     }
-    let (from, until) = (parsed.validity().not_before.to_datetime(), parsed.validity().not_after.to_datetime());
+    let (from, until) = (
+        parsed.validity().not_before.to_datetime(),
+        parsed.validity().not_after.to_datetime(),
+    );
     let now = OffsetDateTime::from(now);
     if now < from || now >= until {
-        return Err(bad(CERTIFICATE)(format!("it is valid from {from} to {until}, and it is {now}")));
+        return Err(bad(CERTIFICATE)(format!(
+            "it is valid from {from} to {until}, and it is {now}"
+        )));
     }
     Ok(())
 }
@@ -268,10 +280,14 @@ fn chain(
         if let Some(root) = roots.iter().find(|root| signed(&above, root)) {
             return Ok((chain, root.clone()));
         }
-        let next = issuers.iter().find(|issuer| !chain.contains(issuer) && signed(&above, issuer));
+        let next = issuers
+            .iter()
+            .find(|issuer| !chain.contains(issuer) && signed(&above, issuer));
         let Some(next) = next else {
             let issuer = above.issuer().to_string();
-            return Err(bad(CHAIN)(format!("the issuer \"{issuer}\" is neither in it nor in {ROOTS}")));
+            return Err(bad(CHAIN)(format!(
+                "the issuer \"{issuer}\" is neither in it nor in {ROOTS}"
+            )));
         };
         chain.push(next.clone());
     }
@@ -290,7 +306,10 @@ fn validity<'a>(
     let mut bounds: Option<(OffsetDateTime, OffsetDateTime)> = None;
     for certificate in certificates {
         let parsed = parse(certificate, CHAIN)?;
-        let (from, until) = (parsed.validity().not_before.to_datetime(), parsed.validity().not_after.to_datetime());
+        let (from, until) = (
+            parsed.validity().not_before.to_datetime(),
+            parsed.validity().not_after.to_datetime(),
+        );
         bounds = Some(bounds.map_or((from, until), |(first, last)| (first.max(from), last.min(until))));
     }
     let (from, until) = bounds.ok_or_else(|| bad(CERTIFICATE)("no certificate in it"))?;

@@ -18,8 +18,9 @@ mod queue;
 mod rotation;
 mod secrets;
 mod service;
+mod source;
 
-pub use authority::{Authority, IssueError};
+pub use authority::Authority;
 pub use leaf::Lifetimes;
 pub use queue::{Bounds, Queue};
 pub use secrets::Secrets;

@@ -38,7 +38,10 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back() {
         for length in [0, 1, 47, 48, 49, 500] {
-            let certificates = vec![CertificateDer::from(vec![7_u8; length]), CertificateDer::from(vec![9_u8; 3])];
+            let certificates = vec![
+                CertificateDer::from(vec![7_u8; length]),
+                CertificateDer::from(vec![9_u8; 3]),
+            ];
             assert_eq!(decode_all(encode_all(&certificates).as_bytes()).unwrap(), certificates);
         }
     }

@@ -187,7 +187,10 @@ impl Lines {
             return Ok(None);
         }
         let longest = self.by_caller.iter().max_by_key(|(_, line)| line.len());
-        let Some(longest) = longest.filter(|(_, line)| line.len() > own + 1).map(|(name, _)| name.clone()) else {
+        let Some(longest) = longest
+            .filter(|(_, line)| line.len() > own + 1)
+            .map(|(name, _)| name.clone())
+        else {
             return Err(Full::All(self.waiting));
         };
         let displaced = self.by_caller.get_mut(&longest).and_then(VecDeque::pop_back);
@@ -234,7 +237,9 @@ mod tests {
             let order = order.clone();
             move || order.send(name).unwrap()
         };
-        let greedy: Vec<_> = (0..20).map(|_| queue.submit(&"greedy".into(), job("greedy")).unwrap()).collect();
+        let greedy: Vec<_> = (0..20)
+            .map(|_| queue.submit(&"greedy".into(), job("greedy")).unwrap())
+            .collect();
         let modest = queue.submit(&"modest".into(), job("modest")).unwrap();
         drop(release);
         first.await.unwrap();
@@ -243,7 +248,10 @@ mod tests {
             done.await.unwrap();
         }
         let order: Vec<_> = seen.try_iter().collect();
-        assert!(order.iter().position(|name| *name == "modest").unwrap() <= 2, "{order:?}");
+        assert!(
+            order.iter().position(|name| *name == "modest").unwrap() <= 2,
+            "{order:?}"
+        );
     }
 
     #[tokio::test]
@@ -281,7 +289,13 @@ mod tests {
     #[tokio::test]
     async fn a_job_that_panics_costs_itself_only() {
         let queue = one_thread(8, 8);
-        assert!(queue.submit(&"a".into(), || panic!("on purpose")).unwrap().await.is_err());
+        assert!(
+            queue
+                .submit(&"a".into(), || panic!("on purpose"))
+                .unwrap()
+                .await
+                .is_err()
+        );
         assert_eq!(queue.submit(&"a".into(), || 5).unwrap().await, Ok(5));
     }
 

@@ -197,8 +197,7 @@ impl State {
     pub fn read(values: &BTreeMap<String, Vec<u8>>, now: SystemTime) -> Result<Self, MaterialError> {
         let failed = |key| move |problem: String| MaterialError { key, problem };
         let stories = values.get(STORY).ok_or_else(|| failed(STORY)("missing".into()))?;
-        let stories: Vec<Story> =
-            serde_json::from_slice(stories).map_err(|error| failed(STORY)(error.to_string()))?;
+        let stories: Vec<Story> = serde_json::from_slice(stories).map_err(|error| failed(STORY)(error.to_string()))?;
         let bundle = values.get(BUNDLE).ok_or_else(|| failed(BUNDLE)("missing".into()))?;
         let roots = pem::decode_all(bundle).map_err(failed(BUNDLE))?;
         let roots = roots.into_iter().map(|certificate| {
@@ -231,7 +230,8 @@ fn story(root: &Root) -> Story {
 }
 
 fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// A number from outside: one beyond all times is the end of this century's.
@@ -241,11 +241,15 @@ fn instant(seconds: u64) -> SystemTime {
 
 fn prefixed(prefix: &str, material: &Material) -> impl Iterator<Item = (String, Vec<u8>)> {
     let values = material.write();
-    values.into_iter().map(move |(key, value)| (format!("{prefix}{key}"), value))
+    values
+        .into_iter()
+        .map(move |(key, value)| (format!("{prefix}{key}"), value))
 }
 
 fn unprefixed(prefix: &str, values: &BTreeMap<String, Vec<u8>>) -> BTreeMap<String, Vec<u8>> {
-    let of_prefix = values.iter().filter_map(|(key, value)| Some((key.strip_prefix(prefix)?, value)));
+    let of_prefix = values
+        .iter()
+        .filter_map(|(key, value)| Some((key.strip_prefix(prefix)?, value)));
     of_prefix.map(|(key, value)| (key.to_owned(), value.clone())).collect()
 }
 
@@ -284,7 +288,9 @@ mod tests {
         let key = KeyPair::generate().unwrap();
         let identity = "spiffe://cluster.local/ns/a/sa/b".parse().unwrap();
         Peer {
-            leaf: leaf::sign(&state.signing, &key, &identity, OVERLAP, now).unwrap().certificate,
+            leaf: leaf::sign(&state.signing, &key, &identity, OVERLAP, now)
+                .unwrap()
+                .certificate,
             intermediates: state.signing.intermediates().cloned().collect(),
             bundle: state.bundle(),
             issued: now,
@@ -351,7 +357,10 @@ mod tests {
         let state = State::new(old.clone(), start);
         let (state, _) = state.step(Some(&new), OVERLAP, start);
         let (state, step) = state.step(Some(&old), OVERLAP, start + HOUR);
-        assert_eq!((step, state.next.is_none(), state.roots.len()), (Step::Withdrawn, true, 2));
+        assert_eq!(
+            (step, state.next.is_none(), state.roots.len()),
+            (Step::Withdrawn, true, 2)
+        );
         assert_eq!(state.due(OVERLAP), Some(start + HOUR + OVERLAP));
         let (state, _) = state.step(Some(&old), OVERLAP, start + HOUR + OVERLAP);
         assert_eq!(state.bundle(), [old.root().clone()]);

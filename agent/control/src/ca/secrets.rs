@@ -37,6 +37,7 @@ use super::{
     generate,
     material::{Material, MaterialError},
     rotation::{State, Step},
+    source::SourceError,
 };
 
 /// The user's.
@@ -56,42 +57,6 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(2);
 
 type Values = BTreeMap<String, Vec<u8>>;
-
-/// Why the authority can't go on to what is wanted.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// A Secret that can't be used; its author has to mend it.
-    #[error("Secret {namespace}/{name}, {error}; {consequence}")]
-    Unusable {
-        /// Where.
-        namespace: String,
-        /// Which.
-        name: &'static str,
-        /// What is wrong with it.
-        error: MaterialError,
-        /// What that means.
-        consequence: &'static str,
-    },
-    /// The API does not answer or refuses.
-    #[error("cannot {what} Secret {name}: {error}")]
-    Api {
-        /// Which operation.
-        what: &'static str,
-        /// On what.
-        name: &'static str,
-        /// The answer.
-        error: kube::Error,
-    },
-    /// Another replica was faster: look again.
-    #[error("Secret {0} was changed meanwhile")]
-    Raced(&'static str),
-    /// The library.
-    #[error("cannot make an authority: {0}")]
-    Generate(#[from] rcgen::Error),
-    /// The library.
-    #[error("cannot write the state: {0}")]
-    Encode(#[from] serde_json::Error),
-}
 
 /// Follows the Secrets.
 pub struct Secrets {
@@ -290,7 +255,10 @@ impl Secrets {
         }
         let root = generate::root(&self.trust_domain, now)?;
         self.write(ROOT, "undercurrent.io/ca-root", root.clone(), true).await?;
-        tracing::info!(secret = ROOT, "made a root certificate authority; its key is in this Secret only");
+        tracing::info!(
+            secret = ROOT,
+            "made a root certificate authority; its key is in this Secret only"
+        );
         Ok(root)
     }
 
@@ -318,13 +286,7 @@ impl Secrets {
     }
 
     /// Writes over exactly the version that is known, or creates.
-    async fn write(
-        &mut self,
-        name: &'static str,
-        type_: &str,
-        values: Values,
-        ours: bool,
-    ) -> Result<(), SourceError> {
+    async fn write(&mut self, name: &'static str, type_: &str, values: Values, ours: bool) -> Result<(), SourceError> {
         let before = self.known.get(name);
         let secret = Secret {
             metadata: ObjectMeta {
@@ -334,8 +296,17 @@ impl Secrets {
                 annotations: ours.then(|| BTreeMap::from([(MADE_BY.into(), "undercurrent".into())])),
                 ..ObjectMeta::default()
             },
-            data: Some(values.into_iter().map(|(key, value)| (key, ByteString(value))).collect()),
-            type_: Some(before.and_then(|secret| secret.type_.clone()).unwrap_or_else(|| type_.into())),
+            data: Some(
+                values
+                    .into_iter()
+                    .map(|(key, value)| (key, ByteString(value)))
+                    .collect(),
+            ),
+            type_: Some(
+                before
+                    .and_then(|secret| secret.type_.clone())
+                    .unwrap_or_else(|| type_.into()),
+            ),
             ..Secret::default()
         };
         let written = match before {
@@ -376,7 +347,10 @@ fn values(secret: &Secret) -> Values {
 
 /// Past two thirds of its life.
 fn is_due(material: &Material, now: SystemTime) -> bool {
-    let whole = material.not_after().duration_since(material.not_before()).unwrap_or_default();
+    let whole = material
+        .not_after()
+        .duration_since(material.not_before())
+        .unwrap_or_default();
     now > material.not_before() + whole.mul_f64(2.0 / 3.0)
 }
 
@@ -389,7 +363,12 @@ fn tell(step: Step, state: &State) {
     let (signing, roots) = (state.signing.fingerprint(), state.roots.len());
     match (step, &state.next) {
         (Step::Announced, Some(next)) => {
-            tracing::info!(next = next.fingerprint(), signing, roots, "announced a new authority: trusted, signs later");
+            tracing::info!(
+                next = next.fingerprint(),
+                signing,
+                roots,
+                "announced a new authority: trusted, signs later"
+            );
         }
         (Step::Switched, _) => tracing::info!(signing, roots, "signing authority in force"),
         (Step::Withdrawn, _) => tracing::info!(signing, roots, "withdrew the announced authority"),

@@ -48,7 +48,11 @@ impl Counters {
     pub fn register(&self, registry: &mut Registry) {
         for (name, help, counter) in [
             ("citadel_server_csr_count", "Certificate requests", &self.requests),
-            ("citadel_server_success_cert_issuance_count", "Certificates issued", &self.issued),
+            (
+                "citadel_server_success_cert_issuance_count",
+                "Certificates issued",
+                &self.issued,
+            ),
             (
                 "citadel_server_authentication_failure_count",
                 "Requests whose caller is not known",
@@ -59,7 +63,11 @@ impl Counters {
                 "Requests for an identity that the caller may not have",
                 &self.denied,
             ),
-            ("citadel_server_csr_parsing_err_count", "Requests that are malformed", &self.malformed),
+            (
+                "citadel_server_csr_parsing_err_count",
+                "Requests that are malformed",
+                &self.malformed,
+            ),
             ("undercurrent_ca_busy_count", "Requests over the bounds", &self.busy),
             (
                 "citadel_server_csr_sign_err_count",
@@ -109,13 +117,20 @@ impl CertificateService {
         let token = bearer(request.metadata()).map_err(|error| error.status())?.to_owned();
         let request = request.into_inner();
         entry.asked = impersonated(&request).map_err(|error| error.status())?;
-        let caller = self.authenticator.caller(&token).await.map_err(|error| error.status())?;
+        let caller = self
+            .authenticator
+            .caller(&token)
+            .await
+            .map_err(|error| error.status())?;
         let key = caller.key();
         entry.caller = Some(caller.clone());
         let identity = self.authenticator.identity(&caller, entry.asked.as_deref()).await;
         let identity = identity.map_err(|error| error.status())?;
         entry.identity = Some(identity.clone());
-        let issued = self.authority.issue(&key, request.csr, identity, request.validity_duration).await;
+        let issued = self
+            .authority
+            .issue(&key, request.csr, identity, request.validity_duration)
+            .await;
         issued.map_err(|error| status(&error))
     }
 }
@@ -128,7 +143,10 @@ impl IstioCertificateService for CertificateService {
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         self.counters.requests.inc();
         let mut entry = Entry {
-            peer: request.extensions().get::<crate::xds::Peer>().map(crate::xds::Peer::address),
+            peer: request
+                .extensions()
+                .get::<crate::xds::Peer>()
+                .map(crate::xds::Peer::address),
             ..Entry::default()
         };
         match self.issue(request, &mut entry).await {
@@ -215,7 +233,9 @@ impl Entry {
     }
 
     fn caller(&self) -> String {
-        self.caller.as_ref().map_or_else(|| "unknown".into(), ToString::to_string)
+        self.caller
+            .as_ref()
+            .map_or_else(|| "unknown".into(), ToString::to_string)
     }
 
     fn peer(&self) -> String {
@@ -223,7 +243,10 @@ impl Entry {
     }
 
     fn node(&self) -> &str {
-        self.caller.as_ref().and_then(|caller| caller.node.as_deref()).unwrap_or_default()
+        self.caller
+            .as_ref()
+            .and_then(|caller| caller.node.as_deref())
+            .unwrap_or_default()
     }
 }
 

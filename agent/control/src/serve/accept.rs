@@ -61,7 +61,10 @@ impl Accepting {
     }
 
     /// Accepts in a task until drained, or until the stream is dropped.
-    pub(super) fn start(self, drain: DrainSignal) -> impl tokio_stream::Stream<Item = Result<Connection<Io>, Infallible>> + use<> {
+    pub(super) fn start(
+        self,
+        drain: DrainSignal,
+    ) -> impl tokio_stream::Stream<Item = Result<Connection<Io>, Infallible>> + use<> {
         let (ready, accepted) = mpsc::channel(16);
         tokio::spawn(self.run(ready, drain));
         ReceiverStream::new(accepted).map(Ok)

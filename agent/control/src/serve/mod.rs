@@ -37,7 +37,9 @@ pub enum ListenError {
         error: io::Error,
     },
     /// Tokens would be readable by everybody on the way.
-    #[error("plaintext xDS on {0} would show tokens to the network: only a loopback address is allowed, such as 127.0.0.1:15010")]
+    #[error(
+        "plaintext xDS on {0} would show tokens to the network: only a loopback address is allowed, such as 127.0.0.1:15010"
+    )]
     PlaintextBeyondLoopback(SocketAddr),
 }
 

@@ -70,7 +70,10 @@ fn answer<B>(monitoring: &Monitoring, request: &Request<B>) -> Response<Full<Byt
             let json = serde_json::to_vec_pretty(&(monitoring.syncz)()).unwrap_or_default();
             with_type(StatusCode::OK, "application/json", json.into())
         }
-        _ => text(StatusCode::NOT_FOUND, "there are /metrics, /readyz, /healthz and /debug/syncz\n".into()),
+        _ => text(
+            StatusCode::NOT_FOUND,
+            "there are /metrics, /readyz, /healthz and /debug/syncz\n".into(),
+        ),
     }
 }
 
@@ -108,7 +111,11 @@ mod tests {
             waits_for: Box::new(|| Some("pods".into())),
             syncz: Box::new(|| serde_json::json!({"clients": []})),
         };
-        let ask = |path: &str| answer(&monitoring, &Request::get(path).body(()).unwrap()).status().as_u16();
+        let ask = |path: &str| {
+            answer(&monitoring, &Request::get(path).body(()).unwrap())
+                .status()
+                .as_u16()
+        };
         let statuses = ["/readyz", "/healthz", "/metrics", "/debug/syncz", "/other"].map(ask);
         assert_eq!(statuses, [503, 200, 200, 200, 404]);
         let post = Request::post("/readyz").body(()).unwrap();

@@ -14,15 +14,27 @@ use super::Message;
 use crate::{
     index::{Config, Index, ObjectChange, Settings},
     resources::{Change, Type},
+    status::Seen,
 };
 
 /// The most that is applied as one step.
 const BATCH: usize = 4096;
 
+/// What a step of the index came to.
+#[derive(Debug, Default)]
+pub struct Step {
+    /// Resources that changed.
+    pub changes: Vec<Change>,
+    /// Objects whose findings changed.
+    pub findings: Vec<(ObjectRef, Vec<Finding>)>,
+    /// Policies that were taken in.
+    pub seen: Vec<Seen>,
+}
+
 /// Where results go. Called on the index's thread.
 pub trait Sink: Send + 'static {
-    /// Resources that changed, together with what is to be told of which objects. The first call brings all there is.
-    fn apply(&mut self, changes: Vec<Change>, findings: Vec<(ObjectRef, Vec<Finding>)>, settings: &Settings);
+    /// A step. The first one brings all there is.
+    fn apply(&mut self, step: Step, settings: &Settings);
 }
 
 /// An index that is about to start.
@@ -45,7 +57,9 @@ impl Indexing {
     }
 
     pub(super) fn start(self, from: mpsc::Receiver<Message>) -> io::Result<()> {
-        thread::Builder::new().name("index".into()).spawn(move || self.run(from))?;
+        thread::Builder::new()
+            .name("index".into())
+            .spawn(move || self.run(from))?;
         Ok(())
     }
 
@@ -56,9 +70,13 @@ impl Indexing {
         let mut batch = Vec::new();
         while from.blocking_recv_many(&mut batch, BATCH) > 0 {
             let mut changes: Vec<ObjectChange> = Vec::with_capacity(batch.len());
+            let mut step = Step::default();
             for message in batch.drain(..) {
                 match message {
-                    Message::Change(change) => changes.push(change),
+                    Message::Change(change, seen) => {
+                        changes.push(*change);
+                        step.seen.extend(seen);
+                    }
                     Message::Synced(kind) => {
                         if let Some(start) = &mut start {
                             start.synced.insert(kind);
@@ -66,20 +84,20 @@ impl Indexing {
                     }
                 }
             }
-            let mut outcome = index.apply(changes);
+            let outcome = index.apply(changes);
+            step.changes = outcome.changes;
+            step.findings = outcome.findings;
             if let Some(starting) = &mut start {
-                starting.keep(outcome.changes, outcome.findings);
+                starting.keep(step);
                 if starting.synced.len() < Kind::ALL.len() {
                     continue;
                 }
-                let all = start.take().unwrap_or_default();
-                outcome.changes = all.changes.into_values().collect();
-                outcome.findings = all.findings.into_iter().collect();
-                tracing::info!(resources = outcome.changes.len(), "everything has been listed; serving");
-            } else if outcome.changes.is_empty() && outcome.findings.is_empty() {
+                step = start.take().unwrap_or_default().all();
+                tracing::info!(resources = step.changes.len(), "everything has been listed; serving");
+            } else if step.changes.is_empty() && step.findings.is_empty() && step.seen.is_empty() {
                 continue;
             }
-            sink.apply(outcome.changes, outcome.findings, index.settings());
+            sink.apply(step, index.settings());
         }
     }
 }
@@ -90,11 +108,12 @@ struct Start {
     synced: BTreeSet<Kind>,
     changes: HashMap<(Type, Arc<str>), Change>,
     findings: HashMap<ObjectRef, Vec<Finding>>,
+    seen: HashMap<ObjectRef, Seen>,
 }
 
 impl Start {
-    fn keep(&mut self, changes: Vec<Change>, findings: Vec<(ObjectRef, Vec<Finding>)>) {
-        for change in changes {
+    fn keep(&mut self, step: Step) {
+        for change in step.changes {
             match change {
                 Change::Put(ref resource) => {
                     self.changes.insert((resource.type_, resource.name.clone()), change);
@@ -104,6 +123,16 @@ impl Start {
                 }
             }
         }
-        self.findings.extend(findings);
+        self.findings.extend(step.findings);
+        self.seen
+            .extend(step.seen.into_iter().map(|seen| (seen.object.clone(), seen)));
+    }
+
+    fn all(self) -> Step {
+        Step {
+            changes: self.changes.into_values().collect(),
+            findings: self.findings.into_iter().collect(),
+            seen: self.seen.into_values().collect(),
+        }
     }
 }

@@ -15,7 +15,7 @@ type Name = (Box<str>, Box<str>);
 #[derive(Debug)]
 pub enum Step {
     /// It is new, or other than before.
-    Put(Raw),
+    Put(Box<Raw>),
     /// It is gone: namespace and name.
     Gone(Box<str>, Box<str>),
     /// All that there is has been told.
@@ -68,7 +68,7 @@ impl Known {
         let version = entry.version.clone();
         match self.objects.insert(name, entry) {
             Some(before) if before.version == version => Vec::new(),
-            _ => vec![Step::Put(raw)],
+            _ => vec![Step::Put(Box::new(raw))],
         }
     }
 
@@ -109,7 +109,12 @@ mod tests {
         let mut known = Known::default();
         let first = vec![Init, InitApply(raw("a", 1)), InitApply(raw("b", 2)), InitDone];
         assert_eq!(tell(&mut known, first), ["+a", "+b", "synced"]);
-        let changes = vec![Apply(raw("a", 3)), Apply(raw("a", 3)), Delete(raw("b", 4)), Delete(raw("b", 4))];
+        let changes = vec![
+            Apply(raw("a", 3)),
+            Apply(raw("a", 3)),
+            Delete(raw("b", 4)),
+            Delete(raw("b", 4)),
+        ];
         assert_eq!(tell(&mut known, changes), ["+a", "-b"]);
         // The listing breaks off and starts again.
         let again = vec![Init, InitApply(raw("c", 5)), Init, InitApply(raw("a", 3)), InitDone];

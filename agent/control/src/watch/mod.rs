@@ -26,10 +26,11 @@ use tasks::{DrainMode, DrainSignal};
 use tokio::sync::mpsc;
 
 use self::known::Step;
-use crate::index::ObjectChange;
+use crate::{index::ObjectChange, status::Seen};
 
-pub use index::{Indexing, Sink};
+pub use index::{Indexing, Sink, Step as IndexStep};
 pub use kind::resource;
+pub use object::Raw;
 
 /// Steps that wait for the index.
 const QUEUE: usize = 4096;
@@ -65,7 +66,9 @@ impl Health {
     /// What is wrong with which watch.
     pub fn troubles(&self) -> BTreeMap<&'static str, String> {
         let states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let troubles = states.iter().filter_map(|(kind, state)| Some((kind.name(), state.trouble.clone()?)));
+        let troubles = states
+            .iter()
+            .filter_map(|(kind, state)| Some((kind.name(), state.trouble.clone()?)));
         troubles.collect()
     }
 
@@ -78,7 +81,7 @@ impl Health {
 /// What the index is told.
 #[derive(Debug)]
 enum Message {
-    Change(ObjectChange),
+    Change(Box<ObjectChange>, Option<Seen>),
     Synced(Kind),
 }
 
@@ -127,17 +130,16 @@ impl kind::Follow for Following {
                 for view in self.views.iter() {
                     view.put(kind, raw.namespace(), raw.name(), &raw.value);
                 }
-                Message::Change(ObjectChange::Put(live::read(kind, &raw.value)))
+                let seen = Seen::of(kind, raw.namespace(), raw.name(), Some(&raw.value));
+                Message::Change(Box::new(ObjectChange::Put(live::read(kind, &raw.value))), seen)
             }
             Step::Gone(namespace, name) => {
                 for view in self.views.iter() {
                     view.gone(kind, &namespace, &name);
                 }
-                Message::Change(ObjectChange::Delete {
-                    kind,
-                    namespace: namespace.into(),
-                    name: name.into(),
-                })
+                let seen = Seen::of(kind, &namespace, &name, None);
+                let (namespace, name) = (namespace.into(), name.into());
+                Message::Change(Box::new(ObjectChange::Delete { kind, namespace, name }), seen)
             }
             Step::Synced => {
                 self.views.iter().for_each(|view| view.synced(kind));
@@ -156,7 +158,9 @@ impl kind::Follow for Following {
         });
         let kind = self.kind.name();
         match trouble {
-            Some(trouble) if changed => tracing::warn!(kind, trouble, "the watch is interrupted; what is known is served"),
+            Some(trouble) if changed => {
+                tracing::warn!(kind, trouble, "the watch is interrupted; what is known is served")
+            }
             None if changed => tracing::info!(kind, "the watch works again"),
             _ => {}
         }

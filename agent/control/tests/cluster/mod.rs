@@ -43,7 +43,9 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: 
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(NEVER, wait).await.unwrap_or_else(|_| panic!("never: {what}"))
+    tokio::time::timeout(NEVER, wait)
+        .await
+        .unwrap_or_else(|_| panic!("never: {what}"))
 }
 
 pub fn object<K: serde::de::DeserializeOwned>(value: serde_json::Value) -> K {
@@ -69,7 +71,9 @@ impl Cluster {
         let server = start(&directory, listener).await;
         let kubeconfig = Kubeconfig::from_yaml(&server.kubeconfig(&format!("https://{address}"))).unwrap();
         let options = KubeConfigOptions::default();
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.unwrap();
+        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+            .await
+            .unwrap();
         let client = Client::try_from(config).unwrap();
         let cluster = Self {
             directory,
@@ -89,7 +93,11 @@ impl Cluster {
             }
         }
         for name in ["n1", "n2"] {
-            create(&Api::<Node>::all(self.client.clone()), json!({"metadata": {"name": name}})).await;
+            create(
+                &Api::<Node>::all(self.client.clone()),
+                json!({"metadata": {"name": name}}),
+            )
+            .await;
         }
         for (namespace, name) in [("istio-system", "ztunnel"), ("shop", "cart"), ("shop", "db")] {
             let accounts = Api::<ServiceAccount>::namespaced(self.client.clone(), namespace);
@@ -115,7 +123,9 @@ impl Cluster {
         });
         create(&pods, json!({"metadata": {"name": name}, "spec": spec})).await;
         let status = json!({"status": {"phase": "Running"}});
-        pods.patch_status(name, &PatchParams::default(), &Patch::Merge(&status)).await.unwrap();
+        pods.patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
+            .await
+            .unwrap();
     }
 
     pub async fn delete_pod(&self, namespace: &str, name: &str) {
@@ -141,7 +151,8 @@ impl Cluster {
 
     /// The token of the agent on a node.
     pub async fn agent(&self, number: u8) -> String {
-        self.token("istio-system", "ztunnel", Some(&format!("agent-{number}")), "istio-ca").await
+        self.token("istio-system", "ztunnel", Some(&format!("agent-{number}")), "istio-ca")
+            .await
     }
 
     pub async fn control(&self) -> Replica {
@@ -288,8 +299,10 @@ pub async fn certificate(
     });
     let bearer = format!("Bearer {token}").parse().unwrap();
     request.metadata_mut().insert("authorization", bearer);
-    let answer: IstioCertificateResponse =
-        IstioCertificateServiceClient::new(channel.clone()).create_certificate(request).await?.into_inner();
+    let answer: IstioCertificateResponse = IstioCertificateServiceClient::new(channel.clone())
+        .create_certificate(request)
+        .await?
+        .into_inner();
     Ok(answer.cert_chain)
 }
 
@@ -316,9 +329,12 @@ pub fn verifies(chain: &[String], bundle: &[CertificateDer<'static>]) -> bool {
         roots.add(root.clone()).unwrap();
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier =
-        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build().unwrap();
-    verifier.verify_client_cert(&der[0], &der[1..], rustls_pki_types::UnixTime::now()).is_ok()
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+        .build()
+        .unwrap();
+    verifier
+        .verify_client_cert(&der[0], &der[1..], rustls_pki_types::UnixTime::now())
+        .is_ok()
 }
 
 /// The roots that came with a certificate.

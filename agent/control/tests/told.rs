@@ -1,0 +1,166 @@
+//! What authors of objects and pods find: conditions, Events, and the trust bundle in every namespace.
+
+#![allow(clippy::unwrap_used)]
+
+mod cluster;
+
+use cluster::{Cluster, config_map, create, eventually};
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace};
+use kube::{
+    Api,
+    api::{DynamicObject, Patch, PatchParams, PostParams},
+    core::GroupVersionKind,
+    discovery::ApiResource,
+};
+use serde_json::{Value, json};
+
+fn policies(cluster: &Cluster) -> Api<DynamicObject> {
+    let kind = GroupVersionKind::gvk("security.istio.io", "v1", "AuthorizationPolicy");
+    let resource = ApiResource::from_gvk_with_plural(&kind, "authorizationpolicies");
+    Api::namespaced_with(cluster.client.clone(), "shop", &resource)
+}
+
+fn policy(name: &str, spec: &Value) -> DynamicObject {
+    cluster::object(json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": name}, "spec": spec,
+    }))
+}
+
+/// Our condition of a policy, once it is about this generation.
+async fn condition(cluster: &Cluster, name: &str, generation: i64) -> Value {
+    eventually("the policy has a condition", || async {
+        let found = policies(cluster).get(name).await.ok()?;
+        let conditions = found.data["status"]["conditions"].as_array()?.clone();
+        conditions
+            .into_iter()
+            .find(|condition| condition["type"] == "ZtunnelAccepted" && condition["observedGeneration"] == generation)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_carry_a_condition_that_people_understand() {
+    let cluster = Cluster::new().await;
+    let replica = cluster.control().await;
+    replica.ready().await;
+    let good = json!({"action": "ALLOW", "rules": [{"from": [{"source": {"namespaces": ["shop"]}}]}]});
+    policies(&cluster)
+        .create(&PostParams::default(), &policy("good", &good))
+        .await
+        .unwrap();
+    let told = condition(&cluster, "good", 1).await;
+    assert_eq!(
+        (&told["status"], &told["reason"]),
+        (&json!("True"), &json!("Accepted")),
+        "{told}"
+    );
+    let http = json!({"action": "ALLOW", "rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]});
+    policies(&cluster)
+        .create(&PostParams::default(), &policy("http", &http))
+        .await
+        .unwrap();
+    let told = condition(&cluster, "http", 1).await;
+    assert_eq!(
+        (&told["status"], &told["reason"]),
+        (&json!("False"), &json!("UnsupportedValue")),
+        "{told}"
+    );
+    assert!(told["message"].as_str().unwrap().contains("methods"), "{told}");
+    // Somebody else's condition stays when ours changes.
+    let others = json!({"status": {"conditions": [
+        {"type": "Others", "status": "True", "reason": "Known", "message": "x"}, told,
+    ]}});
+    policies(&cluster)
+        .patch_status("http", &PatchParams::default(), &Patch::Merge(&others))
+        .await
+        .unwrap();
+    let mended = json!({"spec": good});
+    policies(&cluster)
+        .patch("http", &PatchParams::default(), &Patch::Merge(&mended))
+        .await
+        .unwrap();
+    let generation = policies(&cluster)
+        .get("http")
+        .await
+        .unwrap()
+        .metadata
+        .generation
+        .unwrap();
+    let told = condition(&cluster, "http", generation).await;
+    assert_eq!(told["status"], "True", "{told}");
+    let found = policies(&cluster).get("http").await.unwrap();
+    let types: Vec<_> = found.data["status"]["conditions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| &c["type"])
+        .collect();
+    assert_eq!(types, ["Others", "ZtunnelAccepted"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_without_conditions_get_an_event() {
+    let cluster = Cluster::new().await;
+    let replica = cluster.control().await;
+    replica.ready().await;
+    let kind = GroupVersionKind::gvk("networking.istio.io", "v1", "WorkloadEntry");
+    let entries = Api::<DynamicObject>::namespaced_with(
+        cluster.client.clone(),
+        "shop",
+        &ApiResource::from_gvk_with_plural(&kind, "workloadentries"),
+    );
+    let entry = json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "WorkloadEntry",
+        "metadata": {"name": "vm"}, "spec": {"address": "unix:///var/run/app.sock"},
+    });
+    entries
+        .create(&PostParams::default(), &cluster::object(entry))
+        .await
+        .unwrap();
+    let event = eventually("an Event says what is wrong", || async {
+        let events = cluster
+            .api::<Event>("shop")
+            .list(&kube::api::ListParams::default())
+            .await
+            .ok()?;
+        events
+            .items
+            .into_iter()
+            .find(|event| event.involved_object.name.as_deref() == Some("vm"))
+    })
+    .await;
+    assert_eq!((event.type_.as_deref(), event.count), (Some("Warning"), Some(1)));
+    assert!(event.message.unwrap().contains("spec.address"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_namespace_has_the_trust_bundle() {
+    let cluster = Cluster::new().await;
+    let replica = cluster.control().await;
+    replica.ready().await;
+    let right = async |namespace: &'static str| {
+        eventually("the bundle is there", || async {
+            let text = config_map(&cluster, namespace, "istio-ca-root-cert").await?;
+            text.contains("BEGIN CERTIFICATE").then_some(text)
+        })
+        .await
+    };
+    let text = right("shop").await;
+    create(
+        &Api::<Namespace>::all(cluster.client.clone()),
+        json!({"metadata": {"name": "late"}}),
+    )
+    .await;
+    assert_eq!(right("late").await, text);
+    let edit = json!({"data": {"root-cert.pem": "mine"}});
+    let maps = cluster.api::<ConfigMap>("shop");
+    maps.patch("istio-ca-root-cert", &PatchParams::default(), &Patch::Merge(&edit))
+        .await
+        .unwrap();
+    assert_eq!(right("shop").await, text);
+    maps.delete("istio-ca-root-cert", &kube::api::DeleteParams::default())
+        .await
+        .unwrap();
+    assert_eq!(right("shop").await, text);
+}
