@@ -141,6 +141,21 @@ async fn in_the_foreground_the_owner_waits_for_what_blocks_it() {
 }
 
 #[tokio::test]
+async fn a_circle_of_owners_goes_all_the_same() {
+    let world = World::new().await;
+    let one = world.config_map("one", &[]).await;
+    let other = world.config_map("other", &[(&one, true)]).await;
+    let back = json!([{"apiVersion": "v1", "kind": "ConfigMap", "name": "other",
+        "uid": other.value()["metadata"]["uid"], "blockOwnerDeletion": true}]);
+    world
+        .edit(&one.key, |new| new["metadata"]["ownerReferences"] = back.clone())
+        .await;
+    world.delete(&one, Propagation::Foreground).await;
+    world.until_gone(&other).await;
+    world.until_gone(&one).await;
+}
+
+#[tokio::test]
 async fn orphans_stay_without_their_owner() {
     let world = World::new().await;
     let owner = world.config_map("owner", &[]).await;

@@ -93,6 +93,67 @@ fn a_kill_loses_no_acknowledged_write() {
     runtime().block_on(create(&engine, "after"));
 }
 
+/// Set in the child whose files may not grow.
+const FULL: &str = "STORE_TEST_FULL";
+
+/// Not a test of its own: what [`a_full_disk_is_named_and_loses_nothing_acknowledged`] starts.
+#[test]
+fn child_with_a_full_disk() {
+    let Ok(directory) = std::env::var(FULL) else {
+        return;
+    };
+    runtime().block_on(async {
+        let engine = Engine::open(Path::new(&directory)).unwrap();
+        namespace(&engine).await;
+        let mut revision = 0;
+        let error = loop {
+            let name = format!("o{revision}");
+            let object = json!({"metadata": {"name": name}, "data": {"payload": name.repeat(20_000)}});
+            match engine.create(kind("configmaps"), "a", object, false).await {
+                Ok(_) => println!("acknowledged {name} at"),
+                Err(error) => break error,
+            }
+            revision += 1;
+        };
+        assert!(error.code == 500 && error.message.contains("objects.redb"), "{error}");
+        assert_eq!(engine.list(kind("configmaps"), None).1.len(), revision, "reads go on");
+        let object = json!({"metadata": {"name": "small"}});
+        let again = engine.create(kind("configmaps"), "a", object, false).await.unwrap_err();
+        assert!(again.message.contains("objects.redb"), "{again}");
+        println!("told");
+    });
+}
+
+#[test]
+fn a_full_disk_is_named_and_loses_nothing_acknowledged() {
+    let directory = tempfile::tempdir().unwrap();
+    // A limit on the size of files, with the signal ignored, is a full disk for one process.
+    let child = Command::new("sh")
+        .args([
+            "-c",
+            r#"trap "" XFSZ; ulimit -f 16384; exec "$0" child_with_a_full_disk --exact --nocapture"#,
+        ])
+        .arg(std::env::current_exe().unwrap())
+        .env(FULL, directory.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(child.stdout).unwrap();
+    assert!(
+        text.contains("told"),
+        "{text}{}",
+        String::from_utf8_lossy(&child.stderr)
+    );
+    let names: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.split_once("acknowledged ")?.1.strip_suffix(" at"))
+        .collect();
+    assert!(!names.is_empty());
+    let engine = Engine::open(directory.path()).unwrap();
+    for name in names {
+        assert!(engine.get(&Key::new(kind("configmaps"), "a", name)).is_some(), "{name}");
+    }
+}
+
 #[test]
 fn a_second_process_is_told_who_is_in_the_way() {
     let directory = tempfile::tempdir().unwrap();

@@ -153,6 +153,19 @@ async fn an_address_asked_for_is_given_or_refused() {
 }
 
 #[tokio::test]
+async fn a_service_of_an_earlier_range_can_still_be_changed() {
+    let directory = tempfile::tempdir().unwrap();
+    let engine = open(directory.path(), BOTH).await;
+    let before = create(&engine, "s", json!({})).await.unwrap()["spec"]["clusterIP"].clone();
+    drop(engine);
+    let engine = open(directory.path(), &["10.3.0.0/24"]).await;
+    let kept = edit(&engine, "s", |new| new["spec"]["ports"][0]["port"] = 81.into())
+        .await
+        .unwrap();
+    assert_eq!(kept.value()["spec"]["clusterIP"], before);
+}
+
+#[tokio::test]
 async fn wrong_ports_are_named() {
     let directory = tempfile::tempdir().unwrap();
     let engine = open(directory.path(), BOTH).await;

@@ -307,6 +307,8 @@ fn allocate(request: &mut Request<'_, '_>, spec: &mut Map<String, Value>, wanted
             Cause::invalid("spec.clusterIPs", json!([asked]), why)
         };
         match asked {
+            // Its own already, be the range another by now.
+            Some(asked) if addresses.user(asked) == Some(request.key) => taken.push(asked),
             Some(asked) => match addresses.range(family) {
                 Some(range) if !range.contains(&asked) => {
                     let why = format!(
@@ -314,7 +316,7 @@ fn allocate(request: &mut Request<'_, '_>, spec: &mut Map<String, Value>, wanted
                     );
                     request.causes.push(fail(asked, why));
                 }
-                _ if addresses.user(asked).is_some_and(|user| user != request.key) => {
+                _ if addresses.user(asked).is_some() => {
                     request
                         .causes
                         .push(fail(asked, "provided IP is already allocated".to_owned()));

@@ -167,7 +167,21 @@ impl<'a> Collector<'a> {
             return Ok(());
         }
         // Whoever waits for this one waits for what this one owns, too.
-        let owns = !self.index.dependents(&ties.uid).is_empty();
+        let dependents = self.index.dependents(&ties.uid);
+        let owns = !dependents.is_empty();
+        let waits = |key: &Key| {
+            self.engine
+                .get(key)
+                .is_some_and(|found| Ties::of(&found).waits_for(FOREGROUND))
+        };
+        let blocks = ties
+            .owner_references
+            .iter()
+            .any(|owner| owner.block_owner_deletion == Some(true));
+        if any(Standing::Waiting) && blocks && dependents.iter().any(waits) {
+            // A circle: somebody has to go first. The change brings this object back here.
+            return self.unblock(key).await;
+        }
         let policy = if any(Standing::Waiting) && owns {
             Propagation::Foreground
         } else {
@@ -194,7 +208,7 @@ impl<'a> Collector<'a> {
         };
         if found.uid != owner.uid {
             Standing::Gone
-        } else if found.waits_for(FOREGROUND) && owner.block_owner_deletion == Some(true) {
+        } else if found.waits_for(FOREGROUND) {
             Standing::Waiting
         } else {
             Standing::There
@@ -207,6 +221,18 @@ impl<'a> Collector<'a> {
             let mut new = live.clone();
             if let Some(owners) = new["metadata"]["ownerReferences"].as_array_mut() {
                 owners.retain(|owner| !is_out(owner["uid"].as_str().unwrap_or_default()));
+            }
+            Ok(new)
+        };
+        self.change(key, &mut change).await
+    }
+
+    /// Lets an object's owners go before it.
+    async fn unblock(&self, key: &Key) -> Result<(), ApiError> {
+        let mut change = |live: &Value| {
+            let mut new = live.clone();
+            for owner in new["metadata"]["ownerReferences"].as_array_mut().into_iter().flatten() {
+                owner["blockOwnerDeletion"] = false.into();
             }
             Ok(new)
         };
