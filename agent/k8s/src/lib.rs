@@ -20,6 +20,7 @@
 //! the object that a person wrote.
 
 mod authorization_policy;
+mod authorization_rules;
 mod enablement;
 mod finding;
 pub mod live;

@@ -154,7 +154,7 @@ impl<'a> PeerAuthentications<'a> {
         let namespace = policy.metadata.namespace.as_str();
         let is = |other: &&'a PeerAuthentication| std::ptr::eq(*other, policy);
         let wider = [self.namespaces.get(namespace).copied(), self.mesh];
-        if self.workloads.iter().any(|other| is(other)) {
+        if self.workloads.iter().any(is) {
             let said = [Some(policy), wider[0], wider[1]].into_iter().flatten();
             let said: Vec<_> = said.filter(|policy| policy.spec.mtls.mode != TlsMode::Unset).collect();
             let mode = said.first().map_or(TlsMode::Permissive, |policy| policy.spec.mtls.mode);

@@ -13,7 +13,8 @@ use model::{
 
 use crate::{
     Effect, Enablement, Finding, IntOrString, ObjectRef, Objects, Place, Pod, Problem, Selector, Service,
-    authorization_policy::{Compiled, with_namespace},
+    authorization_policy::Compiled,
+    authorization_rules::with_namespace,
     enablement,
     enablement::non_tcp,
     meta::selects,

@@ -6,7 +6,8 @@
 //! **Unlike istiod**, which leaves the waypoint out while its Gateway is missing, not ready, or closed to the namespace,
 //! and so lets traffic pass around every policy that it enforces: here the resource names a waypoint that nobody can
 //! resolve (`<name>.<namespace>.waypoint.invalid`, RFC 2606), and agents refuse, saying so; and the object whose label
-//! it is has a finding (`a_missing_waypoint_closes`).
+//! it is has a finding (`a_missing_waypoint_closes`). What a Gateway that is not there would be for is not known, so
+//! until it is there both are closed: what was dialled by a service's address, and by a workload's.
 
 use std::sync::Arc;
 

@@ -135,6 +135,12 @@ fn a_waypoint_elsewhere_has_to_allow_it() {
         mesh.put(allows(namespaces.clone()));
         assert_eq!(waypoints(&mesh), [expected, expected], "{namespaces}");
     }
+    mesh.put(allows(
+        json!({"from": "Selector", "selector": {"matchLabels": {"team": "a"}}}),
+    ));
+    let other = json!({"istio.io/use-waypoint": "wp", "istio.io/use-waypoint-namespace": "far", "team": "b"});
+    mesh.put(namespace("shop", other));
+    assert_eq!(waypoints(&mesh), [closed, closed], "the namespace's labels count");
 }
 
 #[test]
