@@ -69,6 +69,9 @@ pub(super) struct Response {
     pub(super) nonce: String,
     /// The state that it is on the way to.
     pub(super) generation: u64,
+    /// Whether it is a part of that state, and the rest follows. Said by a `+` behind the generation, so that our agents
+    /// show their traffic whole states; who does not know of it takes the parts one by one, as with any server.
+    pub(super) more: bool,
     /// What it brings.
     pub(super) chunk: Chunk,
 }
@@ -80,7 +83,7 @@ impl Response {
     /// The frames of its gRPC message.
     pub(super) fn frames(&self) -> Vec<Bytes> {
         let head = DeltaDiscoveryResponse {
-            system_version_info: self.generation.to_string(),
+            system_version_info: format!("{}{}", self.generation, if self.more { "+" } else { "" }),
             type_url: self.view.url().to_owned(),
             nonce: self.nonce.clone(),
             ..Default::default()
@@ -123,6 +126,7 @@ mod tests {
                 view: View::Address,
                 nonce: "7.1".to_owned(),
                 generation: 9,
+                more: count == 500,
                 chunk: Chunk::Encoded(all.remove(0)),
             };
             let frames = response.frames();
@@ -136,7 +140,7 @@ mod tests {
             );
             assert_eq!(
                 (message.nonce.as_str(), message.system_version_info.as_str()),
-                ("7.1", "9")
+                ("7.1", if count == 500 { "9+" } else { "9" })
             );
             assert_eq!(message.type_url, proto::ADDRESS_TYPE);
         }

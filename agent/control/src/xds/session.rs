@@ -139,10 +139,12 @@ impl Session {
         let (view, chunk) = self.next_chunk(newest, pushes, &nonce, now)?;
         self.nonces += 1;
         self.sent[view as usize] = Some(now);
+        let subscription = self.subscriptions[view as usize].as_ref();
         Some(Response {
             view,
             nonce,
             generation: newest.generation(),
+            more: subscription.is_some_and(Subscription::is_midway),
             chunk,
         })
     }

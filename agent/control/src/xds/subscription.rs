@@ -174,6 +174,11 @@ impl Subscription {
         }
     }
 
+    /// Whether what was sent last is a part of a state, of which more follows.
+    pub(super) fn is_midway(&self) -> bool {
+        self.plan.is_some()
+    }
+
     /// The generation whose content, as far as asked for, the client acknowledged.
     pub(super) fn acknowledged(&self) -> u64 {
         self.acknowledged
@@ -290,7 +295,7 @@ impl Subscription {
             Some(encoded) => Some(Chunk::Encoded(encoded)),
             None => plan.pages(self.view, limit),
         };
-        if plan.first.is_empty() && plan.pages.is_none() {
+        if plan.first.is_empty() && !plan.has_pages(self.view) {
             self.sent = self.plan.take().map(|plan| plan.target);
         }
         chunk
@@ -400,6 +405,13 @@ impl Subscription {
 
 impl Plan {
     /// The next pages, up to the limit.
+    /// Whether there are pages to come that hold something.
+    fn has_pages(&self, view: View) -> bool {
+        let table = self.target.table(view.type_());
+        let pages = self.pages.into_iter().flat_map(|at| at..).map_while(|at| table.page(at));
+        pages.into_iter().any(|page| !page.body(view).is_empty())
+    }
+
     fn pages(&mut self, view: View, limit: usize) -> Option<Chunk> {
         let table = self.target.table(view.type_());
         let mut at = self.pages?;
