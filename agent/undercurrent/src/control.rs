@@ -2,9 +2,9 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use ::control::{Config, Lifetimes};
 use anyhow::{Context, Result};
 use clap::Args;
-use ::control::{Config, Lifetimes};
 use model::{NamespacedName, TrustDomain};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -15,7 +15,12 @@ pub struct ControlArgs {
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// Where xDS and certificates are served, over TLS.
-    #[arg(long, env = "UNDERCURRENT_XDS", value_name = "ADDRESS", default_value = "0.0.0.0:15012")]
+    #[arg(
+        long,
+        env = "UNDERCURRENT_XDS",
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:15012"
+    )]
     xds: SocketAddr,
     /// Where metrics, readiness and the clients' state are served.
     #[arg(
@@ -84,7 +89,12 @@ pub struct ControlArgs {
     #[arg(long, env = "POD_NAME", value_name = "NAME", default_value = "undercurrent-control")]
     replica: String,
     /// How long clients may take to leave after the process was told to end, in seconds.
-    #[arg(long, env = "UNDERCURRENT_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 10)]
+    #[arg(
+        long,
+        env = "UNDERCURRENT_DRAIN_SECONDS",
+        value_name = "SECONDS",
+        default_value_t = 10
+    )]
     drain: u64,
 }
 
