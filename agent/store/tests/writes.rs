@@ -294,3 +294,30 @@ async fn an_event_is_one_in_both_groups() {
     assert_eq!((&kept["apiVersion"], &kept["message"]), (&json!("v1"), &json!("text")));
     assert_eq!(world.engine.list(kind("events.k8s.io", "events"), Some("a")).1.len(), 1);
 }
+
+#[tokio::test]
+async fn annotations_go_through_the_status_of_built_in_kinds_only() {
+    let world = World::new().await;
+    world.create(kind("", "pods"), pod("p", Some("n"))).await.unwrap();
+    let pod = Key::new(kind("", "pods"), "a", "p");
+    let written = world
+        .write(&pod, Part::Status, |pod| {
+            pod["metadata"]["annotations"]["ambient.istio.io/redirection"] = "enabled".into();
+            pod["spec"]["nodeName"] = "other".into();
+        })
+        .await
+        .unwrap();
+    let value = written.object.value();
+    assert_eq!(value["metadata"]["annotations"]["ambient.istio.io/redirection"], "enabled");
+    assert_eq!(value["spec"]["nodeName"], "n", "the specification stays");
+    let policies = kind("security.istio.io", "peerauthentications");
+    world.create(policies, json!({"metadata": {"name": "p"}, "spec": {}})).await.unwrap();
+    let written = world
+        .write(&Key::new(policies, "a", "p"), Part::Status, |policy| {
+            policy["metadata"]["annotations"]["x"] = "y".into();
+            policy["status"]["conditions"] = json!([]);
+        })
+        .await
+        .unwrap();
+    assert_eq!(written.object.value()["metadata"]["annotations"], Value::Null);
+}
