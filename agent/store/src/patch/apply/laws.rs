@@ -1,13 +1,32 @@
-//! The laws of server-side apply, on arbitrary objects.
+//! The laws of server-side apply, on arbitrary objects and long histories.
 
 use proptest::prelude::*;
 use serde_json::json;
+use time::{Duration, OffsetDateTime};
 
 use super::{
     tests::{by, config_map, config_maps, deployment, deployments, later, owned},
     *,
 };
 use crate::{kinds::by_plural, patch::tests::any_json};
+
+#[test]
+fn the_oldest_updaters_become_one() {
+    let mut object = config_map(json!({}));
+    for at in 0..30 {
+        let mut after = object.clone();
+        after["data"][format!("k{at}")] = json!("v");
+        let name = format!("m{at}");
+        let manager = Manager {
+            now: OffsetDateTime::UNIX_EPOCH + Duration::seconds(at),
+            ..by(&name)
+        };
+        object = update_managed(config_maps(), Some(&object), &after, &manager);
+    }
+    assert_eq!(Managers::read(&object).0.len(), 10);
+    let ancient = owned(&object, "ancient-changes");
+    assert_eq!(ancient["f:data"].as_object().unwrap().len(), 21);
+}
 
 /// Data of a ConfigMap, keys from a small set.
 fn data(keys: &'static str) -> impl Strategy<Value = Value> {

@@ -385,21 +385,3 @@ fn kubectl_takes_over_what_it_applied_client_side() {
         .is_err()
     );
 }
-
-#[test]
-fn the_oldest_updaters_become_one() {
-    let mut object = config_map(json!({}));
-    for at in 0..30 {
-        let mut after = object.clone();
-        after["data"][format!("k{at}")] = json!("v");
-        let name = format!("m{at}");
-        let manager = Manager {
-            now: OffsetDateTime::UNIX_EPOCH + Duration::seconds(at),
-            ..by(&name)
-        };
-        object = update_managed(config_maps(), Some(&object), &after, &manager);
-    }
-    assert_eq!(Managers::read(&object).0.len(), 10);
-    let ancient = owned(&object, "ancient-changes");
-    assert_eq!(ancient["f:data"].as_object().unwrap().len(), 21);
-}
