@@ -14,10 +14,13 @@
 //! What it is not: etcd (one process, one file, no replicas), and not kube-apiserver: the kinds are those of
 //! [`kinds::ALL`] and no CustomResourceDefinition adds to them; no RBAC (see `auth` for the few rules), no admission
 //! webhooks or policies, no quotas, limits or priorities, no aggregation, no protobuf, no encryption at rest. It runs
-//! nothing: pods, endpoints and replicas are the business of whoever watches.
+//! nothing: pods, endpoints and replicas are the business of whoever watches. No node ports, no addresses of load
+//! balancers.
+//!
+//! Invariants, each with what holds it: an acknowledged write outlives a kill (`tests/durability.rs`); a watch replays to
+//! the list (`tests/engine.rs`); writes follow the rules that clients of Kubernetes rely on (`tests/writes.rs`).
 
-// S2: http, auth. S3: patch, table, schema.
-pub mod admission;
+mod admission;
 pub mod auth;
 pub mod controllers;
 pub mod engine;

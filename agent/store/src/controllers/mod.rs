@@ -10,7 +10,9 @@
 //! Each is a reconciler: it compares what is with what should be, is woken by changes and by a timer, and may be run at
 //! any time, any number of times. None makes pods, replicas or endpoints.
 //!
-//! Invariants: held by `tests/controllers.rs`.
+//! Invariants (`tests/controllers.rs`): what has lost its last owner goes, circles too (`what_is_owned_goes_after_its_last_owner`,
+//! `a_circle_of_owners_goes_all_the_same`); an orphan stays (`orphans_stay_without_their_owner`); a namespace goes when it is
+//! empty, not before, and says what it waits for (`a_namespace_goes_when_it_is_empty`).
 //!
 //! Failure: logged, and tried again at the next change or tick. Tasks are owned by [`Controllers`] and end with it; each
 //! write is one transaction, so that nothing is left half done.

@@ -6,8 +6,9 @@
 //! ```
 //! Invariants:
 //! - A reader never sees what is not durable; a writer always sees what was staged before it, so that two of them never
-//!   both succeed on the same state.
-//! - When the disk fails, everything that waits fails, and staged state is again what is visible.
+//!   both succeed on the same state (`tests/engine.rs`: `of_many_writers_on_one_revision_one_wins`).
+//! - When the disk fails, everything that waits fails, and staged state is again what is visible (`tests/durability.rs`:
+//!   `a_full_disk_is_named_and_loses_nothing_acknowledged`).
 //! - Locks are taken in the order staged, visible.
 
 use std::{

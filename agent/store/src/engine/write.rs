@@ -189,11 +189,11 @@ fn keep_other_part(kind: &'static Kind, part: Part, live: &Value, new: &mut Valu
             if let Some(object) = kept.as_object_mut() {
                 put(object, "status", &new["status"]);
             }
-            // Of a built-in kind's metadata the status subresource takes labels and annotations: Istio's node agent
-            // annotates pods that way. Of a custom resource's it takes nothing.
+            // Of a built-in kind's metadata the status subresource takes annotations: Istio's node agent annotates
+            // pods that way. Of a custom resource's it takes nothing.
             let fields: &[&str] = match crate::schema::is_custom(kind) {
                 true => &["managedFields"],
-                false => &["managedFields", "labels", "annotations"],
+                false => &["managedFields", "annotations"],
             };
             for field in fields {
                 put(metadata_of(&mut kept), field, &new["metadata"][*field]);
