@@ -25,6 +25,7 @@ mod intake;
 mod labels;
 mod marks;
 mod names;
+mod owners;
 mod parts;
 mod policies;
 mod records;

@@ -1,0 +1,78 @@
+//! Who has an address or a host name that several claim.
+
+use std::sync::Arc;
+
+use super::{
+    parts::{Address, Part, PartKind},
+    records::{Age, Place},
+    tables::Tables,
+};
+
+impl Tables {
+    pub(super) fn claim_place(&mut self, place: &Place, network: Option<&Arc<str>>, part: &Part, put: bool) {
+        if let Place::Ip(ip) = place {
+            let address = Address::single(&network.unwrap_or(&self.network).clone(), *ip);
+            self.claim_address(address, part, put);
+        }
+    }
+
+    pub(super) fn claim_address(&mut self, address: Address, part: &Part, put: bool) {
+        self.dirty.extend(self.addresses.of(&address).cloned());
+        if put {
+            self.addresses.insert(address, part.clone());
+        } else {
+            self.addresses.remove(address, part.clone());
+        }
+    }
+
+    /// Who else claims the name is made anew; within the namespace with all of its endpoints, for of those that share
+    /// name and namespace one alone is there.
+    pub(super) fn claim_hostname(&mut self, hostname: &Arc<str>, part: &Part, put: bool, mark: bool) {
+        let others: Vec<Part> = self
+            .hostnames
+            .of(hostname)
+            .filter(|other| *other != part)
+            .cloned()
+            .collect();
+        for other in others {
+            if mark && other.kind == PartKind::Host && other.of.namespace == part.of.namespace {
+                self.mark_source(&other.source());
+            }
+            self.dirty.insert(other);
+        }
+        if put {
+            self.hostnames.insert(hostname.clone(), part.clone());
+        } else {
+            self.hostnames.remove(hostname.clone(), part.clone());
+        }
+    }
+
+    /// Of several that claim one thing the least has it. A pod's address is given by Kubernetes and can't be taken by
+    /// what somebody writes into an entry, and neither can a Service's; otherwise the older one has it. A pod on its way
+    /// out yields.
+    pub(super) fn rank(&self, part: &Part) -> (u8, bool, Option<Age>, Part) {
+        let of = &part.of;
+        let (class, terminating, age) = match part.kind {
+            PartKind::Pod => {
+                let pod = self.pods.get(of);
+                (0, pod.is_some_and(|pod| pod.terminating), pod.map(|pod| &pod.age))
+            }
+            PartKind::Service => (1, false, self.services.get(of).map(|record| &record.age)),
+            PartKind::Entry => (2, false, self.entries.get(of).map(|record| &record.age)),
+            PartKind::Host | PartKind::Endpoint => (2, false, self.service_entries.get(of).map(|record| &record.age)),
+            PartKind::SliceEndpoint => (2, false, self.slices.get(of).map(|record| &record.age)),
+            PartKind::Policy | PartKind::PeerAuthentication | PartKind::Namespace => (3, false, None),
+        };
+        (class, terminating, age.cloned(), part.clone())
+    }
+
+    /// Who has an address.
+    pub(super) fn owner(&self, address: &Address) -> Option<&Part> {
+        let mut claimants = self.addresses.of(address).peekable();
+        let first = claimants.next()?;
+        if claimants.peek().is_none() {
+            return Some(first);
+        }
+        self.addresses.of(address).min_by_key(|part| self.rank(part))
+    }
+}
