@@ -14,6 +14,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -57,6 +58,8 @@ pub struct ApiPod {
 pub struct ListedPod {
     pub metadata: k8s::Metadata,
     pub service_account: Arc<str>,
+    /// As far as its status has them.
+    pub addresses: Vec<IpAddr>,
     pub host_network: bool,
     pub running: bool,
     pub ended: bool,
@@ -237,11 +240,23 @@ impl Cluster {
 
     /// Who a pod is that is about to start, from what is known, else by asking for it until `within` is over.
     ///
-    /// `uid` is empty where the runtime does not say; then the API is asked first, since what is known may be its
-    /// predecessor.
-    pub async fn resolve(&self, name: &NamespacedName, uid: &str, within: Duration) -> Result<ApiPod, String> {
+    /// `uid` is empty where the runtime does not say; then the API is asked first, and if it is away, what is known of
+    /// another address is its predecessor's.
+    pub async fn resolve(
+        &self,
+        name: &NamespacedName,
+        uid: &str,
+        addresses: &[IpAddr],
+        within: Duration,
+    ) -> Result<ApiPod, String> {
         let end = Instant::now() + within;
-        let known = || self.pod(name).filter(|pod| uid.is_empty() || pod.uid == uid);
+        let known = || {
+            let table = self.table();
+            let listed = &table.pods.objects.get(name)?.addresses;
+            let same = listed.is_empty() || listed.iter().any(|ip| addresses.contains(ip));
+            let pod = table.pod(name)?;
+            (if uid.is_empty() { same } else { pod.uid == uid }).then_some(pod)
+        };
         if let Some(pod) = known().filter(|_| !uid.is_empty()) {
             return Ok(pod);
         }
@@ -344,12 +359,15 @@ fn metadata(object: &impl ResourceExt) -> k8s::Metadata {
 fn listed_pod(pod: Pod) -> (NamespacedName, ListedPod) {
     let metadata = metadata(&pod);
     let spec = pod.spec.unwrap_or_default();
-    let phase = pod.status.and_then(|status| status.phase).unwrap_or_default();
+    let status = pod.status.unwrap_or_default();
+    let phase = status.phase.unwrap_or_default();
+    let addresses = status.pod_ips.unwrap_or_default().into_iter();
     let service_account = spec.service_account_name.filter(|name| !name.is_empty());
     let name = NamespacedName::new(metadata.namespace.as_str(), metadata.name.as_str());
     let listed = ListedPod {
         metadata,
         service_account: service_account.as_deref().unwrap_or("default").into(),
+        addresses: addresses.filter_map(|address| address.ip.parse().ok()).collect(),
         host_network: spec.host_network.unwrap_or_default(),
         running: phase == "Running",
         ended: matches!(phase.as_str(), "Succeeded" | "Failed"),

@@ -13,6 +13,8 @@
 mod agent;
 mod config;
 mod kube_source;
+#[cfg(test)]
+mod kube_tests;
 pub mod logging;
 mod pods;
 mod records;

@@ -323,6 +323,7 @@ mod tests {
         let pod = ListedPod {
             metadata,
             service_account: "default".into(),
+            addresses: Vec::new(),
             host_network: false,
             running: true,
             ended: false,

@@ -205,18 +205,19 @@ fn discovery_config(args: &NodeArgs, control: &ControlArgs) -> discovery::Config
 }
 
 async fn kube_client(file: Option<&Path>) -> anyhow::Result<kube::Client> {
-    let config = match file {
-        Some(file) => {
-            let kubeconfig = Kubeconfig::read_from(file).with_context(|| file.display().to_string())?;
-            kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-                .await
-                .with_context(|| file.display().to_string())?
-        }
-        None => kube::Config::incluster().context(
+    let Some(file) = file else {
+        let config = kube::Config::incluster().context(
             "the Kubernetes API names this node's pods: give --kubeconfig FILE, or run as a pod of the cluster",
-        )?,
+        )?;
+        return kube::Client::try_from(config).context("the Kubernetes API cannot be asked");
     };
-    kube::Client::try_from(config).context("the Kubernetes API cannot be asked")
+    let kubeconfig = Kubeconfig::read_from(file).with_context(|| file.display().to_string())?;
+    client_of(kubeconfig).await.with_context(|| file.display().to_string())
+}
+
+pub async fn client_of(kubeconfig: Kubeconfig) -> anyhow::Result<kube::Client> {
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(kube::Client::try_from(config)?)
 }
 
 impl Source {

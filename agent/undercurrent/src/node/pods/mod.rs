@@ -15,6 +15,7 @@
 //! its connections), and a captured pod that nobody names any more stays captured.
 
 mod expectation;
+mod parts;
 mod reconciler;
 
 use std::{
@@ -25,10 +26,14 @@ use std::{
 
 use admin::{PodAdded, PodChecked, PodRemoved, ValidAttachments};
 use model::{Identity, NamespacedName, WorkloadUid};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 pub use expectation::{Oracle, PodsOfCluster};
-pub use reconciler::{Parts, start};
+pub use parts::Parts;
+pub use reconciler::start;
 
 use super::{kube_source::Cluster, records::PodRecord};
 
@@ -38,7 +43,8 @@ const PATIENCE: Duration = Duration::from_secs(25);
 type Outcome = Result<(), String>;
 
 enum Event {
-    Added(PodRecord, oneshot::Sender<Outcome>),
+    /// With who waits for its capture, and until when.
+    Added(PodRecord, oneshot::Sender<Outcome>, Instant),
     /// With its sandbox, where that was said.
     Removed(NamespacedName, String, oneshot::Sender<Outcome>),
     /// The sandboxes that there are.
@@ -60,9 +66,10 @@ impl Pods {
         if addresses.is_empty() {
             return Err("the pod has no address".to_owned());
         }
+        let until = Instant::now() + PATIENCE;
         let pod = NamespacedName::new(event.pod_namespace, event.pod_name);
         let api = match &self.cluster {
-            Some(cluster) => Some(cluster.resolve(&pod, &event.pod_uid, PATIENCE).await?),
+            Some(cluster) => Some(cluster.resolve(&pod, &event.pod_uid, &addresses, PATIENCE).await?),
             None => None,
         };
         let record = PodRecord {
@@ -72,7 +79,7 @@ impl Pods {
             container_id: event.container_id,
             api,
         };
-        self.ask(|answer| Event::Added(record, answer)).await
+        self.ask(|answer| Event::Added(record, answer, until)).await
     }
 
     /// Resolves once nothing of the pod is left.

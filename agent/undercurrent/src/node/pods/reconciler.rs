@@ -7,20 +7,10 @@
 //! A pod that an agent before this one had captured is taken over at once, whether there is a certificate yet or not: it
 //! runs. One that is about to start waits for it, since it must be able to talk at once.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use anyhow::Context;
-use capture::{CapturedPod, PodSpec};
-use identity::Identities;
-use mesh::Knowledge;
-use model::{Identity, NamespacedName, OriginalDst, PeerAddr, WorkloadUid};
-use socket2::SockRef;
+use model::{Identity, NamespacedName, WorkloadUid};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -28,30 +18,21 @@ use tokio::{
 };
 
 use super::{
-    Event, Outcome, PATIENCE, PodView, Pods, View,
+    Event, Outcome, Parts, PodView, Pods, View,
     expectation::{Expected, Oracle, Trouble},
 };
 use crate::node::{
     records::{PodRecord, Records},
-    redirection::{Board, Wish, Wishes},
+    redirection::{Wish, Wishes},
 };
 
 const RECONCILE_EVERY: Duration = Duration::from_secs(15);
 /// How long a pod that leaves the mesh stays captured, at the most, so that its peers learn of it before.
 const RELEASE_WITHIN: Duration = Duration::from_secs(5);
+/// What could not be done on its date is tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
 /// Events that wait; the local socket serves fewer connections than that at once.
 const EVENTS: usize = 256;
-
-/// What the reconciler works with.
-pub struct Parts {
-    pub oracle: Oracle,
-    pub capture: capture::Capture,
-    pub knowledge: Knowledge,
-    pub identities: Identities,
-    pub proxy: Arc<l4::Proxy>,
-    /// Where the pods' annotations are put up to be written.
-    pub board: Board,
-}
 
 /// Starts the reconciler with the pods that an earlier agent was told of.
 pub fn start(parts: Parts, directory: &Path) -> anyhow::Result<(Pods, View, JoinHandle<()>)> {
@@ -181,12 +162,14 @@ impl Reconciler {
             let leaving = pod.leaving.map(|since| since + RELEASE_WITHIN);
             pod.waiting.iter().map(|(_, until)| *until).chain(leaving)
         });
-        dates.min()
+        // What is overdue failed, and is tried again a little later.
+        let soon = Instant::now() + RETRY;
+        dates.min().map(|date| if date <= Instant::now() { soon } else { date })
     }
 
     async fn handle(&mut self, event: Event) {
         match event {
-            Event::Added(record, answer) => self.add(record, answer).await,
+            Event::Added(record, answer, until) => self.add(record, answer, until).await,
             Event::Removed(pod, container_id, answer) => {
                 let successor = self.pods.get(&pod).is_some_and(|known| {
                     let other = &known.record.container_id;
@@ -204,7 +187,7 @@ impl Reconciler {
         }
     }
 
-    async fn add(&mut self, record: PodRecord, answer: oneshot::Sender<Outcome>) {
+    async fn add(&mut self, record: PodRecord, answer: oneshot::Sender<Outcome>, until: Instant) {
         let key = record.pod.clone();
         let kept = self.keep(record).await;
         if let Err(error) = kept {
@@ -213,7 +196,7 @@ impl Reconciler {
         }
         self.tell_mesh();
         if let Some(pod) = self.pods.get_mut(&key) {
-            pod.waiting.push((answer, Instant::now() + PATIENCE));
+            pod.waiting.push((answer, until));
         }
         self.reconcile(&key).await;
         self.show();
@@ -349,13 +332,13 @@ impl Reconciler {
     /// Brings one pod nearer to what it should be.
     async fn reconcile(&mut self, key: &NamespacedName) {
         let Some(pod) = self.pods.get(key) else { return };
+        let before = pod.captured_as().cloned();
         let outcome = match self.parts.oracle.expected(&pod.record, &self.parts.knowledge) {
             Ok(expected) if pod.state == State::Told(expected.clone()) => Ok(expected),
             Ok(expected) => self.change(key, &expected).await.map(|()| expected),
             Err(trouble) => Err(trouble),
         };
         let Some(pod) = self.pods.get_mut(key) else { return };
-        let before = pod.captured_as().cloned();
         let trouble = match outcome {
             Ok(expected) => {
                 (pod.state, pod.leaving) = (State::Told(expected), None);
@@ -380,15 +363,19 @@ impl Reconciler {
         };
         match after {
             Expected::Uncaptured(uid) => {
-                if let State::Told(Expected::Captured { uid, .. }) = &pod.state {
+                let captured = pod.captured_as().is_some();
+                // Of one found again it is not known here whether it is captured; the mesh may say so.
+                if captured || (pod.restored && pod.state == State::Unknown) {
                     let since = *pod.leaving.get_or_insert_with(Instant::now);
                     if since.elapsed() < RELEASE_WITHIN && self.parts.may_be_dialled(key, uid) {
                         let text = "it leaves the mesh: its peers are told before it is released";
                         return Err(Trouble::Waiting(text.to_owned()));
                     }
+                }
+                if captured {
                     self.parts.release(&pod.record, uid).await?;
                     // Released: from here on it is known and not captured, whatever fails next.
-                    pod.state = State::Unknown;
+                    (pod.state, pod.restored) = (State::Unknown, false);
                 }
                 self.parts.know(&pod.record, uid).await
             }
@@ -448,95 +435,4 @@ fn wish(pod: &Pod) -> Option<(NamespacedName, (String, Wish))> {
         State::Unknown => Wish::Absent,
     };
     Some((pod.record.pod.clone(), (api.uid.clone(), wish)))
-}
-
-impl Parts {
-    /// A pod that starts must be able to talk at once: the mesh known, and its certificate there.
-    fn may_start(&self, identity: &Identity) -> Result<(), Trouble> {
-        self.identities.want(identity);
-        if !self.knowledge.snapshot().ready() {
-            return Err(Trouble::Waiting("nothing is known of the mesh yet".to_owned()));
-        }
-        if self.identities.cached(identity).is_some() {
-            return Ok(());
-        }
-        let why = self.identities.last_error(identity);
-        let why = why.map_or_else(|| "it is being fetched".to_owned(), |error| error.to_string());
-        Err(Trouble::Waiting(format!("no certificate for {identity} yet: {why}")))
-    }
-
-    /// Whether peers may still dial the pod through the mesh, as far as can be told from here.
-    fn may_be_dialled(&self, pod: &NamespacedName, uid: &WorkloadUid) -> bool {
-        let Oracle::Cluster(pods) = &self.oracle else {
-            return false;
-        };
-        let annotated = pods.cluster.redirection(pod).is_some();
-        let snapshot = self.knowledge.snapshot();
-        annotated || snapshot.workload(uid).is_some_and(|workload| workload.is_captured())
-    }
-
-    async fn know(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
-        self.capture.know(spec(record, uid)).await.map_err(failed)
-    }
-
-    async fn release(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
-        self.capture.release(uid).await.map_err(failed)?;
-        self.proxy.retire_pod(uid);
-        tracing::info!(pod = %record.pod, "not captured any more");
-        Ok(())
-    }
-
-    async fn capture(&self, record: &PodRecord, uid: &WorkloadUid, forbid: bool, served: bool) -> Result<(), Trouble> {
-        let handle = self.capture.capture(spec(record, uid), forbid).await.map_err(failed)?;
-        if served {
-            return Ok(());
-        }
-        let listeners = handle.listeners().map_err(failed)?;
-        let pod = l4::Pod {
-            uid: uid.clone(),
-            sockets: Arc::new(Sockets(handle)),
-            listeners: l4::PodListeners {
-                outbound: listeners.outbound,
-                inbound: listeners.inbound,
-                hbone: listeners.hbone,
-            },
-        };
-        let taken = self.proxy.add_pod(pod);
-        taken.map_err(|error| failed(format!("the proxy does not take the pod: {error}")))?;
-        tracing::info!(pod = %record.pod, "captured");
-        Ok(())
-    }
-}
-
-fn failed(error: impl ToString) -> Trouble {
-    Trouble::Failed(error.to_string())
-}
-
-fn spec(record: &PodRecord, uid: &WorkloadUid) -> PodSpec {
-    PodSpec {
-        uid: uid.clone(),
-        netns: record.netns.clone(),
-        addresses: record.addresses.clone(),
-    }
-}
-
-/// Capture's handle, as the proxy wants it.
-struct Sockets(CapturedPod);
-
-impl l4::PodSockets for Sockets {
-    fn original_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst> {
-        self.0.original_destination(accepted, peer, local)
-    }
-
-    fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
-        self.0.inbound_destination(accepted, peer, local)
-    }
-
-    fn outbound_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
-        self.0.outbound_socket(target)
-    }
-
-    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> std::io::Result<socket2::Socket> {
-        self.0.inbound_socket(target, source)
-    }
 }

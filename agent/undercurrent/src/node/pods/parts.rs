@@ -1,0 +1,123 @@
+//! What is done to a pod: captured and served, released, or only known. One attempt each; the reconciler decides.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use capture::{CapturedPod, PodSpec};
+use identity::Identities;
+use mesh::Knowledge;
+use model::{Identity, NamespacedName, OriginalDst, PeerAddr, WorkloadUid};
+use socket2::SockRef;
+
+use super::expectation::{Oracle, Trouble};
+use crate::node::{records::PodRecord, redirection::Board};
+
+/// What the reconciler works with.
+pub struct Parts {
+    pub oracle: Oracle,
+    pub capture: capture::Capture,
+    pub knowledge: Knowledge,
+    pub identities: Identities,
+    pub proxy: Arc<l4::Proxy>,
+    /// Where the pods' annotations are put up to be written.
+    pub board: Board,
+}
+
+impl Parts {
+    /// A pod that starts must be able to talk at once: the mesh known, and its certificate there.
+    pub(super) fn may_start(&self, identity: &Identity) -> Result<(), Trouble> {
+        self.identities.want(identity);
+        if !self.knowledge.snapshot().ready() {
+            return Err(Trouble::Waiting("nothing is known of the mesh yet".to_owned()));
+        }
+        if self.identities.cached(identity).is_some() {
+            return Ok(());
+        }
+        let why = self.identities.last_error(identity);
+        let why = why.map_or_else(|| "it is being fetched".to_owned(), |error| error.to_string());
+        Err(Trouble::Waiting(format!("no certificate for {identity} yet: {why}")))
+    }
+
+    /// Whether peers may still dial the pod through the mesh, as far as can be told from here.
+    pub(super) fn may_be_dialled(&self, pod: &NamespacedName, uid: &WorkloadUid) -> bool {
+        let Oracle::Cluster(pods) = &self.oracle else {
+            return false;
+        };
+        let annotated = pods.cluster.redirection(pod).is_some();
+        let snapshot = self.knowledge.snapshot();
+        annotated || snapshot.workload(uid).is_some_and(|workload| workload.is_captured())
+    }
+
+    pub(super) async fn know(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
+        self.capture.know(spec(record, uid)).await.map_err(failed)
+    }
+
+    pub(super) async fn release(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
+        self.capture.release(uid).await.map_err(failed)?;
+        self.proxy.retire_pod(uid);
+        tracing::info!(pod = %record.pod, "not captured any more");
+        Ok(())
+    }
+
+    pub(super) async fn capture(
+        &self,
+        record: &PodRecord,
+        uid: &WorkloadUid,
+        forbid: bool,
+        served: bool,
+    ) -> Result<(), Trouble> {
+        let handle = self.capture.capture(spec(record, uid), forbid).await.map_err(failed)?;
+        if served {
+            return Ok(());
+        }
+        let listeners = handle.listeners().map_err(failed)?;
+        let pod = l4::Pod {
+            uid: uid.clone(),
+            sockets: Arc::new(Sockets(handle)),
+            listeners: l4::PodListeners {
+                outbound: listeners.outbound,
+                inbound: listeners.inbound,
+                hbone: listeners.hbone,
+            },
+        };
+        let taken = self.proxy.add_pod(pod);
+        taken.map_err(|error| failed(format!("the proxy does not take the pod: {error}")))?;
+        tracing::info!(pod = %record.pod, "captured");
+        Ok(())
+    }
+}
+
+fn failed(error: impl ToString) -> Trouble {
+    Trouble::Failed(error.to_string())
+}
+
+fn spec(record: &PodRecord, uid: &WorkloadUid) -> PodSpec {
+    PodSpec {
+        uid: uid.clone(),
+        netns: record.netns.clone(),
+        addresses: record.addresses.clone(),
+    }
+}
+
+/// Capture's handle, as the proxy wants it.
+struct Sockets(CapturedPod);
+
+impl l4::PodSockets for Sockets {
+    fn original_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> Option<OriginalDst> {
+        self.0.original_destination(accepted, peer, local)
+    }
+
+    fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+        self.0.inbound_destination(accepted, peer, local)
+    }
+
+    fn outbound_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
+        self.0.outbound_socket(target)
+    }
+
+    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> std::io::Result<socket2::Socket> {
+        self.0.inbound_socket(target, source)
+    }
+}
