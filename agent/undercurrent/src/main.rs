@@ -4,6 +4,7 @@ mod app;
 mod cni;
 mod control;
 mod node;
+mod store;
 mod uninstall;
 
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum Role {
     Uninstall(uninstall::UninstallArgs),
     /// A whole mesh on this machine: nodes and pods as network namespaces.
     Playground(playground::Args),
+    /// A small, Kubernetes-shaped API for a machine without Kubernetes.
+    Store(store::StoreArgs),
     /// Programs to put into pods: an echo server and client that report what they saw.
     App(app::Args),
 }
@@ -44,6 +47,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Role::Cni(args) => return cni::run(args),
         Role::Uninstall(args) => uninstall::run(&args),
         Role::Playground(args) => playground::run(args),
+        Role::Store(args) => store::run(args),
         Role::App(args) => app::run(args),
     }?;
     Ok(ExitCode::SUCCESS)
