@@ -160,6 +160,23 @@ async fn a_replica_that_ends_sends_its_clients_away() {
     assert_eq!(ended.unwrap_err().code(), tonic::Code::Unavailable);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn another_replica_leads_when_the_first_ends() {
+    let cluster = Cluster::new().await;
+    let one = cluster.control().await;
+    let bundle = async |namespace: &'static str| {
+        let found = || cluster::config_map(&cluster, namespace, "istio-ca-root-cert");
+        eventually("the leader writes the bundle", found).await;
+    };
+    bundle("shop").await;
+    let two = cluster.control().await;
+    two.ready().await;
+    one.control.stop().await;
+    let namespaces = kube::Api::<k8s_openapi::api::core::v1::Namespace>::all(cluster.client.clone());
+    cluster::create(&namespaces, json!({"metadata": {"name": "late"}})).await;
+    bundle("late").await;
+}
+
 /// An authority of the user's, as `cacerts` has it.
 fn given() -> BTreeMap<String, String> {
     use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};

@@ -12,7 +12,14 @@ use kube::{
     core::GroupVersionKind,
     discovery::ApiResource,
 };
+use proto::discovery::{
+    DeltaDiscoveryRequest, Node, Status as RpcStatus,
+    aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+};
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Request;
 
 fn policies(cluster: &Cluster) -> Api<DynamicObject> {
     let kind = GroupVersionKind::gvk("security.istio.io", "v1", "AuthorizationPolicy");
@@ -97,6 +104,62 @@ async fn policies_carry_a_condition_that_people_understand() {
         .map(|c| &c["type"])
         .collect();
     assert_eq!(types, ["Others", "ZtunnelAccepted"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_an_agent_refuses_says_so() {
+    let cluster = Cluster::new().await;
+    let replica = cluster.control().await;
+    let channel = replica.connect().await;
+    let (requests, sent) = mpsc::channel(8);
+    let ask = DeltaDiscoveryRequest {
+        type_url: proto::AUTHORIZATION_TYPE.into(),
+        ..DeltaDiscoveryRequest::default()
+    };
+    let first = DeltaDiscoveryRequest {
+        node: Some(Node {
+            id: "ztunnel~10.0.0.9~agent-1.istio-system~istio-system.svc.cluster.local".into(),
+            ..Node::default()
+        }),
+        ..ask.clone()
+    };
+    requests.send(first).await.unwrap();
+    let mut request = Request::new(ReceiverStream::new(sent));
+    let bearer = format!("Bearer {}", cluster.agent(1).await).parse().unwrap();
+    request.metadata_mut().insert("authorization", bearer);
+    let mut client = AggregatedDiscoveryServiceClient::new(channel);
+    let mut responses = client.delta_aggregated_resources(request).await.unwrap().into_inner();
+    let spec = json!({"action": "ALLOW", "rules": [{"from": [{"source": {"namespaces": ["shop"]}}]}]});
+    policies(&cluster)
+        .create(&PostParams::default(), &policy("bad", &spec))
+        .await
+        .unwrap();
+    let agent = async {
+        while let Ok(Some(response)) = responses.message().await {
+            let refused = response.resources.iter().any(|resource| resource.name == "shop/bad");
+            let answer = DeltaDiscoveryRequest {
+                response_nonce: response.nonce,
+                error_detail: refused.then(|| RpcStatus {
+                    code: 3,
+                    message: "shop/bad: I do not know this".into(),
+                    ..RpcStatus::default()
+                }),
+                ..ask.clone()
+            };
+            requests.send(answer).await.unwrap();
+        }
+    };
+    let told = eventually("the refusal is told", || async {
+        let told = condition(&cluster, "bad", 1).await;
+        (told["reason"] == "Rejected").then_some(told)
+    });
+    tokio::select! {
+        () = agent => panic!("the stream ended"),
+        told = told => {
+            let message = told["message"].as_str().unwrap();
+            assert!(message.contains("agent-1") && message.contains("I do not know this"), "{message}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

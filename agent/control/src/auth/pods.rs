@@ -5,6 +5,7 @@ use std::{
     future::Future,
     pin::Pin,
     sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
 use k8s_openapi::api::core::v1::Pod;
@@ -12,6 +13,9 @@ use kube::{Api, Client, ResourceExt, api::ListParams};
 use model::NamespacedName;
 
 use super::AuthError;
+
+/// How long the API may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What matters of a pod here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,7 +142,7 @@ impl Pods for KubePods {
     fn get<'a>(&'a self, name: &'a NamespacedName) -> Answer<'a, Option<PodFacts>> {
         Box::pin(async move {
             let pods = Api::<Pod>::namespaced(self.0.clone(), &name.namespace);
-            let found = pods.get_opt(&name.name).await.map_err(unavailable)?;
+            let found = in_time(pods.get_opt(&name.name)).await?;
             Ok(found.as_ref().map(facts))
         })
     }
@@ -147,7 +151,7 @@ impl Pods for KubePods {
         Box::pin(async move {
             let pods = Api::<Pod>::namespaced(self.0.clone(), namespace);
             let of_node = ListParams::default().fields(&format!("spec.nodeName={node}"));
-            let found = pods.list(&of_node).await.map_err(unavailable)?;
+            let found = in_time(pods.list(&of_node)).await?;
             // An API that does not know the selector answers with more.
             Ok(found.iter().map(facts).filter(|pod| *pod.node == *node).collect())
         })
@@ -167,8 +171,13 @@ fn facts(pod: &Pod) -> PodFacts {
     )
 }
 
-fn unavailable(error: kube::Error) -> AuthError {
-    AuthError::Unavailable(format!("the Kubernetes API cannot be asked about pods: {error}").into())
+async fn in_time<T>(question: impl Future<Output = kube::Result<T>>) -> Result<T, AuthError> {
+    let unavailable =
+        |why: String| AuthError::Unavailable(format!("the Kubernetes API cannot be asked about pods: {why}").into());
+    match tokio::time::timeout(PATIENCE, question).await {
+        Ok(answer) => answer.map_err(|error| unavailable(error.to_string())),
+        Err(_) => Err(unavailable("no answer in time".into())),
+    }
 }
 
 #[cfg(test)]

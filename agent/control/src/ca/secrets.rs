@@ -55,6 +55,8 @@ const MADE_BY: &str = "undercurrent.io/made-by";
 /// How long to wait, at the most, until the next look; the watches wake earlier.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(2);
+/// How long the API may take for all that a turn has to write.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 type Values = BTreeMap<String, Vec<u8>>;
 
@@ -162,7 +164,8 @@ impl Secrets {
             return LONGEST_WAIT;
         }
         let now = whole_seconds(self.authority.clock().now());
-        match self.reconcile(now).await {
+        let reconciled = tokio::time::timeout(PATIENCE, self.reconcile(now)).await;
+        match reconciled.unwrap_or(Err(SourceError::Late)) {
             Ok(problem) => {
                 self.say(problem);
                 let due = self.authority.state().and_then(|state| state.due(self.overlap));

@@ -27,6 +27,9 @@ pub enum SourceError {
         /// The answer.
         error: kube::Error,
     },
+    /// The API does not answer.
+    #[error("the Kubernetes API did not answer in time about the authority's Secrets")]
+    Late,
     /// Another replica was faster: look again.
     #[error("Secret {0} was changed meanwhile")]
     Raced(&'static str),

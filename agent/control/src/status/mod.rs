@@ -41,6 +41,8 @@ const AT_ONCE: usize = 4;
 /// Between two writes of one of those.
 const SPACE: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(2);
+/// How long the API may take for one object.
+const PATIENCE: Duration = Duration::from_secs(10);
 const MANAGER: &str = "undercurrent-control";
 
 /// How telling one object ended.
@@ -104,14 +106,16 @@ impl Reporter {
         let told = futures_util::stream::iter(self.board.open()).map(|(object, record)| {
             let refusals = &refusals;
             async move {
-                let told = match &record.seen {
-                    Some(seen) => self.condition(&object, &record, seen, in_force, refusals).await,
-                    None => event::write(&self.client, &self.replica, &object, &record.findings).await,
+                let told = async {
+                    match &record.seen {
+                        Some(seen) => self.condition(&object, &record, seen, in_force, refusals).await,
+                        None => event::write(&self.client, &self.replica, &object, &record.findings).await,
+                    }
                 };
-                match told {
-                    Ok(Told::Done) => self.board.done(&object, &record),
-                    Ok(Told::Later) => return true,
-                    Err(error) => {
+                match tokio::time::timeout(PATIENCE, told).await {
+                    Ok(Ok(Told::Done)) => self.board.done(&object, &record),
+                    Ok(Ok(Told::Later)) | Err(_) => return true,
+                    Ok(Err(error)) => {
                         tracing::debug!(%object, %error, "cannot tell an object's author; trying again");
                         return true;
                     }

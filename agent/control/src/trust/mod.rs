@@ -120,22 +120,26 @@ async fn reconcile(client: &Client, namespaces: &Namespaces, found: &mut Found, 
     let wrong = found.wrong(&namespaces.all(), right);
     let mut applied = futures_util::stream::iter(wrong)
         .map(|namespace| async {
-            let result = apply(client, &namespace, bundle).await;
-            (namespace, result)
+            let applied = tokio::time::timeout(RETRY, apply(client, &namespace, bundle)).await;
+            (namespace, applied)
         })
         .buffer_unordered(AT_ONCE);
     let mut good = true;
     while let Some((namespace, result)) = applied.next().await {
         match result {
-            Ok(()) => {
+            Ok(Ok(())) => {
                 found.hashes.insert(namespace, right);
             }
+            Err(_) => {
+                tracing::warn!(%namespace, "the API did not answer about the trust bundle in time; trying again");
+                good = false;
+            }
             // It went meanwhile, or is about to.
-            Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => {
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 403 | 404) => {
                 tracing::debug!(%namespace, error = %status, "no trust bundle for a namespace");
                 good = status.code == 404 && good;
             }
-            Err(error) => {
+            Ok(Err(error)) => {
                 tracing::warn!(%namespace, %error, "cannot write the trust bundle; trying again");
                 good = false;
             }
