@@ -80,6 +80,8 @@ enum Command {
 enum Bench {
     /// The L4 path: no mesh, undercurrent, Envoy, and other node proxies.
     L4(bench::L4),
+    /// The control plane: many agents that learn a large mesh.
+    Control(bench::Control),
 }
 
 fn main() -> ExitCode {
@@ -103,6 +105,9 @@ fn run(command: Command) -> Result<()> {
         Command::Bench {
             what: Bench::L4(options),
         } => bench::l4(&workspace, &options),
+        Command::Bench {
+            what: Bench::Control(options),
+        } => bench::control(&workspace, &options),
         Command::Tidy => tidy::run(&workspace),
     }
 }

@@ -78,6 +78,9 @@ mod tests {
         for type_ in Type::ALL {
             assert_eq!(Type::from_url(type_.url()), Some(type_));
         }
-        assert_eq!(Type::from_url("type.googleapis.com/envoy.config.cluster.v3.Cluster"), None);
+        assert_eq!(
+            Type::from_url("type.googleapis.com/envoy.config.cluster.v3.Cluster"),
+            None
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! `cargo xtask bench l4`: no mesh, undercurrent, a pair of Envoys and any other node proxy, in one lab and in turn.
+//! `cargo xtask bench l4`: no mesh, undercurrent, a pair of Envoys and any other node proxy, in one lab and in turn;
+//! `cargo xtask bench control` is all in [`mod@control`].
 //!
 //! [`lab`] is where, [`contender`] (and [`envoy`], [`ztunnel`]) who, [`measure`] what, [`report`] and [`chart`] the
 //! outcome. Load goes only from pod to pod inside the lab, each run bounded in time and count.
@@ -6,6 +7,7 @@
 mod agent;
 mod chart;
 mod contender;
+mod control;
 mod envoy;
 mod lab;
 mod measure;
@@ -18,6 +20,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use contender::{Contender, NoMesh, Undercurrent};
+pub use control::{Control, control};
 use envoy::Envoy;
 use lab::{Lab, Pair};
 use measure::MEASURES;

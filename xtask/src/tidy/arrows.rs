@@ -56,6 +56,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     // Scenarios start the binary; they speak its admin protocol, forge peers and parse what it writes.
     ("system-tests", ALL),
     ("load", &[]),
+    // The control plane and agents of `bench control`, in processes of their own.
+    ("control-load", ALL),
     ("xtask", &[]),
 ];
 

@@ -408,7 +408,11 @@ impl Plan {
     /// Whether there are pages to come that hold something.
     fn has_pages(&self, view: View) -> bool {
         let table = self.target.table(view.type_());
-        let pages = self.pages.into_iter().flat_map(|at| at..).map_while(|at| table.page(at));
+        let pages = self
+            .pages
+            .into_iter()
+            .flat_map(|at| at..)
+            .map_while(|at| table.page(at));
         pages.into_iter().any(|page| !page.body(view).is_empty())
     }
 
