@@ -64,7 +64,6 @@ impl Cluster {
     pub async fn new() -> Self {
         // kube-rs takes the process's provider.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        // Shown when a test fails.
         let directory = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
