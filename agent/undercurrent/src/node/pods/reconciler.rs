@@ -349,7 +349,10 @@ impl Reconciler {
         if let Some(trouble) = &trouble
             && pod.trouble.as_ref() != Some(trouble)
         {
-            tracing::warn!(pod = %key, "{}", trouble.text());
+            match trouble {
+                Trouble::Waiting(text) => tracing::info!(pod = %key, "{text}"),
+                Trouble::Failed(text) => tracing::error!(pod = %key, "{text}"),
+            }
         }
         pod.trouble = trouble;
         if before.as_ref() != pod.captured_as() {
