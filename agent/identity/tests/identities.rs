@@ -295,7 +295,10 @@ async fn one_success_wakes_those_who_wait() {
         identities.want(identity);
     }
     pass(Duration::from_secs(1)).await;
-    assert!(matches!(identities.last_error(&waiting[0]), Some(IssueError::Unavailable(_))));
+    assert!(matches!(
+        identities.last_error(&waiting[0]),
+        Some(IssueError::Unavailable(_))
+    ));
     // Long enough that every back-off is at its longest.
     pass(Duration::from_secs(300)).await;
     let asked = moody.issued();
