@@ -15,6 +15,9 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// How long a connection may wait for its pod's certificate before it is refused.
     pub credentials_timeout: Duration,
+    /// On demand: how long a connection may wait for the control plane to say what its destination is, before it is
+    /// refused.
+    pub discovery_timeout: Duration,
     /// How many endpoints of a service are tried before the client notices.
     pub attempts: usize,
     /// Half-open HBONE handshakes per pod and shard; when there are more, the oldest of the source with the most is
@@ -30,6 +33,7 @@ impl Default for Config {
             hbone: hbone::Config::default(),
             connect_timeout: Duration::from_secs(10),
             credentials_timeout: Duration::from_secs(5),
+            discovery_timeout: Duration::from_secs(5),
             attempts: 3,
             half_open: 256,
         }

@@ -8,7 +8,8 @@
 //! ```
 //! Whatever fails before the two ends are joined, the client sees as a reset, never as an orderly close: it must not take
 //! a refusal for an empty answer (`a_refused_upstream_is_a_reset_at_the_client`). Nothing of the client's bytes is read
-//! before, so another endpoint may be tried (`a_service_with_a_dead_endpoint_fails_over`).
+//! before, so another endpoint may be tried (`a_service_with_a_dead_endpoint_fails_over`). Where knowledge is on demand, a
+//! destination that nothing is known of is asked for, and the connection waits (`on_demand_a_connection_waits_to_be_told`).
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
@@ -111,7 +112,7 @@ async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<
     let mut tried: Vec<WorkloadUid> = Vec::new();
     let mut first: Option<Failure> = None;
     loop {
-        let (source, route) = resolve(connection, dialled, &tried)?;
+        let (source, route) = find_way(connection, dialled, &tried).await?;
         let endpoint = endpoint_of_service(&route);
         let failure = match follow(connection, &source, route).await {
             Ok(upstream) => return Ok(upstream),
@@ -131,6 +132,42 @@ async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<
                 first = Some(failure);
             }
             _ => return Err(failure),
+        }
+    }
+}
+
+/// The pod and its way to what it dialled; on demand it may have to be asked for, and is waited for, for a while.
+async fn find_way(
+    connection: &Connection,
+    dialled: OriginalDst,
+    tried: &[WorkloadUid],
+) -> Result<(Arc<Workload>, Route), Failure> {
+    match resolve(connection, dialled, tried)? {
+        (_, Route::Unknown { target }) => {
+            let within = connection.shard.config.discovery_timeout;
+            let asking = Box::pin(ask(connection, dialled, tried));
+            let answered = tokio::time::timeout(within, asking).await;
+            answered.unwrap_or(Err(Failure::NoRoute(RefuseReason::NotDiscovered(target.ip()))))
+        }
+        known => Ok(known),
+    }
+}
+
+async fn ask(
+    connection: &Connection,
+    dialled: OriginalDst,
+    tried: &[WorkloadUid],
+) -> Result<(Arc<Workload>, Route), Failure> {
+    let knowledge = &connection.shard.knowledge;
+    let mut changed = knowledge.changed();
+    changed.mark_unchanged();
+    knowledge.want(dialled.0.ip()).await;
+    loop {
+        match resolve(connection, dialled, tried)? {
+            // The writer is gone: nobody answers, and the wait ends by time.
+            (_, Route::Unknown { .. }) if changed.changed().await.is_err() => std::future::pending().await,
+            (_, Route::Unknown { .. }) => {}
+            known => return Ok(known),
         }
     }
 }
@@ -233,9 +270,12 @@ async fn tunnel(
             ("traceparent", headers::traceparent(|| shard.random())),
         ],
     };
+    let alternatives = service.into_iter().flat_map(|service| &service.subject_alt_names);
     let key = hbone::TunnelKey {
         source: own,
-        destination: vec![peer],
+        destination: std::iter::once(peer)
+            .chain(alternatives.filter_map(|name| name.parse().ok()))
+            .collect(),
         address: hbone,
     };
     let dial = || pod.sockets.outbound_socket(hbone);

@@ -146,7 +146,7 @@ impl Write for Lines {
 }
 
 pub struct Lab {
-    writer: Writer,
+    pub writer: Writer,
     pub knowledge: Knowledge,
     pub contents: Contents,
     pub identities: Identities,
@@ -156,10 +156,15 @@ pub struct Lab {
 
 impl Lab {
     pub fn new() -> Self {
+        let (writer, knowledge) = mesh::new();
+        Self::knowing(writer, knowledge)
+    }
+
+    /// A lab of this knowledge.
+    pub fn knowing(writer: Writer, knowledge: Knowledge) -> Self {
         let trust_domain = TrustDomain::default();
         let (certificate, key) = generate_root(&trust_domain).unwrap();
         let authority = LocalAuthority::from_pem(&certificate, &key).unwrap();
-        let (writer, knowledge) = mesh::new();
         let (sender, lines) = mpsc::channel();
         Self {
             writer,
