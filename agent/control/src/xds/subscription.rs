@@ -404,7 +404,6 @@ impl Subscription {
 }
 
 impl Plan {
-    /// The next pages, up to the limit.
     /// Whether there are pages to come that hold something.
     fn has_pages(&self, view: View) -> bool {
         let table = self.target.table(view.type_());
@@ -416,6 +415,7 @@ impl Plan {
         pages.into_iter().any(|page| !page.body(view).is_empty())
     }
 
+    /// The next pages, up to the limit.
     fn pages(&mut self, view: View, limit: usize) -> Option<Chunk> {
         let table = self.target.table(view.type_());
         let mut at = self.pages?;
