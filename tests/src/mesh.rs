@@ -145,14 +145,14 @@ impl Mesh {
         }
     }
 
-    /// As the playground's state file has them: they are known whether an agent runs or not.
+    /// As the playground allotted them: they are known whether an agent runs or not.
     pub(crate) fn addresses(&self, pod: &Pod<'_>) -> Result<[IpAddr; 2]> {
-        let state: serde_json::Value = serde_json::from_str(&fs::read_to_string(self.file("state.json"))?)?;
+        let state: serde_json::Value = serde_json::from_str(&fs::read_to_string(self.file("places.json"))?)?;
         let slot = &state["pods"][pod.key()];
         let number = |name: &str| {
             slot[name]
                 .as_u64()
-                .with_context(|| format!("{} has no {name} in state.json", pod.key()))
+                .with_context(|| format!("{} has no {name} in places.json", pod.key()))
         };
         let (node, host) = (number("node")?, number("host")?);
         Ok([
@@ -186,6 +186,9 @@ impl Mesh {
                 // A log that is not there says nothing.
                 let _ = fs::copy(from.join(file), to.join(node).join(file));
             }
+        }
+        for file in ["cluster.log", "control.log"] {
+            let _ = fs::copy(self.file(file), to.join(file));
         }
         Ok(to)
     }

@@ -278,6 +278,7 @@ impl Parts {
                     "clients": clients(&acknowledged),
                     "refusals": acknowledged.refusals().iter().map(refusal).collect::<Vec<_>>(),
                     "certificateAuthority": broken.borrow().as_deref().unwrap_or("ok"),
+                    "inputs": inputs(&trouble),
                     "watches": trouble.troubles(),
                 })
             }),
@@ -302,6 +303,17 @@ fn waits_for(health: &Health, cache: &Cache, certificate: &ServerCertificate, pr
         );
     }
     None
+}
+
+/// What the state was made of: how many objects of each kind, and up to which revision of the API.
+fn inputs(health: &Health) -> Value {
+    let told = |(kind, tally): (&'static str, watch::Tally)| {
+        (
+            kind.to_owned(),
+            json!({"count": tally.count, "revision": tally.revision}),
+        )
+    };
+    Value::Object(health.applied().into_iter().map(told).collect())
 }
 
 fn clients(acknowledged: &xds::Acknowledged) -> Vec<Value> {

@@ -1,21 +1,22 @@
 //! The node agents, seen from outside: started in their place, asked over their socket, ended.
 
 use std::{
-    net::IpAddr,
     path::Path,
     process::Command,
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use admin::{ClientError, PodAdded, PodIp, PodRemoved, Status};
+use admin::{ClientError, Status};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::{
     cgroup::{self, Cgroup},
+    cluster::{AGENT_ACCOUNT, SYSTEM, agent_pod},
+    control,
     launch::Launch,
-    layout::{Layout, netns_path, node_netns},
+    layout::{Layout, node_addresses, node_name, node_netns},
     process::{Process, last_lines, spawn_detached},
     state::State,
 };
@@ -36,32 +37,6 @@ pub(crate) fn status(socket: &Path) -> Result<Status> {
 /// Whether the agent is ready, and what it waits for if not.
 pub(crate) fn readiness(socket: &Path) -> Result<()> {
     ask(admin::get(socket, "/healthz/ready")).map(drop)
-}
-
-/// Tells the agent of a pod; returns once it is captured or known not to be.
-pub(crate) fn pod_added(socket: &Path, namespace: &str, name: &str, netns: &str, addresses: &[IpAddr]) -> Result<()> {
-    let host_prefix = |address: &IpAddr| if address.is_ipv4() { 32 } else { 128 };
-    let event = PodAdded {
-        netns: netns_path(netns),
-        pod_name: name.to_owned(),
-        pod_namespace: namespace.to_owned(),
-        ips: addresses
-            .iter()
-            .map(|address| PodIp {
-                address: format!("{address}/{}", host_prefix(address)),
-            })
-            .collect(),
-    };
-    ask(admin::post(socket, "/cmdadd", &event)).map(drop)
-}
-
-/// Tells the agent that a pod is gone.
-pub(crate) fn pod_removed(socket: &Path, namespace: &str, name: &str) -> Result<()> {
-    let event = PodRemoved {
-        pod_name: name.to_owned(),
-        pod_namespace: namespace.to_owned(),
-    };
-    ask(admin::post(socket, "/cmddel", &event)).map(drop)
 }
 
 /// A node's cgroup.
@@ -87,12 +62,14 @@ pub(crate) fn start(layout: &Layout, state: &State, node: &str) -> Result<bool> 
         "node".into(),
         "--node".into(),
         node.into(),
-        "--static".into(),
-        layout.mesh().into_os_string(),
-        "--ca-cert".into(),
-        layout.ca_cert().into_os_string(),
-        "--ca-key".into(),
-        layout.ca_key().into_os_string(),
+        "--xds".into(),
+        control::address().into(),
+        "--token".into(),
+        files.token().into_os_string(),
+        "--roots".into(),
+        files.roots().into_os_string(),
+        "--kubeconfig".into(),
+        files.kubeconfig().into_os_string(),
         "--state-dir".into(),
         files.agent_state().into_os_string(),
         "--pods-cgroup".into(),
@@ -120,6 +97,13 @@ pub(crate) fn start(layout: &Layout, state: &State, node: &str) -> Result<bool> 
             command.env_remove(&*name);
         }
     }
+    // As a DaemonSet's pod has it from the downward API.
+    let index = (1..=state.nodes).find(|index| node_name(*index) == node).unwrap_or(1);
+    command
+        .env("POD_NAMESPACE", SYSTEM)
+        .env("POD_NAME", agent_pod(node))
+        .env("SERVICE_ACCOUNT", AGENT_ACCOUNT)
+        .env("INSTANCE_IP", node_addresses(index)[0].to_string());
     spawn_detached(command, &files.access_log(), &files.agent_log())?.write(&record)?;
     Ok(true)
 }

@@ -20,6 +20,8 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Desired {
+    /// Which pod of this name: another one has to begin anew.
+    pub uid: String,
     pub pod: k8s::Pod,
     pub addresses: Vec<IpAddr>,
     /// The search path of its programs.
@@ -58,7 +60,10 @@ impl Desired {
 
     /// Whether the running pod has to make way for this one: labels alone do not.
     pub fn needs_restart(&self, running: &Self) -> bool {
-        self.pod.spec != running.pod.spec || self.addresses != running.addresses || self.path != running.path
+        self.uid != running.uid
+            || self.pod.spec != running.pod.spec
+            || self.addresses != running.addresses
+            || self.path != running.path
     }
 }
 

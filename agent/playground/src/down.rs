@@ -9,8 +9,9 @@ use nix::sys::signal::Signal;
 use crate::{
     agent::PINS,
     cgroup::{self, Cgroup},
+    cluster::Places,
     files::absent_is_fine,
-    layout::{FABRIC, Layout, node_netns, pod_netns},
+    layout::{CONTROL_NETNS, FABRIC, Layout, node_netns, pod_netns},
     netns, owner, preflight,
     process::Process,
     progress::Progress,
@@ -27,6 +28,12 @@ pub(crate) fn run(layout: &Layout) -> Result<()> {
     let root = cgroup::root()?;
     let nodes = nodes(layout, &root);
     // Kubelets first, or they would start again what ends.
+    for name in ["cluster", "control"] {
+        if let Some(process) = Process::read(&layout.process(name)) {
+            process.signal(Signal::SIGKILL);
+        }
+        root.child(name).kill()?;
+    }
     for name in ["kubelet", "agent"] {
         for node in &nodes {
             if let Some(process) = Process::read(&layout.node(node).process(name)) {
@@ -36,22 +43,18 @@ pub(crate) fn run(layout: &Layout) -> Result<()> {
         }
     }
     let mut namespaces = namespaces(layout, &root, &nodes);
-    if let Some(state) = &state {
-        namespaces.extend(
-            state
-                .pods
-                .iter()
-                .filter(|(_, slot)| slot.host.is_some())
-                .filter_map(|(name, _)| {
-                    let (namespace, pod) = name.split_once('/')?;
-                    Some(pod_netns(namespace, pod))
-                }),
-        );
-    }
+    let places = Places::load(layout).unwrap_or_default();
+    let of_pods = places.pods.iter().filter(|(_, slot)| slot.host.is_some());
+    namespaces.extend(of_pods.filter_map(|(name, _)| {
+        let (namespace, pod) = name.split_once('/')?;
+        Some(pod_netns(namespace, pod))
+    }));
     for node in &nodes {
         root.child(node).remove()?;
     }
-    root.child("fabric").remove()?;
+    for name in ["fabric", "cluster", "control"] {
+        root.child(name).remove()?;
+    }
     root.remove_if_empty();
     for name in namespaces {
         netns::delete(&name)?;
@@ -104,7 +107,7 @@ fn nodes(layout: &Layout, root: &Cgroup) -> Vec<String> {
 
 /// The network namespaces of the nodes and their pods, and the fabric.
 fn namespaces(layout: &Layout, root: &Cgroup, nodes: &[String]) -> Vec<String> {
-    let mut names = vec![FABRIC.to_owned()];
+    let mut names = vec![FABRIC.to_owned(), CONTROL_NETNS.to_owned()];
     for node in nodes {
         names.push(node_netns(node));
         let mut pods = root.child(node).child("pods").children();

@@ -16,6 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::{
     agent::node_cgroup,
     cgroup,
+    cluster::Places,
     desired::{Desired, PodStatus},
     kubelet::pod_environment,
     launch::{Launch, spawn_in_pod},
@@ -35,9 +36,10 @@ pub(crate) struct Found {
 /// Finds a pod by `NAMESPACE/POD`.
 pub(crate) fn find(layout: &Layout, name: &str) -> Result<Found> {
     preflight::root()?;
-    let state = State::expect(layout)?;
-    let Some(slot) = state.pods.get(name) else {
-        let known: Vec<_> = state.pods.keys().map(String::as_str).collect();
+    State::expect(layout)?;
+    let places = Places::load(layout)?;
+    let Some(slot) = places.pods.get(name) else {
+        let known: Vec<_> = places.pods.keys().map(String::as_str).collect();
         bail!("there is no pod {name}; there are {}", known.join(", "));
     };
     let (namespace, pod) = name
@@ -121,8 +123,8 @@ fn code(status: ExitStatus) -> i32 {
 /// Options of `logs`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct LogsArgs {
-    /// The pod, as NAMESPACE/POD; or a node, for its agent's log.
-    #[arg(value_name = "NAMESPACE/POD|NODE")]
+    /// The pod, as NAMESPACE/POD; a node, for its agent's log; `control` or `cluster`, for the control plane's or the API's.
+    #[arg(value_name = "NAMESPACE/POD|NODE|control|cluster")]
     pub of: String,
     /// Go on with what is added.
     #[arg(long, short)]
@@ -142,7 +144,9 @@ pub struct LogsArgs {
 pub(crate) fn logs(layout: &Layout, args: &LogsArgs) -> Result<()> {
     preflight::root()?;
     let state = State::expect(layout)?;
-    let paths: Vec<PathBuf> = if state.node_names().any(|node| node == args.of) {
+    let paths: Vec<PathBuf> = if ["control", "cluster"].contains(&args.of.as_str()) {
+        vec![layout.log(&args.of)]
+    } else if state.node_names().any(|node| node == args.of) {
         let node = layout.node(&args.of);
         vec![match (args.access, args.kubelet) {
             (true, _) => node.access_log(),

@@ -18,14 +18,6 @@ pub(crate) fn write_atomically(path: &Path, text: &str) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Like [`write_atomically`], but leaves a file alone that says so already, and tells whether it did not.
-pub(crate) fn write_if_changed(path: &Path, text: &str) -> Result<bool> {
-    if fs::read_to_string(path).is_ok_and(|old| old == text) {
-        return Ok(false);
-    }
-    write_atomically(path, text).map(|()| true)
-}
-
 /// Rewrites a file in its place: what is mounted somewhere is the file, not its name.
 pub(crate) fn rewrite_in_place(path: &Path, text: &str) -> Result<()> {
     if fs::read_to_string(path).is_ok_and(|old| old == text) {

@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! STATE/                       default /var/lib/undercurrent/playground
-//!   state.json                 what was allotted to whom
-//!   ca.pem ca-key.pem          the mesh's authority
-//!   mesh.yaml                  what every agent reads
+//!   state.json                 what `up` was asked for
+//!   places.json                where pods run, and their addresses
+//!   kubeconfig                 the way to the API, for people
+//!   api/ cluster.log           what the API keeps
+//!   control/                   the control plane's kubeconfig, control.log
 //!   bin/undercurrent           the binary that `up` was called with
-//!   nodes/node-1/              agent/ (its own) agent.log access.log kubelet.log *.json (process ids)
+//!   nodes/node-1/              agent/ (its own) token root-cert.pem kubeconfig *.log *.json (process ids)
 //!     desired/NS-POD.json      what the kubelet is to run
 //!     pods/NS-POD/             status.json hosts resolv.conf logs/CONTAINER.log
 //! ```
@@ -18,8 +20,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
 /// The namespace of the bridge that joins the nodes.
 pub(crate) const FABRIC: &str = "uc-fabric";
+/// The namespace of the control plane, on the same bridge.
+pub(crate) const CONTROL_NETNS: &str = "uc-control";
 /// The bridge in it.
 pub(crate) const BRIDGE: &str = "br0";
 /// A file name may have 255 bytes; a namespace's name is one.
@@ -38,14 +44,23 @@ impl Layout {
     pub fn state(&self) -> PathBuf {
         self.root.join("state.json")
     }
-    pub fn ca_cert(&self) -> PathBuf {
-        self.root.join("ca.pem")
+    pub fn places(&self) -> PathBuf {
+        self.root.join("places.json")
     }
-    pub fn ca_key(&self) -> PathBuf {
-        self.root.join("ca-key.pem")
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.root.join("kubeconfig")
     }
-    pub fn mesh(&self) -> PathBuf {
-        self.root.join("mesh.yaml")
+    pub fn api(&self) -> PathBuf {
+        self.root.join("api")
+    }
+    pub fn control(&self) -> PathBuf {
+        self.root.join("control")
+    }
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.root.join(format!("{name}.log"))
+    }
+    pub fn process(&self, name: &str) -> PathBuf {
+        self.root.join(format!("{name}.json"))
     }
     pub fn binary(&self) -> PathBuf {
         self.root.join("bin/undercurrent")
@@ -69,6 +84,15 @@ impl NodeLayout {
     }
     pub fn agent_socket(&self) -> PathBuf {
         self.agent_state().join("agent.sock")
+    }
+    pub fn token(&self) -> PathBuf {
+        self.root.join("token")
+    }
+    pub fn roots(&self) -> PathBuf {
+        self.root.join("root-cert.pem")
+    }
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.root.join("kubeconfig")
     }
     pub fn agent_log(&self) -> PathBuf {
         self.root.join("agent.log")
@@ -178,13 +202,17 @@ pub(crate) fn pod_addresses(node: u8, host: u8) -> [IpAddr; 2] {
     ]
 }
 
-/// A service's address of each IP version.
-pub(crate) fn service_addresses(number: u16) -> [IpAddr; 2] {
-    let [high, low] = number.to_be_bytes();
-    [
-        Ipv4Addr::new(10, 96, high, low).into(),
-        Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number).into(),
+/// The addresses of services.
+pub(crate) fn service_networks() -> Vec<IpNet> {
+    vec![
+        Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16).into(),
+        Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0), 112).into(),
     ]
+}
+
+/// The control plane's addresses on the fabric.
+pub(crate) fn control_addresses() -> [IpAddr; 2] {
+    node_addresses(254)
 }
 
 #[cfg(test)]

@@ -1,28 +1,33 @@
 //! A whole mesh on one machine: nodes and pods as network namespaces, from Kubernetes YAML.
 //!
 //! ```text
-//! up ──writes──> mesh.yaml ──> agents (undercurrent node), one per node
-//!    ──writes──> desired/*.json ──> kubelets (hidden subcommand), one per node ──> pods
+//! up ── starts ──> cluster (API, scheduler, controllers), control plane, agents and kubelets, one of each per node
+//!    ── applies ─> manifests, by the API, as kubectl would; and waits until they are in force
+//! cluster ── desired/*.json ──> kubelets (hidden subcommand) ── undercurrent cni ──> agents;  status.json ──> the API
 //! status, exec, logs, capture-packets: read what these wrote, enter where they are
 //! down: removes all of it, from any state
 //! ```
 //! For developers and tests: it calls `ip`, `nft` and `tcpdump` and says so where they are missing. A pod is a network,
 //! process, mount, host-name and IPC namespace, with the capabilities that a mesh must expect of a hostile one. What it
-//! does not do: images, volumes, resource limits, controllers. It knows the agents only through their command line,
-//! their socket and their logs.
+//! does not do: images, volumes, resource limits, and controllers for other kinds than Deployment and ReplicaSet. It knows
+//! the agents and the control plane only through their command lines, their sockets and their logs.
 //!
 //! Invariants: nothing runs, is mounted or is pinned after `down`; no process is ended that is not ours (by id and start
 //! time, or by its cgroup); a pod's containers do not start before its node's agent agreed.
 
 mod agent;
+mod apply;
 mod capabilities;
 mod cgroup;
+mod cluster;
+mod control;
 mod demo;
 mod desired;
 mod down;
 mod exec;
 mod files;
 mod hosts;
+mod in_force;
 mod kubelet;
 mod launch;
 mod layout;
@@ -42,7 +47,7 @@ mod up;
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use nix::sys::signal::Signal;
 
@@ -80,6 +85,8 @@ enum Command {
     Demo(DemoArgs),
     /// What runs: nodes, agents, pods, who is in the mesh with which identity, and what the guard dropped.
     Status(StatusArgs),
+    /// Print a kubeconfig for the playground's API, for kubectl and other clients.
+    Kubeconfig,
     /// Run a program in a pod; the exit code is the program's.
     Exec(ExecArgs),
     /// What a pod's containers wrote; or, for a node, its agent.
@@ -101,6 +108,12 @@ enum Command {
         /// The node.
         node: String,
     },
+    /// End the control plane as a crash would (SIGKILL): the mesh goes on with what it knows.
+    KillControl,
+    /// Start the control plane that was ended, and wait until it is ready.
+    StartControl,
+    #[command(hide = true)]
+    Cluster(cluster::ClusterArgs),
     #[command(hide = true)]
     Launch(launch::LaunchArgs),
     #[command(hide = true)]
@@ -117,6 +130,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Down => down::run(&layout),
         Command::Demo(demo) => demo::run(&layout, &demo),
         Command::Status(status) => status::run(&layout, &status),
+        Command::Kubeconfig => kubeconfig(&layout),
         Command::Exec(exec) => std::process::exit(exec::run(&layout, &exec)?),
         Command::Logs(logs) => exec::logs(&layout, &logs),
         Command::CapturePackets(packets) => exec::capture_packets(&layout, &packets),
@@ -133,13 +147,42 @@ pub fn run(args: Args) -> Result<()> {
             agent::stop(&layout, &node, Signal::SIGTERM, AGENT_TIME)?;
             start_agent(&layout, &node)
         }
+        Command::KillControl => {
+            with_control(&layout)?;
+            if !control::stop(&layout)? {
+                bail!("the control plane does not run");
+            }
+            Ok(())
+        }
+        Command::StartControl => {
+            with_control(&layout)?;
+            control::start(&layout)?;
+            control::wait_ready(&layout, AGENT_TIME)
+        }
+        Command::Cluster(cluster) => cluster::run(&cluster),
         Command::Launch(launch) => launch::run(&launch),
         Command::Pause(pause) => pause::run(&pause),
         Command::Kubelet(kubelet) => kubelet::run(&kubelet),
     }
 }
 
+fn kubeconfig(layout: &Layout) -> Result<()> {
+    use std::io::Write;
+    State::expect(layout)?;
+    let path = layout.kubeconfig();
+    let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    std::io::stdout().write_all(&text).context("cannot write it")
+}
+
 const AGENT_TIME: Duration = Duration::from_secs(30);
+
+fn with_control(layout: &Layout) -> Result<()> {
+    preflight::root()?;
+    if State::expect(layout)?.capture == "none" {
+        bail!("there is no control plane: the playground is up without capture");
+    }
+    Ok(())
+}
 
 fn known_node(layout: &Layout, node: &str) -> Result<State> {
     preflight::root()?;

@@ -13,7 +13,7 @@ use std::{fmt::Write, net::IpAddr};
 use anyhow::Result;
 
 use crate::{
-    layout::{BRIDGE, FABRIC, node_addresses, node_name, node_netns, pod_networks},
+    layout::{BRIDGE, CONTROL_NETNS, FABRIC, control_addresses, node_addresses, node_name, node_netns, pod_networks},
     netns,
 };
 
@@ -30,6 +30,14 @@ pub(crate) fn ensure_nodes(count: u8) -> Result<()> {
             &format!("link add {BRIDGE} type bridge\nlink set {BRIDGE} up\n"),
         )?;
     }
+    if fresh_fabric {
+        netns::delete(CONTROL_NETNS)?;
+    }
+    if netns::create(CONTROL_NETNS)? {
+        netns::sysctl(CONTROL_NETNS, NODE_SYSCTLS)?;
+        netns::batch(Some(FABRIC), &link_plan("control", CONTROL_NETNS))?;
+        netns::batch(Some(CONTROL_NETNS), &address_plan(control_addresses()))?;
+    }
     for index in 1..=count {
         let name = node_netns(&node_name(index));
         if fresh_fabric {
@@ -38,8 +46,8 @@ pub(crate) fn ensure_nodes(count: u8) -> Result<()> {
         }
         if netns::create(&name)? {
             netns::sysctl(&name, NODE_SYSCTLS)?;
-            netns::batch(Some(FABRIC), &fabric_plan(index))?;
-            netns::batch(Some(&name), &node_plan(index))?;
+            netns::batch(Some(FABRIC), &link_plan(&node_name(index), &name))?;
+            netns::batch(Some(&name), &address_plan(node_addresses(index)))?;
         }
         netns::batch(Some(&name), &route_plan(index, count))?;
     }
@@ -67,17 +75,16 @@ pub(crate) const POD_SYSCTLS: &[(&str, &str)] = &[
     ("net/ipv4/ping_group_range", "0 2147483647"),
 ];
 
-fn fabric_plan(index: u8) -> String {
-    let (node, netns) = (node_name(index), node_netns(&node_name(index)));
+/// A link from the bridge into a namespace, run in the fabric's.
+fn link_plan(link: &str, netns: &str) -> String {
     format!(
-        "link add {node} type veth peer name eth0 netns {netns}\n\
-         link set {node} master {BRIDGE}\n\
-         link set {node} up\n"
+        "link add {link} type veth peer name eth0 netns {netns}\n\
+         link set {link} master {BRIDGE}\n\
+         link set {link} up\n"
     )
 }
 
-fn node_plan(index: u8) -> String {
-    let [v4, v6] = node_addresses(index);
+fn address_plan([v4, v6]: [IpAddr; 2]) -> String {
     format!("link set eth0 up\naddr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n")
 }
 

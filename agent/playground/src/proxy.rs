@@ -11,46 +11,29 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use k8s::{IntOrString, Objects, Service};
 
 use crate::{
     layout::{node_name, node_netns},
     netns, preflight,
-    state::{PodSlot, State, key},
 };
 
-/// The pods behind a service.
-pub(crate) fn endpoints<'a>(state: &State, objects: &'a Objects, service: &Service) -> Vec<(&'a k8s::Pod, PodSlot)> {
-    let selector = &service.spec.selector;
-    let selected = objects.pods.iter().map(|(_, pod)| pod).filter(|pod| {
-        !selector.is_empty()
-            && pod.metadata.namespace == service.metadata.namespace
-            && selector
-                .iter()
-                .all(|(name, value)| pod.metadata.labels.get(name) == Some(value))
-    });
-    selected
-        .filter_map(|pod| Some((pod, *state.pods.get(&key(&pod.metadata))?)))
-        .collect()
+/// A port of a service's address, and where that leads.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Route {
+    /// `namespace/name`.
+    pub service: String,
+    pub vip: IpAddr,
+    /// `tcp`, `udp` or `sctp`.
+    pub protocol: String,
+    pub port: u16,
+    pub targets: Vec<(IpAddr, u16)>,
 }
 
 /// The rules for every service with an address. The same on every node.
-pub(crate) fn rules(state: &State, objects: &Objects) -> String {
+pub(crate) fn rules(routes: &[Route]) -> String {
     let mut rules = String::new();
-    for (_, service) in &objects.services {
-        let endpoints = endpoints(state, objects, service);
-        for vip in state.vips(service) {
-            for port in &service.spec.ports {
-                let targets: Vec<_> = endpoints
-                    .iter()
-                    .filter_map(|(pod, slot)| target(pod, *slot, port, vip))
-                    .collect();
-                if !targets.is_empty() {
-                    let name = key(&service.metadata);
-                    rule(&mut rules, vip, port, &targets, &name).expect("writing to a String does not fail");
-                }
-            }
-        }
+    for route in routes.iter().filter(|route| !route.targets.is_empty()) {
+        rule(&mut rules, route).expect("writing to a String does not fail");
     }
     let mut table = "table inet undercurrent_services\ndelete table inet undercurrent_services\n".to_owned();
     if !rules.is_empty() {
@@ -65,34 +48,15 @@ pub(crate) fn rules(state: &State, objects: &Objects) -> String {
     table
 }
 
-fn target(pod: &k8s::Pod, slot: PodSlot, port: &k8s::ServicePort, vip: IpAddr) -> Option<(IpAddr, u16)> {
-    let number = match &port.target_port {
-        None => port.port,
-        Some(IntOrString::Number(number)) => *number,
-        Some(IntOrString::Name(name)) => pod.named_port(name)?,
-    };
-    let address = slot
-        .addresses()
-        .into_iter()
-        .find(|address| address.is_ipv4() == vip.is_ipv4())?;
-    Some((address, number))
-}
-
-fn rule(
-    rules: &mut String,
-    vip: IpAddr,
-    port: &k8s::ServicePort,
-    targets: &[(IpAddr, u16)],
-    name: &str,
-) -> std::fmt::Result {
+fn rule(rules: &mut String, route: &Route) -> std::fmt::Result {
+    let (vip, protocol, targets) = (route.vip, &route.protocol, &route.targets);
     let family = if vip.is_ipv4() { "ip" } else { "ip6" };
-    let protocol = port.protocol.to_ascii_lowercase();
     write!(
         rules,
         "  {family} daddr {vip} {protocol} dport {} dnat {family} to ",
-        port.port
+        route.port
     )?;
-    if let [(address, number)] = targets {
+    if let [(address, number)] = targets.as_slice() {
         match address {
             IpAddr::V4(v4) => write!(rules, "{v4}:{number}")?,
             IpAddr::V6(v6) => write!(rules, "[{v6}]:{number}")?,
@@ -105,7 +69,7 @@ fn rule(
         }
         write!(rules, " }}")?;
     }
-    writeln!(rules, " comment \"{name}\"")
+    writeln!(rules, " comment \"{}\"", route.service)
 }
 
 /// Puts the rules in place of the ones before, in one step.

@@ -1,92 +1,150 @@
-//! Waiting for the pods: until all are ready, or it is clear that they will not be, and why.
+//! Waiting until what the API says is so: until all pods are ready, or it is clear that they will not be, and why; and
+//! until everybody who routes has learned of it.
 
-use std::{
-    fs,
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod, discovery::v1::EndpointSlice};
+use kube::{Api, Client, api::ListParams};
+use tokio::time::{Instant, sleep};
 
 use crate::{
-    desired::{Desired, Phase, PodStatus},
+    cluster::{addresses, is_own, is_ready},
+    desired::PodStatus,
     layout::{Layout, pod_id},
     process::{Process, last_lines},
     progress::Progress,
-    state::{State, key},
+    state::State,
 };
 
+const LOOK_EVERY: Duration = Duration::from_millis(40);
+
 /// Waits until every pod is ready and the ones that are no longer wanted are gone; else says which is not, and why.
-pub(crate) fn wait_for_pods(
+/// Returns how many there are.
+pub(crate) async fn wait_for_pods(
     layout: &Layout,
     state: &State,
-    desired: &[(String, Desired)],
+    client: &Client,
     progress: &Progress,
     at_most: Duration,
-) -> Result<()> {
+) -> Result<usize> {
     let deadline = Instant::now() + at_most;
     loop {
-        let status = |node: &str, desired: &Desired| PodStatus::read(&layout.node(node).pod(&desired.id()));
-        let ready =
-            |node: &str, desired: &Desired| status(node, desired).is_some_and(|status| status.is_ready(desired));
-        let pending: Vec<_> = desired.iter().filter(|(node, desired)| !ready(node, desired)).collect();
-        let leaving = leaving(layout, state, desired);
-        if pending.is_empty() && leaving.is_empty() {
-            return Ok(());
+        let pods = list::<Pod>(client).await?;
+        let pods: Vec<_> = pods.into_iter().filter(|pod| !is_own(pod)).collect();
+        let mut pending: Vec<_> = pods.iter().filter(|pod| !is_settled(pod)).map(key).collect();
+        for deployment in list::<Deployment>(client).await? {
+            if let Some(why) = unfinished(&deployment) {
+                pending.push(why);
+            }
         }
-        let names: Vec<_> = pending
-            .iter()
-            .map(|(_, desired)| key(&desired.pod.metadata))
-            .chain(leaving.iter().cloned())
-            .collect();
-        progress.detail(&format!(
-            "{} of {} ready, waiting for {}",
-            desired.len() - pending.len(),
-            desired.len(),
-            names.join(", ")
-        ));
-        let failed = pending
-            .iter()
-            .any(|(node, desired)| status(node, desired).is_some_and(|status| status.phase == Phase::Failed));
+        if pending.is_empty() && are_served(client, &pods).await? {
+            return Ok(pods.len());
+        }
+        let waits_for = match pending.is_empty() {
+            true => "the services' endpoints".to_owned(),
+            false => pending.join(", "),
+        };
+        let settled = pods.iter().filter(|pod| is_settled(pod)).count();
+        progress.detail(&format!("{settled} of {} ready, waiting for {waits_for}", pods.len()));
+        let failed = pods.iter().any(|pod| phase(pod) == "Failed");
         if failed || Instant::now() > deadline {
-            let mut why = String::new();
-            for (node, desired) in &pending {
-                why.push_str(&explain(layout, node, desired));
-            }
-            for name in leaving {
-                why.push_str(&format!("\n  {name} is no longer wanted and does not end"));
-            }
-            bail!("not everything is ready:{why}");
+            let unsettled = pods.iter().filter(|pod| !is_settled(pod));
+            let why: String = unsettled.map(|pod| explain(layout, pod)).collect();
+            bail!("not everything is ready: {waits_for}{why}");
         }
+        still_runs("cluster", &layout.process("cluster"), &layout.log("cluster"))?;
         for node in state.node_names() {
             let files = layout.node(&node);
-            if !Process::read(&files.process("kubelet")).is_some_and(|process| process.is_alive()) {
-                bail!("the kubelet of {node} ended:\n{}", last_lines(&files.kubelet_log(), 15));
-            }
+            still_runs(
+                &format!("kubelet of {node}"),
+                &files.process("kubelet"),
+                &files.kubelet_log(),
+            )?;
         }
-        sleep(Duration::from_millis(30));
+        sleep(LOOK_EVERY).await;
     }
 }
 
-/// The pods that still are and are no longer wanted.
-fn leaving(layout: &Layout, state: &State, desired: &[(String, Desired)]) -> Vec<String> {
-    let mut leaving = Vec::new();
-    for node in state.node_names() {
-        let wanted = |id: &str| desired.iter().any(|(of, desired)| *of == node && desired.id() == id);
-        let entries = fs::read_dir(layout.node(&node).root.join("pods"))
-            .into_iter()
-            .flatten()
-            .flatten();
-        let ids = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        leaving.extend(ids.filter(|id| !wanted(id)));
+fn still_runs(what: &str, record: &std::path::Path, log: &std::path::Path) -> Result<()> {
+    if Process::read(record).is_some_and(|process| process.is_alive()) {
+        return Ok(());
     }
-    leaving
+    bail!("the {what} ended:\n{}", last_lines(log, 15))
 }
 
-fn explain(layout: &Layout, node: &str, desired: &Desired) -> String {
-    let metadata = &desired.pod.metadata;
-    let files = layout.node(node).pod(&pod_id(&metadata.namespace, &metadata.name));
-    let mut text = format!("\n  {} on {node}: ", key(metadata));
+async fn list<K>(client: &Client) -> Result<Vec<K>>
+where
+    K: kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug,
+{
+    let found = Api::<K>::all(client.clone()).list(&ListParams::default()).await;
+    Ok(found.with_context(|| format!("cannot list {}", K::plural(&())))?.items)
+}
+
+fn key(pod: &Pod) -> String {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    let leaves = if pod.metadata.deletion_timestamp.is_some() {
+        " (to end)"
+    } else {
+        ""
+    };
+    format!("{}/{}{leaves}", text(&pod.metadata.namespace), text(&pod.metadata.name))
+}
+
+fn phase(pod: &Pod) -> &str {
+    let status = pod.status.as_ref();
+    status.and_then(|status| status.phase.as_deref()).unwrap_or_default()
+}
+
+/// Ready, or done; and not on its way out.
+fn is_settled(pod: &Pod) -> bool {
+    pod.metadata.deletion_timestamp.is_none() && (is_ready(pod) || phase(pod) == "Succeeded")
+}
+
+fn unfinished(deployment: &Deployment) -> Option<String> {
+    let status = deployment.status.clone().unwrap_or_default();
+    let wanted = deployment.spec.replicas.unwrap_or(1);
+    let counts = [status.replicas, status.updated_replicas, status.ready_replicas];
+    let is_done = status.observed_generation >= deployment.metadata.generation
+        && counts.iter().all(|count| count.unwrap_or(0) == wanted);
+    (!is_done).then(|| format!("Deployment {}", deployment.metadata.name.as_deref().unwrap_or_default()))
+}
+
+/// Whether the EndpointSlices say of every pod that is in one what the pod itself says. Names and rules are written before
+/// them.
+async fn are_served(client: &Client, pods: &[Pod]) -> Result<bool> {
+    let slices = list::<EndpointSlice>(client).await?;
+    let endpoints = || slices.iter().flat_map(|slice| slice.endpoints.iter().flatten());
+    let of = |pod: &Pod| {
+        let uid = pod.metadata.uid.clone();
+        endpoints().filter(move |endpoint| endpoint.target_ref.as_ref().is_some_and(|target| target.uid == uid))
+    };
+    let agree = |pod: &Pod| {
+        let mut of = of(pod).map(|endpoint| endpoint.conditions.as_ref().and_then(|conditions| conditions.serving));
+        addresses(pod).is_empty() || of.all(|serving| serving == Some(is_ready(pod)))
+    };
+    let known: Vec<_> = pods.iter().map(|pod| pod.metadata.uid.as_deref()).collect();
+    let stale = endpoints().any(|endpoint| {
+        let target = endpoint
+            .target_ref
+            .as_ref()
+            .filter(|target| target.kind.as_deref() == Some("Pod"));
+        target.is_some_and(|target| !known.contains(&target.uid.as_deref()))
+    });
+    Ok(!stale && pods.iter().all(agree))
+}
+
+fn explain(layout: &Layout, pod: &Pod) -> String {
+    let node = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.node_name.as_deref())
+        .unwrap_or("no node");
+    let mut text = format!("\n  {} on {node}: ", key(pod));
+    let (namespace, name) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref());
+    let files = layout
+        .node(node)
+        .pod(&pod_id(namespace.unwrap_or_default(), name.unwrap_or_default()));
     match PodStatus::read(&files) {
         None => text.push_str("the kubelet did not begin with it"),
         Some(status) => {

@@ -1,39 +1,35 @@
 //! `up`: makes what the manifests say, and only what is not so already.
 //!
 //! ```text
-//! manifests ─ k8s ─> allot places ─> mesh.yaml, authority ─> fabric and nodes ─> agents ─> kubelets ─> pods ─> ready
+//! fabric and nodes ─> cluster (API) ─> control plane ─> agents ─> kubelets ─> manifests applied ─> pods ready ─> in force
 //! ```
 //! Every step is idempotent, so a second `up` converges, after a change of the manifests as after a crash.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     env, fs,
     io::{IsTerminal, stderr},
-    net::IpAddr,
+    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
-use k8s::{Effect, Finding, Objects, PodPlace};
+use k8s::{Effect, Finding};
 use owo_colors::OwoColorize;
-use serde::Serialize;
 
 use crate::{
-    agent,
-    desired::{Desired, Phase, PodStatus},
-    files::{rewrite_in_place, write_if_changed},
-    hosts::{Name, hosts, resolv_conf},
+    agent, apply, cgroup, cluster, control,
+    desired::{Phase, PodStatus},
+    in_force,
     launch::Launch,
     layout::{Layout, node_name, node_netns},
     manifests,
     network::ensure_nodes,
     owner, preflight,
-    process::{Process, spawn_detached},
+    process::{Process, last_lines, spawn_detached},
     progress::Progress,
-    proxy,
-    ready::wait_for_pods,
-    state::{State, key},
+    ready,
+    state::State,
 };
 
 /// Options of `up`.
@@ -61,19 +57,16 @@ pub(crate) fn run(layout: &Layout, args: &UpArgs) -> Result<()> {
     let _held = owner::hold(layout)?;
     let mut progress = Progress::new();
     progress.step("reading the manifests");
-    let mut objects = manifests::read(&args.manifests)?;
+    let manifests = manifests::read(&args.manifests)?;
     let mut state = settle(layout, args)?;
-    let refused = state.allot(&mut objects)?;
-    let mesh = k8s::translate(&objects, &context(&state, &objects));
-    report(&progress, &objects, &mesh.findings, &refused);
-    if objects.pods.is_empty() && objects.findings.iter().any(|finding| finding.effect >= Effect::Refused) {
-        bail!("{}: no pod is left to run", args.manifests.display());
+    report(&progress, &manifests.objects.findings);
+    if manifests.documents.is_empty() {
+        bail!("{}: there is no object to apply", args.manifests.display());
     }
     state.mounted_bpffs |= state.capture != "none" && mount_bpffs()?;
     // Before anything is made: `down` goes by it.
+    make_private(layout)?;
     state.save(layout)?;
-    write_authority(layout, &mesh.settings.trust_domain)?;
-    write_mesh(layout, &mesh)?;
     install_binary(layout)?;
 
     progress.step(&format!(
@@ -81,27 +74,126 @@ pub(crate) fn run(layout: &Layout, args: &UpArgs) -> Result<()> {
         count(state.nodes.into(), "node")
     ));
     ensure_nodes(state.nodes)?;
-    let names = names(&state, &objects);
-    for index in 1..=state.nodes {
-        proxy::apply(index, &proxy::rules(&state, &objects))?;
-    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start a runtime")?;
+    let patience = Duration::from_secs(args.timeout);
+    progress.step("the API");
+    start_cluster(layout)?;
+    let client = runtime.block_on(wait_for_api(layout, patience))?;
     if state.capture != "none" {
+        progress.step("the control plane");
+        wait_for_file(layout, &layout.control().join("kubeconfig"), patience)?;
+        control::start(layout)?;
+        control::wait_ready(layout, patience)?;
         progress.step("the nodes' agents");
         for node in state.node_names() {
+            let files = layout.node(&node);
+            for file in [files.token(), files.kubeconfig(), files.roots()] {
+                wait_for_file(layout, &file, patience)?;
+            }
             agent::start(layout, &state, &node)?;
         }
         for node in state.node_names() {
-            agent::wait_ready(layout, &node, Duration::from_secs(args.timeout))?;
+            agent::wait_ready(layout, &node, patience)?;
         }
     }
-    progress.step(&count(objects.pods.len(), "pod"));
-    let desired = write_desired(layout, &state, &objects, &names)?;
     for index in 1..=state.nodes {
         start_kubelet(layout, &state, index)?;
     }
-    wait_for_pods(layout, &state, &desired, &progress, Duration::from_secs(args.timeout))?;
+    progress.step(&count(manifests.documents.len(), "object"));
+    let applied = runtime.block_on(apply::apply(&client, &manifests.documents, &state.applied, patience));
+    let applied = applied.or_else(|error| cluster_runs(layout).and(Err(error)))?;
+    for refused in &applied.refused {
+        progress.say(&format!("refused: {refused}"));
+    }
+    if applied.applied.is_empty() {
+        bail!("{}: no object was taken", args.manifests.display());
+    }
+    state.applied = applied.applied;
+    state.save(layout)?;
+    progress.step("the pods");
+    let pods = runtime.block_on(ready::wait_for_pods(layout, &state, &client, &progress, patience));
+    let pods = pods.or_else(|error| cluster_runs(layout).and(Err(error)))?;
+    if state.capture != "none" {
+        progress.step("until every agent knows");
+        in_force::wait(&runtime, layout, &state, &client, patience)?;
+    }
     progress.done();
-    eprintln!("{}", done(&state, desired.len()));
+    eprintln!("{}", done(&state, pods));
+    Ok(())
+}
+
+/// Tokens and keys are in it.
+fn make_private(layout: &Layout) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::create_dir_all(&layout.root)
+        .and_then(|()| fs::set_permissions(&layout.root, fs::Permissions::from_mode(0o700)))
+        .with_context(|| format!("cannot make {}", layout.root.display()))
+}
+
+/// Starts the process with the API and the controllers, if it does not run.
+fn start_cluster(layout: &Layout) -> Result<()> {
+    let record = layout.process("cluster");
+    if Process::read(&record).is_some_and(|process| process.is_alive()) {
+        return Ok(());
+    }
+    let cgroup = cgroup::root()?.child("cluster");
+    cgroup.kill()?;
+    cgroup.create()?;
+    let words = [
+        layout.binary().to_string_lossy().into_owned(),
+        "playground".to_owned(),
+        "cluster".to_owned(),
+        format!("--state-directory={}", layout.root.display()),
+    ];
+    let mut launch = Launch::new(&cgroup.0);
+    launch.session = true;
+    let command = launch.command(&layout.binary(), &words);
+    let log = layout.log("cluster");
+    spawn_detached(command, &log, &log)?.write(&record)
+}
+
+async fn wait_for_api(layout: &Layout, at_most: Duration) -> Result<kube::Client> {
+    let deadline = Instant::now() + at_most;
+    loop {
+        let answered = async {
+            let client = cluster::client(layout).await?;
+            client.apiserver_version().await.context("the API does not answer")?;
+            anyhow::Ok(client)
+        };
+        let error = match answered.await {
+            Ok(client) => return Ok(client),
+            Err(error) => error,
+        };
+        cluster_runs(layout)?;
+        if Instant::now() > deadline {
+            return Err(error);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn cluster_runs(layout: &Layout) -> Result<()> {
+    if Process::read(&layout.process("cluster")).is_some_and(|process| process.is_alive()) {
+        return Ok(());
+    }
+    bail!("the API ended:\n{}", last_lines(&layout.log("cluster"), 15))
+}
+
+/// Waits for a file that the cluster's process writes.
+fn wait_for_file(layout: &Layout, path: &Path, at_most: Duration) -> Result<()> {
+    let deadline = Instant::now() + at_most;
+    while !path.exists() {
+        cluster_runs(layout)?;
+        if Instant::now() > deadline {
+            bail!(
+                "{} is not there yet:\n{}",
+                path.display(),
+                last_lines(&layout.log("cluster"), 15)
+            );
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
     Ok(())
 }
 
@@ -130,6 +222,9 @@ fn settle(layout: &Layout, args: &UpArgs) -> Result<State> {
         access_log: "text".to_owned(),
         ..State::default()
     });
+    if state.api_port == 0 {
+        state.api_port = free_port()?;
+    }
     if let Some(nodes) = args.nodes {
         if was_up && nodes < state.nodes {
             bail!(
@@ -158,28 +253,8 @@ fn settle(layout: &Layout, args: &UpArgs) -> Result<State> {
     Ok(state)
 }
 
-fn context(state: &State, objects: &Objects) -> k8s::Context {
-    let split = |name: &str| name.split_once('/').map(|(a, b)| (a.to_owned(), b.to_owned()));
-    let pods = state.pods.iter().filter_map(|(name, slot)| {
-        let place = PodPlace {
-            node: node_name(slot.node),
-            addresses: slot.addresses().to_vec(),
-        };
-        Some((split(name)?, place))
-    });
-    let vips = objects
-        .services
-        .iter()
-        .filter_map(|(_, service)| Some((split(&key(&service.metadata))?, state.vips(service))));
-    k8s::Context {
-        pods: pods.collect(),
-        vips: vips.collect(),
-        ..k8s::Context::default()
-    }
-}
-
-fn report(progress: &Progress, objects: &Objects, findings: &[Finding], refused: &[String]) {
-    for finding in objects.findings.iter().chain(findings) {
+fn report(progress: &Progress, findings: &[Finding]) {
+    for finding in findings {
         let text = finding.to_string();
         let colour = stderr().is_terminal();
         progress.say(&match finding.effect {
@@ -189,44 +264,15 @@ fn report(progress: &Progress, objects: &Objects, findings: &[Finding], refused:
             _ => text.red().to_string(),
         });
     }
-    for text in refused {
-        progress.say(&format!("refused: {text}"));
-    }
 }
 
-#[derive(Serialize)]
-struct StaticFile<'a> {
-    settings: &'a model::MeshSettings,
-    workloads: &'a [model::Workload],
-    services: &'a [model::Service],
-    policies: &'a [model::Policy],
-}
-
-fn write_mesh(layout: &Layout, mesh: &k8s::Mesh) -> Result<()> {
-    let file = StaticFile {
-        settings: &mesh.settings,
-        workloads: &mesh.workloads,
-        services: &mesh.services,
-        policies: &mesh.policies,
-    };
-    write_if_changed(&layout.mesh(), &serde_yaml_ng::to_string(&file)?).map(drop)
-}
-
-fn write_authority(layout: &Layout, trust_domain: &model::TrustDomain) -> Result<()> {
-    use std::{io::Write, os::unix::fs::OpenOptionsExt};
-    if layout.ca_cert().exists() && layout.ca_key().exists() {
-        return Ok(());
-    }
-    let (certificate, key) = identity::generate_root(trust_domain).context("cannot make the mesh's authority")?;
-    let _ = fs::remove_file(layout.ca_key());
-    let file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(layout.ca_key());
-    file.and_then(|mut file| file.write_all(key.as_bytes()))
-        .context("cannot write the authority's key")?;
-    write_if_changed(&layout.ca_cert(), &certificate).map(drop)
+/// Kubernetes' own port, if nobody has it.
+fn free_port() -> Result<u16> {
+    let listen = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+    let listener = listen(cluster::API_PORT)
+        .or_else(|_| listen(0))
+        .context("no port is free on loopback")?;
+    Ok(listener.local_addr()?.port())
 }
 
 /// A copy, so that building anew does not pull the binary away from what runs.
@@ -259,76 +305,6 @@ fn mount_bpffs() -> Result<bool> {
 pub(crate) fn bpffs_is_mounted() -> bool {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     mounts.lines().any(|line| line.contains(" /sys/fs/bpf bpf "))
-}
-
-/// The services' names, and where each leads.
-fn names(state: &State, objects: &Objects) -> Vec<Name> {
-    let services = objects.services.iter().map(|(_, service)| {
-        let mut addresses = state.vips(service);
-        if service.is_headless() {
-            addresses = proxy::endpoints(state, objects, service)
-                .into_iter()
-                .flat_map(|(_, slot)| slot.addresses())
-                .collect();
-            let families = service.families();
-            let of = |address: &IpAddr| {
-                if address.is_ipv4() {
-                    k8s::IpFamily::IPv4
-                } else {
-                    k8s::IpFamily::IPv6
-                }
-            };
-            addresses.retain(|address| families.contains(&of(address)));
-        }
-        Name {
-            namespace: service.metadata.namespace.clone(),
-            name: service.metadata.name.clone(),
-            addresses,
-        }
-    });
-    services.collect()
-}
-
-/// Tells the kubelets what to run; returns it by node.
-fn write_desired(layout: &Layout, state: &State, objects: &Objects, names: &[Name]) -> Result<Vec<(String, Desired)>> {
-    let mut all = Vec::new();
-    let mut wanted: BTreeMap<String, BTreeSet<String>> =
-        state.node_names().map(|node| (node, BTreeSet::new())).collect();
-    for (_, pod) in &objects.pods {
-        let Some(slot) = state.pods.get(&key(&pod.metadata)) else {
-            continue;
-        };
-        let node = node_name(slot.node);
-        let files = layout.node(&node);
-        let desired = Desired {
-            pod: pod.clone(),
-            addresses: slot.addresses().to_vec(),
-            path: state.path.clone(),
-        };
-        let (namespace, id) = (&pod.metadata.namespace, desired.id());
-        let hostname = pod.spec.hostname.as_deref().unwrap_or(&pod.metadata.name);
-        rewrite_in_place(
-            &files.pod(&id).hosts(),
-            &hosts(namespace, hostname, &desired.addresses, names),
-        )?;
-        rewrite_in_place(&files.pod(&id).resolv_conf(), &resolv_conf(namespace))?;
-        wanted.entry(node.clone()).or_default().insert(format!("{id}.json"));
-        all.push((node, desired));
-    }
-    // A pod that moves must be gone from its old node before the new one announces its name.
-    for (node, keep) in wanted {
-        let files = layout.node(&node);
-        fs::create_dir_all(files.desired()).with_context(|| format!("cannot create {}", files.desired().display()))?;
-        for entry in fs::read_dir(files.desired())?.flatten() {
-            if !keep.contains(&*entry.file_name().to_string_lossy()) {
-                fs::remove_file(entry.path())?;
-            }
-        }
-    }
-    for (node, desired) in &all {
-        desired.write(&layout.node(node))?;
-    }
-    Ok(all)
 }
 
 fn start_kubelet(layout: &Layout, state: &State, index: u8) -> Result<()> {

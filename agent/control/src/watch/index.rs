@@ -1,7 +1,7 @@
 //! The thread that the index lives on: takes all steps that wait, applies them as one, hands on what follows.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     sync::Arc,
     thread,
@@ -10,7 +10,7 @@ use std::{
 use k8s::{Finding, ObjectRef, live::Kind};
 use tokio::sync::mpsc;
 
-use super::Message;
+use super::{Health, Message, Tally};
 use crate::{
     index::{Config, Index, ObjectChange, Settings},
     resources::{Change, Type},
@@ -56,14 +56,14 @@ impl Indexing {
         self.config.root_namespace.clone()
     }
 
-    pub(super) fn start(self, from: mpsc::Receiver<Message>) -> io::Result<()> {
+    pub(super) fn start(self, from: mpsc::Receiver<(Kind, Tally, Message)>, health: Health) -> io::Result<()> {
         thread::Builder::new()
             .name("index".into())
-            .spawn(move || self.run(from))?;
+            .spawn(move || self.run(from, &health))?;
         Ok(())
     }
 
-    fn run(self, mut from: mpsc::Receiver<Message>) {
+    fn run(self, mut from: mpsc::Receiver<(Kind, Tally, Message)>, health: &Health) {
         let Self { config, mut sink } = self;
         let mut index = Index::new(config);
         let mut start = Some(Start::default());
@@ -71,7 +71,9 @@ impl Indexing {
         while from.blocking_recv_many(&mut batch, BATCH) > 0 {
             let mut changes: Vec<ObjectChange> = Vec::with_capacity(batch.len());
             let mut step = Step::default();
-            for message in batch.drain(..) {
+            let mut tallies = BTreeMap::new();
+            for (kind, tally, message) in batch.drain(..) {
+                tallies.insert(kind, tally);
                 match message {
                     Message::Change(change, seen) => {
                         changes.push(*change);
@@ -94,10 +96,14 @@ impl Indexing {
                 }
                 step = start.take().unwrap_or_default().all();
                 tracing::info!(resources = step.changes.len(), "everything has been listed; serving");
-            } else if step.changes.is_empty() && step.findings.is_empty() && step.seen.is_empty() {
-                continue;
             }
-            sink.apply(step, index.settings());
+            if !(step.changes.is_empty() && step.findings.is_empty() && step.seen.is_empty()) {
+                sink.apply(step, index.settings());
+            }
+            // Only now: who reads them goes by the cache having it all.
+            for (kind, tally) in tallies {
+                health.with(kind, |state| state.applied = tally);
+            }
         }
     }
 }

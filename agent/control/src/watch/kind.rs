@@ -17,7 +17,7 @@ use kube::{
 use tasks::Backoff;
 
 use super::{
-    known::{Known, Step},
+    known::{Known, Step, Tally},
     object::Raw,
 };
 
@@ -28,8 +28,8 @@ const ABSENT_WAIT: Duration = Duration::from_secs(30);
 
 /// What happens to a kind.
 pub trait Follow: Send {
-    /// A step; waits if whoever takes it is busy. False: nobody does any more.
-    fn step(&mut self, step: Step) -> impl Future<Output = bool> + Send;
+    /// A step, and how far the kind was followed with it; waits if whoever takes it is busy. False: nobody does any more.
+    fn step(&mut self, step: Step, tally: Tally) -> impl Future<Output = bool> + Send;
     /// The watch broke or works again: the reason, or nothing.
     fn state(&mut self, trouble: Option<String>);
 }
@@ -96,7 +96,7 @@ pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl 
                 place = 0;
                 to.state(Some("the API does not have this kind".into()));
                 for step in known.clear() {
-                    if !to.step(step).await {
+                    if !to.step(step, known.tally()).await {
                         return;
                     }
                 }
@@ -121,7 +121,7 @@ async fn watch(
                 backoff.reset();
                 to.state(None);
                 for step in known.take(event) {
-                    if !to.step(step).await {
+                    if !to.step(step, known.tally()).await {
                         return Ended::Dropped;
                     }
                 }
@@ -194,7 +194,7 @@ mod tests {
     struct Tell(mpsc::UnboundedSender<String>);
 
     impl Follow for Tell {
-        async fn step(&mut self, step: Step) -> bool {
+        async fn step(&mut self, step: Step, _tally: Tally) -> bool {
             let told = match step {
                 Step::Put(raw) => format!("+{}", raw.name()),
                 Step::Gone(_, name) => format!("-{name}"),

@@ -22,6 +22,15 @@ pub enum Step {
     Synced,
 }
 
+/// How far a kind was followed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Its objects.
+    pub count: usize,
+    /// The last revision that was seen, deletions included. For comparison with the same API only.
+    pub revision: u64,
+}
+
 #[derive(Debug)]
 struct Entry {
     version: (Box<str>, Box<str>),
@@ -33,9 +42,18 @@ struct Entry {
 pub struct Known {
     objects: HashMap<Name, Entry>,
     listing: u32,
+    revision: u64,
 }
 
 impl Known {
+    /// How far this is.
+    pub fn tally(&self) -> Tally {
+        Tally {
+            count: self.objects.len(),
+            revision: self.revision,
+        }
+    }
+
     /// Takes an event in.
     pub fn take(&mut self, event: Event<Raw>) -> Vec<Step> {
         match event {
@@ -45,6 +63,7 @@ impl Known {
             }
             Event::Apply(raw) | Event::InitApply(raw) => self.put(raw),
             Event::Delete(raw) => {
+                self.revision = self.revision.max(raw.revision());
                 let name = (raw.namespace().into(), raw.name().into());
                 let known = self.objects.remove(&name);
                 known.map(|_| Step::Gone(name.0, name.1)).into_iter().collect()
@@ -60,6 +79,7 @@ impl Known {
     }
 
     fn put(&mut self, raw: Raw) -> Vec<Step> {
+        self.revision = self.revision.max(raw.revision());
         let entry = Entry {
             version: raw.version(),
             listing: self.listing,
@@ -119,6 +139,7 @@ mod tests {
         // The listing breaks off and starts again.
         let again = vec![Init, InitApply(raw("c", 5)), Init, InitApply(raw("a", 3)), InitDone];
         assert_eq!(tell(&mut known, again), ["+c", "-c", "synced"]);
+        assert_eq!(known.tally(), Tally { count: 1, revision: 5 });
         assert_eq!(known.clear().len(), 2);
         assert!(known.objects.is_empty());
     }

@@ -30,6 +30,7 @@ use crate::{index::ObjectChange, status::Seen};
 
 pub use index::{Indexing, Sink, Step as IndexStep};
 pub use kind::resource;
+pub use known::Tally;
 pub use object::Raw;
 
 /// Steps that wait for the index.
@@ -53,6 +54,7 @@ pub struct Health(Arc<Mutex<BTreeMap<Kind, State>>>);
 struct State {
     synced: bool,
     trouble: Option<String>,
+    applied: Tally,
 }
 
 impl Health {
@@ -61,6 +63,15 @@ impl Health {
         let states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let synced = |kind: &Kind| states.get(kind).is_some_and(|state| state.synced);
         Kind::ALL.into_iter().filter(|kind| !synced(kind)).collect()
+    }
+
+    /// How much of each kind has gone through the index and is in the cache.
+    pub fn applied(&self) -> BTreeMap<&'static str, Tally> {
+        let states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        states
+            .iter()
+            .map(|(kind, state)| (kind.name(), state.applied))
+            .collect()
     }
 
     /// What is wrong with which watch.
@@ -95,7 +106,7 @@ pub fn start(
     let health = Health::default();
     let (to, from) = mpsc::channel(QUEUE);
     let root_namespace = indexing.root_namespace();
-    indexing.start(from)?;
+    indexing.start(from, health.clone())?;
     for kind in Kind::ALL {
         let following = Following {
             kind,
@@ -117,13 +128,13 @@ pub fn start(
 /// Takes one kind's steps to the index and the views.
 struct Following {
     kind: Kind,
-    to: mpsc::Sender<Message>,
+    to: mpsc::Sender<(Kind, Tally, Message)>,
     views: Arc<[Arc<dyn View>]>,
     health: Health,
 }
 
 impl kind::Follow for Following {
-    async fn step(&mut self, step: Step) -> bool {
+    async fn step(&mut self, step: Step, tally: Tally) -> bool {
         let kind = self.kind;
         let message = match step {
             Step::Put(raw) => {
@@ -147,7 +158,7 @@ impl kind::Follow for Following {
                 Message::Synced(kind)
             }
         };
-        self.to.send(message).await.is_ok()
+        self.to.send((kind, tally, message)).await.is_ok()
     }
 
     fn state(&mut self, trouble: Option<String>) {

@@ -26,6 +26,12 @@ impl Raw {
         self.meta.name.as_deref().unwrap_or_default()
     }
 
+    /// Its `resourceVersion` as a number, which it is wherever etcd or the embedded store is behind the API; else 0.
+    pub fn revision(&self) -> u64 {
+        let text = self.meta.resource_version.as_deref();
+        text.and_then(|text| text.parse().ok()).unwrap_or(0)
+    }
+
     /// Tells this state of it from every other.
     pub fn version(&self) -> (Box<str>, Box<str>) {
         let text = |text: &Option<String>| text.as_deref().unwrap_or_default().into();

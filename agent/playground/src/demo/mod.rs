@@ -31,6 +31,7 @@ use self::{
     stage::Stage,
 };
 use crate::{
+    cluster::{self, Places},
     down,
     exec::{ExecArgs, command_in_pod},
     launch::spawn_in_pod,
@@ -207,16 +208,16 @@ impl Scene<'_> {
     }
 
     fn vips(&self, service: &str) -> Result<Vec<IpAddr>> {
-        let number = *self
-            .state
-            .services
-            .get(service)
-            .with_context(|| format!("there is no {service}"))?;
-        Ok(crate::layout::service_addresses(number).into())
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let found = runtime
+            .context("cannot start a runtime")?
+            .block_on(cluster::service_addresses(self.layout, service));
+        found.with_context(|| format!("the addresses of {service}"))
     }
 
     fn pod_addresses(&self, pod: &str) -> Vec<IpAddr> {
-        self.state
+        let places = Places::load(self.layout).unwrap_or_default();
+        places
             .pods
             .get(pod)
             .map(|slot| slot.addresses().to_vec())

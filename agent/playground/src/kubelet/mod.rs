@@ -9,6 +9,7 @@
 
 pub(crate) use self::container::pod_environment;
 
+mod cni;
 mod container;
 mod pod;
 mod probe;
@@ -39,6 +40,7 @@ pub(crate) fn run(args: &KubeletArgs) -> Result<()> {
             }
         }
         workers.retain(|_, worker| !worker.is_finished());
+        node.forget(|id| !desired.contains_key(id) && !workers.contains_key(id));
         for (id, desired) in desired {
             workers.entry(id).or_insert_with(|| Worker::start(&node, desired));
         }

@@ -15,11 +15,11 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::{
+    cni,
     container::{Runner, environment},
     sandbox::Sandbox,
 };
 use crate::{
-    agent,
     cgroup::{self, Cgroup},
     desired::{Desired, KubeletArgs, Phase, PodStatus},
     layout::{Layout, NodeLayout, PodLayout, node_addresses, node_name, node_netns, pod_netns},
@@ -77,6 +77,19 @@ impl Node {
             PodStatus::default().write(&pod)?;
         }
         Ok(())
+    }
+
+    /// Removes the directories of pods that were taken back before anybody began with them.
+    pub fn forget(&self, is_nobodys: impl Fn(&String) -> bool) {
+        let entries = fs::read_dir(self.layout.root.join("pods"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let ids = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        for id in ids.filter(is_nobodys) {
+            // It is tried again at the next look.
+            let _ = fs::remove_dir_all(self.layout.pod(&id).root);
+        }
     }
 }
 
@@ -191,30 +204,22 @@ impl Run {
         false
     }
 
-    /// Tells the agent of the pod, and waits until it is captured or known not to be.
+    /// Runs the CNI plugin, as a container runtime does: the pod is captured when it answers, or known not to be.
     fn ask_agent(&self) -> Result<()> {
-        let (Some(socket), false) = (&self.node.agent_socket, self.desired.pod.spec.host_network) else {
-            return Ok(());
-        };
-        let metadata = &self.desired.pod.metadata;
-        agent::pod_added(
-            socket,
-            &metadata.namespace,
-            &metadata.name,
-            &self.netns,
-            &self.desired.addresses,
-        )
-        .context("the node's agent does not take the pod")
+        self.cni("ADD").context("the node's agent does not take the pod")
     }
 
-    /// Tells the agent that the pod's network is gone, or never was.
+    /// Tells the agent, by the CNI plugin, that the pod's network is gone, or never was.
     fn tell_agent_it_is_gone(&self) -> Result<()> {
+        self.cni("DEL")
+            .context("the node's agent was not told that the pod's network is gone")
+    }
+
+    fn cni(&self, command: &str) -> Result<()> {
         let (Some(socket), false) = (&self.node.agent_socket, self.desired.pod.spec.host_network) else {
             return Ok(());
         };
-        let metadata = &self.desired.pod.metadata;
-        agent::pod_removed(socket, &metadata.namespace, &metadata.name)
-            .context("the node's agent was not told that the pod's network is gone")
+        cni::run(&self.node.binary, socket, command, &self.desired, &self.netns)
     }
 
     /// SIGTERM, then what is left is ended with the sandbox.
