@@ -1,3 +1,5 @@
+//! The cache from outside: lookups and differences against a scan. Does not know of clients.
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;

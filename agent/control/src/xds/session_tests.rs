@@ -1,3 +1,6 @@
+//! A client that believes what it is sent, and what it then has: each rule of the protocol, and random sequences of
+//! everything that may happen. Does not know of sockets.
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
