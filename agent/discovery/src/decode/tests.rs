@@ -111,9 +111,12 @@ fn one_of_several_waypoints_is_a_waypoint() {
     assert_eq!(read.waypoint.unwrap().to_string(), "n/way:15008");
 }
 
+/// What the refusal begins with, and the change that leads to it.
+type Case<T> = (&'static str, fn(&mut T));
+
 #[test]
 fn a_resource_that_is_not_understood_is_refused_by_its_field() {
-    let workloads: [(&str, fn(&mut wire::Workload)); 9] = [
+    let workloads: [Case<wire::Workload>; 9] = [
         ("uid: ", |workload| workload.uid.clear()),
         ("addresses: ", |workload| {
             workload.addresses = vec![vec![1, 2, 3].into()]
@@ -134,7 +137,7 @@ fn a_resource_that_is_not_understood_is_refused_by_its_field() {
         let error = read_workload(change).unwrap_err();
         assert!(error.starts_with(expected), "{error}");
     }
-    let services: [(&str, fn(&mut wire::Service)); 5] = [
+    let services: [Case<wire::Service>; 5] = [
         ("name: ", |service| service.hostname = "other".to_owned()),
         ("addresses: a prefix of 33 bits", |service| {
             service.addresses = vec![wire::NetworkAddress {
@@ -161,7 +164,7 @@ fn a_resource_that_is_not_understood_is_refused_by_its_field() {
         let error = read_service(change).unwrap_err();
         assert!(error.starts_with(expected), "{error}");
     }
-    let policies: [(&str, fn(&mut security::Authorization)); 3] = [
+    let policies: [Case<security::Authorization>; 3] = [
         ("scope: value 5 ", |policy| policy.scope = 5),
         ("action: value 5 ", |policy| policy.action = 5),
         ("principals: ", |policy| {
