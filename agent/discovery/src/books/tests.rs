@@ -1,3 +1,5 @@
+//! What responses, refusals and reconnections make of what is held.
+
 use proto::{Message, discovery::Resource, prost_types::Any, security, workload as wire};
 
 use super::*;

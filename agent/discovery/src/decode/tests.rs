@@ -1,3 +1,5 @@
+//! Messages as a control plane sends them, and as none should.
+
 use proptest::prelude::*;
 use proto::{security, workload as wire};
 

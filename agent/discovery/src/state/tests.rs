@@ -1,3 +1,5 @@
+//! Files as a run leaves them, and as accidents do.
+
 use proptest::prelude::*;
 
 use super::*;
