@@ -151,18 +151,30 @@ fn an_address_that_went_to_another_pod_has_its_identity(mesh: &Mesh) -> Result<(
     let watcher = client(mesh).start("client.py", &["watch", &addresses[0].to_string(), "8013"])?;
     ensure!(watcher.next()?["first"] == "tick\n", "no connection");
     let log = mesh.node("node-1").access_log()?;
+    // Its address is free once it is gone.
+    let mut with_first = String::new();
     mesh.change("lifecycle.yaml", |text| {
-        text.replace(
-            "{name: first, namespace: life}\nspec",
-            "{name: second, namespace: life}\nspec",
-        )
-        .replace("serviceAccountName: first", "serviceAccountName: second")
+        let without = text
+            .split("---\napiVersion: v1\nkind: Pod")
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        with_first = text;
+        without
     })?;
     let end = watcher.next()?;
     ensure!(
         end["end"].is_string(),
         "a connection to a pod that is gone lives on: {end}"
     );
+    mesh.change("lifecycle.yaml", |_| {
+        with_first
+            .replace(
+                "{name: first, namespace: life}\nspec",
+                "{name: second, namespace: life}\nspec",
+            )
+            .replace("serviceAccountName: first", "serviceAccountName: second")
+    })?;
     let second = mesh.pod("life", "second");
     ensure!(
         second.addresses()? == addresses,

@@ -1,7 +1,6 @@
 //! A forged HBONE client: whatever certificate, protocol and request a scenario wants, from inside any namespace.
 
 use std::{
-    fs,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -10,6 +9,11 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use http::{Method, Request};
 use identity::{Authority, Clock, Issued, LocalAuthority};
+use k8s_openapi::api::core::v1::Secret;
+use kube::{
+    Api,
+    config::{KubeConfigOptions, Kubeconfig},
+};
 use model::{Identity, TrustDomain};
 use rustls::{
     ClientConfig, DigitallySignedStruct, SignatureScheme,
@@ -50,23 +54,35 @@ impl Outcome {
     }
 }
 
+/// What the mesh's own authority signs with: certificate and issuers, and the key. From its Secret, as whoever may do
+/// everything.
+fn authority(mesh: &Mesh) -> Result<(String, String)> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let secret = runtime.block_on(async {
+        let kubeconfig = Kubeconfig::read_from(mesh.file("kubeconfig"))?;
+        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+        let secrets: Api<Secret> = Api::namespaced(kube::Client::try_from(config)?, "istio-system");
+        anyhow::Ok(secrets.get("istio-ca-secret").await?)
+    })?;
+    let text = |name: &str| {
+        let value = secret.data.as_ref().and_then(|data| data.get(name));
+        let value = value.with_context(|| format!("istio-ca-secret has no {name}"))?;
+        anyhow::Ok(String::from_utf8(value.0.clone())?)
+    };
+    Ok((text("ca-cert.pem")? + &text("root-cert.pem")?, text("ca-key.pem")?))
+}
+
 impl Offer {
     /// A certificate for this identity, by the mesh's own authority.
     pub fn of(mesh: &Mesh, identity: &str) -> Result<Self> {
-        let (certificate, key) = (
-            fs::read_to_string(mesh.file("ca.pem"))?,
-            fs::read_to_string(mesh.file("ca-key.pem"))?,
-        );
+        let (certificate, key) = authority(mesh)?;
         let authority = LocalAuthority::from_pem(&certificate, &key)?;
         Self::by(&authority, identity)
     }
 
     /// One that ended a week ago.
     pub fn expired(mesh: &Mesh, identity: &str) -> Result<Self> {
-        let (certificate, key) = (
-            fs::read_to_string(mesh.file("ca.pem"))?,
-            fs::read_to_string(mesh.file("ca-key.pem"))?,
-        );
+        let (certificate, key) = authority(mesh)?;
         let week = Duration::from_secs(7 * 24 * 3600);
         let clock = Clock::of(move || SystemTime::now() - week);
         Self::by(

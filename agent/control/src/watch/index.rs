@@ -68,10 +68,11 @@ impl Indexing {
         let mut index = Index::new(config);
         let mut start = Some(Start::default());
         let mut batch = Vec::new();
+        // What was seen and is not in the cache yet.
+        let mut tallies = BTreeMap::new();
         while from.blocking_recv_many(&mut batch, BATCH) > 0 {
             let mut changes: Vec<ObjectChange> = Vec::with_capacity(batch.len());
             let mut step = Step::default();
-            let mut tallies = BTreeMap::new();
             for (kind, tally, message) in batch.drain(..) {
                 tallies.insert(kind, tally);
                 match message {
@@ -101,7 +102,7 @@ impl Indexing {
                 sink.apply(step, index.settings());
             }
             // Only now: who reads them goes by the cache having it all.
-            for (kind, tally) in tallies {
+            for (kind, tally) in std::mem::take(&mut tallies) {
                 health.with(kind, |state| state.applied = tally);
             }
         }
