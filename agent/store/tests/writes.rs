@@ -308,10 +308,16 @@ async fn annotations_go_through_the_status_of_built_in_kinds_only() {
         .await
         .unwrap();
     let value = written.object.value();
-    assert_eq!(value["metadata"]["annotations"]["ambient.istio.io/redirection"], "enabled");
+    assert_eq!(
+        value["metadata"]["annotations"]["ambient.istio.io/redirection"],
+        "enabled"
+    );
     assert_eq!(value["spec"]["nodeName"], "n", "the specification stays");
     let policies = kind("security.istio.io", "peerauthentications");
-    world.create(policies, json!({"metadata": {"name": "p"}, "spec": {}})).await.unwrap();
+    world
+        .create(policies, json!({"metadata": {"name": "p"}, "spec": {}}))
+        .await
+        .unwrap();
     let written = world
         .write(&Key::new(policies, "a", "p"), Part::Status, |policy| {
             policy["metadata"]["annotations"]["x"] = "y".into();

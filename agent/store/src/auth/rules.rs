@@ -9,6 +9,8 @@
 //!
 //! Pure. Anything that no rule allows is denied (`what_no_rule_allows_is_denied`).
 
+use serde_json::{Value, json};
+
 /// Groups whose members may do everything.
 const ALL_POWERFUL: &[&str] = &["system:masters", "system:serviceaccounts:istio-system"];
 /// Paths, with what is below them, that anybody may read.
@@ -25,6 +27,7 @@ const DISCOVERY: &[&str] = &[
 const OWN: &[(&str, &str)] = &[
     ("authentication.k8s.io", "selfsubjectreviews"),
     ("authorization.k8s.io", "selfsubjectaccessreviews"),
+    ("authorization.k8s.io", "selfsubjectrulesreviews"),
 ];
 
 /// Somebody.
@@ -148,6 +151,29 @@ pub fn authorize(user: &User, wanted: &Attributes<'_>) -> Verdict {
     }
 }
 
+/// All that this user may do, as the status of a `SelfSubjectRulesReview`: the same rules, told instead of applied
+/// (`what_is_told_is_what_is_allowed`).
+pub fn rules(user: &User) -> Value {
+    let resources = |verbs: &[&str], group: &str, resources: &[&str]| json!({"verbs": verbs, "apiGroups": [group], "resources": resources});
+    let below = |trees: &[&str]| -> Vec<String> {
+        let both = |tree: &&str| [(*tree).to_owned(), format!("{tree}/*")];
+        trees.iter().flat_map(both).collect()
+    };
+    let mut of_resources = Vec::new();
+    let mut of_paths = vec![json!({"verbs": ["get"], "nonResourceURLs": below(PUBLIC)})];
+    if ALL_POWERFUL.iter().any(|group| user.is_in(group)) {
+        of_resources.push(resources(&["*"], "*", &["*"]));
+        of_paths.push(json!({"verbs": ["*"], "nonResourceURLs": ["*"]}));
+    } else if user.is_in("system:authenticated") {
+        of_resources.extend(
+            OWN.iter()
+                .map(|(group, plural)| resources(&["create"], group, &[plural])),
+        );
+        of_paths.push(json!({"verbs": ["get"], "nonResourceURLs": below(DISCOVERY)}));
+    }
+    json!({"resourceRules": of_resources, "nonResourceRules": of_paths, "incomplete": false})
+}
+
 /// `path` is one of `trees` or below it.
 fn under(path: &str, trees: &[&str]) -> bool {
     trees.iter().any(|tree| {
@@ -254,6 +280,32 @@ mod tests {
             let verdicts = people().map(|user| authorize(&user, &wanted).allowed);
             assert_eq!(verdicts, allowed, "{wanted:?}");
         }
+    }
+
+    #[test]
+    fn what_is_told_is_what_is_allowed() {
+        for user in people() {
+            let told = rules(&user);
+            for rule in told["resourceRules"].as_array().unwrap() {
+                let first = |field: &str| rule[field][0].as_str().unwrap().to_owned();
+                let wanted = Attributes::Resource {
+                    verb: &first("verbs"),
+                    group: &first("apiGroups"),
+                    resource: first("resources"),
+                    namespace: "",
+                    name: "",
+                };
+                assert!(authorize(&user, &wanted).allowed, "{wanted:?}");
+            }
+            for rule in told["nonResourceRules"].as_array().unwrap() {
+                for url in rule["nonResourceURLs"].as_array().unwrap() {
+                    assert!(authorize(&user, &path(url.as_str().unwrap())).allowed, "{url}");
+                }
+            }
+        }
+        let shop = rules(&people()[2]);
+        assert_eq!(shop["resourceRules"].as_array().unwrap().len(), OWN.len());
+        assert_eq!(rules(&people()[3])["resourceRules"], json!([]));
     }
 
     #[test]

@@ -271,7 +271,7 @@ impl Engine {
             if let Some(why) = &staged.failed {
                 return Err(ApiError::internal(why));
             }
-            let mut transaction = Transaction::new(shared, &mut staged);
+            let mut transaction = Transaction::new(shared, &mut staged, dry_run);
             let decided = decide(&mut transaction);
             let is_write = decided.is_ok() && !dry_run && !transaction.is_empty();
             let changes = if is_write {

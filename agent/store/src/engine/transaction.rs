@@ -20,18 +20,21 @@ pub(crate) struct Transaction<'a> {
     visible: RwLockReadGuard<'a, Visible>,
     changes: Vec<Change>,
     revision: u64,
+    /// Nothing of this will be: objects keep their revisions, new ones have none.
+    dry_run: bool,
     /// The time of this transaction, as metadata writes it.
     pub(crate) now: String,
 }
 
 impl<'a> Transaction<'a> {
-    pub(super) fn new(shared: &'a Shared, staged: &'a mut Staged) -> Self {
+    pub(super) fn new(shared: &'a Shared, staged: &'a mut Staged, dry_run: bool) -> Self {
         let revision = staged.revision;
         Self {
             staged,
             visible: shared.visible.read().unwrap_or_else(PoisonError::into_inner),
             changes: Vec::new(),
             revision,
+            dry_run,
             now: super::now(),
         }
     }
@@ -65,7 +68,7 @@ impl<'a> Transaction<'a> {
     /// Writes an object: stamps its revision.
     pub(crate) fn put(&mut self, key: &Key, value: Value) -> Arc<Object> {
         let before = self.get(key);
-        let object = self.stamp(key, value);
+        let object = self.stamp(key, value, before.as_deref());
         self.changes.push(Change {
             before,
             object: object.clone(),
@@ -77,7 +80,7 @@ impl<'a> Transaction<'a> {
     /// Removes an object; what is returned is its last state, with the revision of the deletion.
     pub(crate) fn remove(&mut self, key: &Key, value: Value) -> Arc<Object> {
         let before = self.get(key);
-        let object = self.stamp(key, value);
+        let object = self.stamp(key, value, before.as_deref());
         self.changes.push(Change {
             before,
             object: object.clone(),
@@ -86,12 +89,22 @@ impl<'a> Transaction<'a> {
         object
     }
 
-    fn stamp(&mut self, key: &Key, mut value: Value) -> Arc<Object> {
-        self.revision += 1;
-        super::metadata_of(&mut value).insert("resourceVersion".to_owned(), self.revision.to_string().into());
+    fn stamp(&mut self, key: &Key, mut value: Value, before: Option<&Object>) -> Arc<Object> {
+        let revision = if self.dry_run {
+            before.map_or(0, |before| before.revision)
+        } else {
+            self.revision += 1;
+            self.revision
+        };
+        let metadata = super::metadata_of(&mut value);
+        if revision == 0 {
+            metadata.remove("resourceVersion");
+        } else {
+            metadata.insert("resourceVersion".to_owned(), revision.to_string().into());
+        }
         Arc::new(Object {
             key: key.clone(),
-            revision: self.revision,
+            revision,
             labels: labels_of(&value),
             json: value.to_string().into(),
         })

@@ -76,14 +76,24 @@ pub fn aggregated(path: &str) -> Option<Value> {
     }))
 }
 
-/// All groups, in the table's order.
+/// All groups, in the order of a cluster: its own as kube-apiserver ranks them, then those of
+/// CustomResourceDefinitions by name. Where two groups have a resource of one name, clients take the first group's: so
+/// `kubectl get gateway` is the Gateway API's (`a_name_of_two_groups_is_the_first_groups`).
 fn groups() -> Vec<&'static str> {
-    let mut groups = Vec::new();
-    for kind in kinds::ALL {
-        if !groups.contains(&kind.group) {
-            groups.push(kind.group);
-        }
-    }
+    const RANKED: &[&str] = &[
+        "",
+        "apps",
+        "events.k8s.io",
+        "authentication.k8s.io",
+        "authorization.k8s.io",
+        "batch",
+        "coordination.k8s.io",
+        "discovery.k8s.io",
+    ];
+    let rank = |group: &&str| RANKED.iter().position(|ranked| ranked == group);
+    let mut groups: Vec<&'static str> = kinds::ALL.iter().map(|kind| kind.group).collect();
+    groups.sort_by_key(|group| (rank(group).unwrap_or(RANKED.len()), *group));
+    groups.dedup();
     groups
 }
 
@@ -258,6 +268,19 @@ mod tests {
         }
         assert_eq!(legacy, both);
         assert!(legacy.contains(&"/v1/serviceaccounts/token".to_owned()), "{legacy:?}");
+    }
+
+    #[test]
+    fn a_name_of_two_groups_is_the_first_groups() {
+        let groups = groups();
+        let at = |wanted| groups.iter().position(|group| *group == wanted).unwrap();
+        assert!(
+            at("gateway.networking.k8s.io") < at("networking.istio.io"),
+            "{groups:?}"
+        );
+        assert!(at("") < at("events.k8s.io"), "{groups:?}");
+        let told: Vec<_> = document("/apis").unwrap()["groups"].as_array().unwrap().to_vec();
+        assert_eq!((&told[0]["name"], told.len()), (&json!("apps"), groups.len() - 1));
     }
 
     #[test]

@@ -244,7 +244,7 @@ fn impersonated(user: User, headers: &HeaderMap) -> Result<User, ApiError> {
 /// The Kubernetes whose API this is the shape of.
 fn version() -> Value {
     serde_json::json!({
-        "major": "1", "minor": "33", "gitVersion": concat!("v1.33.0+undercurrent-", env!("CARGO_PKG_VERSION")),
+        "major": "1", "minor": "37", "gitVersion": concat!("v1.37.0+undercurrent-", env!("CARGO_PKG_VERSION")),
         "gitCommit": "", "gitTreeState": "", "buildDate": "1970-01-01T00:00:00Z", "goVersion": "", "compiler": "rustc",
         "platform": format!("linux/{}", std::env::consts::ARCH),
     })

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{answer, answer::Answer, call::Call, dispatch::Api, form};
 use crate::{
     auth::{
-        rules::{Attributes, User, authorize},
+        rules::{Attributes, User, authorize, rules},
         tokens::ISSUER,
     },
     engine::ApiError,
@@ -26,6 +26,7 @@ pub fn answer(api: &Api, call: &Call) -> Result<Answer, ApiError> {
         "tokenreviews" => token(api, &question["spec"]),
         "selfsubjectreviews" => json!({"userInfo": user_info(&call.user)}),
         "selfsubjectaccessreviews" => access(&call.user, &question["spec"]),
+        "selfsubjectrulesreviews" => rules(&call.user),
         "subjectaccessreviews" => access(&user_of(&question["spec"]), &question["spec"]),
         _ => return Err(ApiError::no_such_resource()),
     };

@@ -103,6 +103,12 @@ pub static ALL: &[Kind] = &[
         "selfsubjectaccessreviews",
         "selfsubjectaccessreview",
     ),
+    question(
+        "authorization.k8s.io",
+        "SelfSubjectRulesReview",
+        "selfsubjectrulesreviews",
+        "selfsubjectrulesreview",
+    ),
     // Istio.
     networking("VirtualService", "virtualservices", "virtualservice", &["vs"]),
     networking("DestinationRule", "destinationrules", "destinationrule", &["dr"]),

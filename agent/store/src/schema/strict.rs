@@ -177,6 +177,31 @@ mod tests {
         );
     }
 
+    /// What Go embeds has no name of its own in the objects.
+    #[test]
+    fn fields_of_embedded_types_are_known() {
+        let backend = json!({"group": "", "kind": "Service", "name": "a", "namespace": "b", "port": 80, "weight": 1, "filters": []});
+        let parent =
+            json!({"group": "", "kind": "Service", "name": "a", "namespace": "b", "port": 80, "sectionName": "c"});
+        for plural in ["httproutes", "grpcroutes"] {
+            let kind = by_plural("gateway.networking.k8s.io", plural).unwrap();
+            let route = json!({
+                "spec": {"parentRefs": [parent], "rules": [{"backendRefs": [backend]}]},
+                "status": {"parents": [{"parentRef": parent, "controllerName": "x/y", "conditions": []}]},
+            });
+            assert!(
+                unknown_fields(kind, &route).is_empty(),
+                "{:?}",
+                unknown_fields(kind, &route)
+            );
+            let wrong = json!({"spec": {"parentRefs": [{"nam": "a"}]}});
+            assert_eq!(
+                unknown_fields(kind, &wrong),
+                [r#"unknown field "spec.parentRefs[0].nam""#]
+            );
+        }
+    }
+
     #[test]
     fn duplicate_fields_are_named_with_their_paths() {
         let text = br#"{"spec": {"a": 1, "b": [{"c": 1, "c": 2}], "a": {"d": 1.5, "d": null}}}"#;

@@ -51,6 +51,11 @@ fn apply_makes_changes_and_leaves_alone() {
     let difference = cluster.refuses("diff -f -", &changed.replace("replicas: 2", "replicas: 3"));
     assert!(difference.contains("-  replicas: 2\n+  replicas: 3"), "{difference}");
     assert_eq!(cluster.with_input(&["diff", "-f", "-"], &changed), "");
+    // What only another manager would own is no difference either: a dry run has no revision of its own.
+    assert_eq!(
+        cluster.with_input(&["diff", "--server-side", "--field-manager=x", "-f", "-"], &changed),
+        ""
+    );
     let pruned = cluster.with_input(&["delete", "-f", "-", "--wait", "--ignore-not-found"], &changed);
     assert!(pruned.contains("namespace \"shop\" deleted"), "{pruned}");
     assert!(
@@ -111,6 +116,12 @@ fn get_prints_every_form() {
     );
     assert_eq!(columns(&table, 2)[1], ["service/web", "ClusterIP"]);
     assert_eq!(columns(&table, 4)[4], ["deployment.apps/web", "0/2", "0", "0"]);
+    // Two groups have a Gateway: as on a cluster with both, the plain name is the Gateway API's.
+    assert_eq!(
+        cluster.says("get gateway -n shop -o name"),
+        "gateway.gateway.networking.k8s.io/waypoint"
+    );
+    assert_eq!(cluster.says("get gw -A"), "No resources found");
     let wide = cluster.says("get deploy -n shop -o wide");
     assert!(
         wide.lines()
@@ -495,6 +506,16 @@ fn discovery_explain_and_auth_answer() {
         "{whoami}"
     );
     assert_eq!(cluster.says("auth can-i delete pods -n shop"), "yes");
+    let all = cluster.says("auth can-i --list");
+    assert!(
+        all.lines().any(|line| line.starts_with("*.*") && line.ends_with("[*]")),
+        "{all}"
+    );
+    let own = cluster.says("auth can-i --list -n shop --as=system:serviceaccount:shop:default");
+    assert!(
+        own.contains("selfsubjectreviews.authentication.k8s.io") && !own.contains("*.*"),
+        "{own}"
+    );
     let other = "auth can-i delete pods -n shop --as=system:serviceaccount:shop:default";
     assert_eq!(cluster.refuses(other, "").lines().last().unwrap(), "no");
     let token = cluster.says("create token default -n shop --duration=10m");
