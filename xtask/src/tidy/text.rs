@@ -106,12 +106,13 @@ fn has_header(content: &str) -> bool {
     first.is_some_and(|line| line.starts_with("//!"))
 }
 
-/// Not written by hand: lock files, licences, snapshots, corpora.
+/// Not written by hand: lock files, licences, snapshots, corpora, what is made from .proto files.
 fn generated(path: &str) -> bool {
     path.ends_with("Cargo.lock")
         || path.ends_with(".snap")
         || path.rsplit('/').next().is_some_and(|name| name.starts_with("LICENSE"))
         || path.contains("/corpus/")
+        || path.starts_with("proto/src/generated/")
 }
 
 #[cfg(test)]
