@@ -461,12 +461,20 @@ fn next_steps(stage: &mut Stage) {
             "be an application",
         ),
         (
+            "undercurrent playground kubeconfig > kubeconfig",
+            "for kubectl: apply, get, edit, delete",
+        ),
+        (
             "undercurrent playground logs node-2 --access -f",
             "one line for each connection",
         ),
         (
             "undercurrent playground capture-packets -- -X tcp port 15008",
             "look at the wire yourself",
+        ),
+        (
+            "undercurrent playground kill-control",
+            "the mesh goes on with what it knows (then: start-control)",
         ),
         (
             "undercurrent playground kill-agent node-2",
