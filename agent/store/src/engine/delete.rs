@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use time::{Duration, OffsetDateTime};
 
 use super::{
-    ApiError, DeleteOptions, Deleted, Key, Object, Propagation, metadata, metadata_of, text, timestamp,
+    ApiError, DeleteOptions, Deleted, Key, Object, Propagation, Written, metadata, metadata_of, text, timestamp,
     transaction::Transaction,
 };
 use crate::kinds::Kind;
@@ -111,6 +111,35 @@ pub(super) fn delete_all(
         }
     }
     Ok(deleted)
+}
+
+/// `namespaces/NAME/finalize`: other finalizers in a namespace's `spec`; without the last one that is going, goes.
+pub(super) fn finalize(
+    transaction: &mut Transaction<'_>,
+    key: &Key,
+    revision: &str,
+    finalizers: &[String],
+) -> Result<Written, ApiError> {
+    let missing = || ApiError::not_found(key.kind, &key.name);
+    let live = transaction.get(key).ok_or_else(missing)?;
+    if !revision.is_empty() && revision != live.revision.to_string() {
+        return Err(ApiError::modified(key.kind, &key.name));
+    }
+    let mut value = live.value();
+    if finalizers.is_empty() {
+        value["spec"] = json!({});
+    } else {
+        value["spec"] = json!({"finalizers": finalizers});
+    }
+    let object = if is_through(key.kind, &value) {
+        transaction.remove(key, value)
+    } else if metadata::differ(&live.value(), &value) {
+        transaction.put(key, value)
+    } else {
+        live
+    };
+    let warnings = Vec::new();
+    Ok(Written { object, warnings })
 }
 
 /// Whether nothing stands between an object that is being deleted and its end.

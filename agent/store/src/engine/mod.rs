@@ -217,6 +217,22 @@ impl Engine {
         Ok(deleted)
     }
 
+    /// Gives a namespace other finalizers in its `spec`. A revision, if one is given, has to be the current one.
+    ///
+    /// # Errors
+    ///
+    /// 404, or 409 for another revision.
+    pub(crate) async fn finalize(
+        &self,
+        namespace: &Key,
+        revision: &str,
+        finalizers: &[String],
+        dry_run: bool,
+    ) -> Result<Written, ApiError> {
+        let decide = |transaction: &mut Transaction<'_>| delete::finalize(transaction, namespace, revision, finalizers);
+        self.write(dry_run, decide).await
+    }
+
     /// What happens to objects of a kind after a revision, in order.
     ///
     /// # Errors

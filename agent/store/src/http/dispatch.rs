@@ -95,7 +95,7 @@ impl Api {
         }
         let accepted = accept::negotiate(parts.headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()));
         match route {
-            Route::Path => self.path(&parts.method, path, &parts.headers, accepted),
+            Route::Path => self.path(parts, accepted),
             Route::Unknown => Err(ApiError::no_such_resource()),
             Route::Resource(resource) => {
                 let accepted =
@@ -167,14 +167,10 @@ impl Api {
         }
     }
 
-    fn path(
-        &self,
-        method: &Method,
-        path: &str,
-        headers: &HeaderMap,
-        accepted: Option<Accepted>,
-    ) -> Result<Answer, ApiError> {
-        if !matches!(*method, Method::GET | Method::HEAD) {
+    fn path(&self, parts: &Parts, accepted: Option<Accepted>) -> Result<Answer, ApiError> {
+        let (path, headers) = (parts.uri.path(), &parts.headers);
+        let query = parts.uri.query().unwrap_or_default();
+        if !matches!(parts.method, Method::GET | Method::HEAD) {
             let mut error = ApiError::no_such_resource();
             (error.code, error.reason) = (405, "MethodNotAllowed");
             error.message = "the server does not allow this method on the requested resource".into();
@@ -186,7 +182,7 @@ impl Api {
         ) {
             return Ok(answer::plain(200, "text/plain; charset=utf-8", "ok"));
         }
-        if let Some(answer) = openapi::answer(path, text(headers, header::ACCEPT)) {
+        if let Some(answer) = openapi::answer(path, query, headers) {
             return Ok(answer);
         }
         if accepted.is_some_and(|accepted| accepted.shape == Shape::AggregatedDiscovery)

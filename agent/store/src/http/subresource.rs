@@ -11,7 +11,7 @@ use super::{
     write::{self, key, manager},
 };
 use crate::{
-    engine::{ApiError, Cause, Part},
+    engine::{ApiError, Cause, Part, text},
     patch,
 };
 
@@ -206,19 +206,23 @@ fn patch_of(call: &Call) -> Result<Value, ApiError> {
     }
 }
 
-/// Takes finalizers from a namespace's `spec`.
+/// Other finalizers in a namespace's `spec`: how one that hangs is let go by force.
 async fn finalize(api: &Api, call: &Call) -> Result<Answer, ApiError> {
     let mut value = call.object()?;
     let warnings = form::check(call, &mut value)?;
-    let mut change = |live: &Value| {
-        let mut changed = live.clone();
-        changed["spec"]["finalizers"] = value["spec"]["finalizers"].clone();
-        changed["metadata"]["resourceVersion"] = value["metadata"]["resourceVersion"].clone();
-        Ok(changed)
+    let wrong = || ApiError::bad_request("spec.finalizers must be a list of strings");
+    let finalizers = match &value["spec"]["finalizers"] {
+        Value::Null => Vec::new(),
+        Value::Array(list) => list
+            .iter()
+            .map(|one| one.as_str().map(str::to_owned).ok_or_else(wrong))
+            .collect::<Result<_, _>>()?,
+        _ => return Err(wrong()),
     };
+    let revision = text(&value, &["metadata", "resourceVersion"]);
     let written = api
         .engine
-        .change(&key(call), Part::Main, call.query.dry_run, &mut change)
+        .finalize(&key(call), revision, &finalizers, call.query.dry_run)
         .await?;
     write::written(call, 200, written, warnings)
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cluster;
+mod deletion;
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -416,30 +417,6 @@ fn create_replace_and_delete_say_what_they_did() {
     );
     assert!(cluster.refuses("get cm b -n other", "").contains("not found"));
 
-    // One that waits for a finalizer.
-    let held =
-        "{apiVersion: v1, kind: ConfigMap, metadata: {name: held, namespace: other, finalizers: [undercurrent.io/x]}}";
-    cluster.with_input(&["create", "-f", "-"], held);
-    let deleting = cluster
-        .command(&["delete", "cm", "held", "-n", "other", "--wait"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    cluster.says("wait --for=jsonpath={.metadata.deletionTimestamp} cm/held -n other --timeout=60s");
-    let release = [
-        "patch",
-        "cm",
-        "held",
-        "-n",
-        "other",
-        "--type=merge",
-        "-p",
-        r#"{"metadata":{"finalizers":null}}"#,
-    ];
-    cluster.with_input(&release, "");
-    let output = deleting.wait_with_output().unwrap();
-    assert!(output.status.success());
-    assert!(String::from_utf8_lossy(&output.stdout).starts_with("configmap \"held\" deleted"));
     assert!(
         cluster
             .says("delete cm --all -n other")

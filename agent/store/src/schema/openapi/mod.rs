@@ -5,7 +5,7 @@
 //! /openapi/v3/apis/apps/v1       paths (which operations take `fieldValidation` and `dryRun`) and components
 //! /openapi/v2                    every component, for older clients; no paths
 //! ```
-//! Made from the descriptions on request: nothing is kept. Protobuf forms are not made.
+//! Made from the descriptions on request; `http` keeps what was asked for. Protobuf forms are not made.
 //!
 //! Invariants: every reference of a document is in it (`every_reference_is_in_its_document`); kubectl finds the kind of
 //! every resource and the two parameters (`kubectl_finds_what_it_looks_for`).
@@ -15,7 +15,10 @@
 mod component;
 mod path;
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::LazyLock,
+};
 
 use serde_json::{Map, Value, json};
 
@@ -28,12 +31,12 @@ const FORM: u32 = 1;
 
 /// Where the documents are: `GET /openapi/v3`.
 pub fn openapi_v3_index() -> Value {
-    let hash = hash();
+    let hash = openapi_hash();
     let mut paths = Map::new();
     for kind in kinds::ALL {
         for version in kind.versions {
             let place = place(kind.group, version);
-            let url = format!("/openapi/v3/{place}?hash={hash:016X}");
+            let url = format!("/openapi/v3/{place}?hash={hash}");
             paths.insert(place, json!({"serverRelativeURL": url}));
         }
     }
@@ -88,11 +91,14 @@ fn place(group: &str, version: &str) -> String {
 }
 
 /// Changes whenever a document does: clients keep what they read under it for good.
-fn hash() -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (FORM, env!("CARGO_PKG_VERSION"), TEXTS).hash(&mut hasher);
-    format!("{:?}", kinds::ALL).hash(&mut hasher);
-    hasher.finish()
+pub fn openapi_hash() -> &'static str {
+    static HASH: LazyLock<String> = LazyLock::new(|| {
+        let mut hasher = DefaultHasher::new();
+        (FORM, env!("CARGO_PKG_VERSION"), TEXTS).hash(&mut hasher);
+        format!("{:?}", kinds::ALL).hash(&mut hasher);
+        format!("{:016X}", hasher.finish())
+    });
+    &HASH
 }
 
 #[cfg(test)]
