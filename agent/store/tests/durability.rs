@@ -8,6 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use store::{Engine, Key, Kind, OpenError, kinds};
 
@@ -119,8 +120,42 @@ fn child_with_a_full_disk() {
         assert_eq!(engine.list(kind("configmaps"), None).1.len(), revision, "reads go on");
         let object = json!({"metadata": {"name": "small"}});
         let again = engine.create(kind("configmaps"), "a", object, false).await.unwrap_err();
-        assert!(again.message.contains("objects.redb"), "{again}");
+        assert!(
+            again.message.contains("objects.redb") && again.message.contains("make room"),
+            "{again}"
+        );
         println!("told");
+
+        // With room again, writes go on by themselves.
+        let (_, most) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
+        setrlimit(Resource::RLIMIT_FSIZE, most, most).unwrap();
+        let mut watch = engine.watch(kind("configmaps"), None, engine.revision()).unwrap();
+        let object = json!({"metadata": {"name": "o-after"}});
+        while engine
+            .create(kind("configmaps"), "a", object.clone(), false)
+            .await
+            .is_err()
+        {
+            tokio::task::yield_now().await;
+        }
+        println!("acknowledged o-after at");
+        // What was refused is either not there, or told to watchers like any change.
+        loop {
+            let event = watch.next().await.unwrap();
+            let name = event.object().key.name.clone();
+            assert!(engine.get(&event.object().key).is_some(), "{name}");
+            if &*name == "o-after" {
+                break;
+            }
+        }
+        let newest = engine
+            .list(kind("configmaps"), None)
+            .1
+            .iter()
+            .map(|object| object.revision)
+            .max();
+        assert_eq!(newest, Some(engine.revision()));
+        println!("went on");
     });
 }
 
@@ -131,7 +166,7 @@ fn a_full_disk_is_named_and_loses_nothing_acknowledged() {
     let child = Command::new("sh")
         .args([
             "-c",
-            r#"trap "" XFSZ; ulimit -f 16384; exec "$0" child_with_a_full_disk --exact --nocapture"#,
+            r#"trap "" XFSZ; ulimit -S -f 16384; exec "$0" child_with_a_full_disk --exact --nocapture"#,
         ])
         .arg(std::env::current_exe().unwrap())
         .env(FULL, directory.path())
@@ -139,7 +174,7 @@ fn a_full_disk_is_named_and_loses_nothing_acknowledged() {
         .unwrap();
     let text = String::from_utf8(child.stdout).unwrap();
     assert!(
-        text.contains("told"),
+        text.contains("told") && text.contains("went on"),
         "{text}{}",
         String::from_utf8_lossy(&child.stderr)
     );

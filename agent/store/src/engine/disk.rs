@@ -90,7 +90,8 @@ pub(super) struct Loaded {
 
 /// The open file.
 pub(super) struct Disk {
-    database: Database,
+    /// `None` once it could not be written, until [`Disk::mend`].
+    database: Option<Database>,
     path: PathBuf,
 }
 
@@ -118,10 +119,8 @@ impl Disk {
                 .and_then(|directory| directory.sync_all())
                 .map_err(in_directory)?;
         }
-        // redb promises not to panic on an altered file when it checks it; a bug there shall not end the process either.
-        let opened = catch_unwind(AssertUnwindSafe(|| Self::read(&path)));
-        let opened = opened.unwrap_or_else(|_| Err(Failure::Damaged("the file makes no sense".to_owned())));
-        let (database, loaded) = opened.map_err(|failure| failure.at(&path))?;
+        let (database, loaded) = Self::read(&path).map_err(|failure| failure.at(&path))?;
+        let database = Some(database);
         Ok((Self { database, path }, loaded))
     }
 
@@ -132,20 +131,22 @@ impl Disk {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Failure::Io(error)),
             _ => {}
         }
-        let disk = Self {
-            database: Database::builder().set_cache_size(CACHE).create(&unfinished)?,
-            path: unfinished,
+        let mut disk = Self {
+            database: Some(Database::builder().set_cache_size(CACHE).create(&unfinished)?),
+            path: unfinished.clone(),
         };
         disk.commit(0, &[]).map_err(|why| Failure::Io(io::Error::other(why)))?;
-        let Self {
-            database,
-            path: unfinished,
-        } = disk;
-        drop(database);
+        drop(disk);
         fs::rename(unfinished, path).map_err(Failure::Io)
     }
 
     fn read(path: &Path) -> Result<(Database, Loaded), Failure> {
+        // redb promises not to panic on an altered file when it checks it; a bug there shall not end the process either.
+        let opened = catch_unwind(AssertUnwindSafe(|| Self::try_read(path)));
+        opened.unwrap_or_else(|_| Err(Failure::Damaged("the file makes no sense".to_owned())))
+    }
+
+    fn try_read(path: &Path) -> Result<(Database, Loaded), Failure> {
         let mut builder = Database::builder();
         builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
         let database = builder.open(path)?;
@@ -180,34 +181,53 @@ impl Disk {
         Ok((database, loaded))
     }
 
-    /// Writes rows and the revision in one transaction; when it returns, they are on the disk.
-    pub(super) fn commit(&self, revision: u64, rows: &[Row<'_>]) -> Result<(), String> {
-        let written = catch_unwind(AssertUnwindSafe(|| self.write(revision, rows)));
+    /// Writes rows and the revision in one transaction; when it returns, they are on the disk. After a failure nothing
+    /// is written before [`Disk::mend`]: redb itself trusts the file no more.
+    pub(super) fn commit(&mut self, revision: u64, rows: &[Row<'_>]) -> Result<(), String> {
+        let Some(database) = &self.database else {
+            return Err(format!("cannot write {}: an earlier write failed", self.path.display()));
+        };
+        let written = catch_unwind(AssertUnwindSafe(|| write(database, revision, rows)));
         let written = written.unwrap_or_else(|_| Err("the file makes no sense".into()));
         written.map_err(|error| {
-            let path = self.path.display();
-            format!("cannot write {path}: {error}; nothing more is written until the store is started again")
+            self.close();
+            format!("cannot write {}: {error}", self.path.display())
         })
     }
 
-    fn write(&self, revision: u64, rows: &[Row<'_>]) -> Result<(), Box<dyn std::error::Error>> {
-        let transaction = self.database.begin_write()?;
-        {
-            let mut objects = transaction.open_table(OBJECTS)?;
-            for (key, object) in rows {
-                let path = path_of(key);
-                match object {
-                    Some(object) => objects.insert(path.as_str(), object.json.as_ref())?,
-                    None => objects.remove(path.as_str())?,
-                };
-            }
-            let mut numbers = transaction.open_table(NUMBERS)?;
-            numbers.insert("format", FORMAT)?;
-            numbers.insert("revision", revision)?;
-        }
-        transaction.commit()?;
-        Ok(())
+    /// Opens the file again after a failure, repaired where that is needed, and says which revision it is at: that of
+    /// the failed write if it reached the disk after all, or else the one before.
+    pub(super) fn mend(&mut self) -> Result<u64, String> {
+        self.close();
+        let (database, loaded) = Self::read(&self.path).map_err(|failure| failure.at(&self.path).to_string())?;
+        self.database = Some(database);
+        Ok(loaded.revision)
     }
+
+    fn close(&mut self) {
+        let database = self.database.take();
+        // It says so itself if it can't write its last words.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
+    }
+}
+
+fn write(database: &Database, revision: u64, rows: &[Row<'_>]) -> Result<(), Box<dyn std::error::Error>> {
+    let transaction = database.begin_write()?;
+    {
+        let mut objects = transaction.open_table(OBJECTS)?;
+        for (key, object) in rows {
+            let path = path_of(key);
+            match object {
+                Some(object) => objects.insert(path.as_str(), object.json.as_ref())?,
+                None => objects.remove(path.as_str())?,
+            };
+        }
+        let mut numbers = transaction.open_table(NUMBERS)?;
+        numbers.insert("format", FORMAT)?;
+        numbers.insert("revision", revision)?;
+    }
+    transaction.commit()?;
+    Ok(())
 }
 
 enum Failure {

@@ -14,7 +14,7 @@
 //! - A write is answered when it is durable, and nobody sees it earlier (`tests/durability.rs`).
 //! - What waits is bounded: [`WAITING`] writes, then callers wait for their turn.
 //!
-//! Failure: an [`ApiError`] for the request; when the disk fails, each write from then on says so, and reads go on.
+//! Failure: an [`ApiError`] for the request; while the disk fails, each write says so, and reads go on.
 //! One thread writes to the disk; it ends, with everything acknowledged, when the last handle is dropped.
 
 mod addresses;
@@ -118,11 +118,11 @@ impl Engine {
     ///
     /// As of [`Engine::open`].
     pub fn open_with(directory: &Path, settings: Settings) -> Result<Self, OpenError> {
-        let (disk, loaded) = Disk::open(directory)?;
+        let (mut disk, loaded) = Disk::open(directory)?;
         let shared = Arc::new(Shared::new(loaded, &settings));
         let writer = std::thread::Builder::new().name("store".to_owned()).spawn({
             let shared = shared.clone();
-            move || shared.commit_groups(&disk)
+            move || shared.commit_groups(&mut disk)
         });
         let writer = writer.map_err(|source| OpenError::Io {
             path: directory.to_owned(),
@@ -273,19 +273,39 @@ impl Engine {
         )
     }
 
+    /// Waits until the disk that failed was tried again, if it is time for that.
+    async fn mended(&self) -> Result<(), ApiError> {
+        let tried = {
+            let mut staged = self.handle.shared.staged();
+            if !staged.failed.as_ref().is_some_and(state::Failed::may_be_over) {
+                return Ok(());
+            }
+            let (done, tried) = oneshot::channel();
+            staged.queue.push(Pending {
+                changes: Vec::new(),
+                done,
+                _permit: None,
+            });
+            tried
+        };
+        self.handle.shared.work.notify_one();
+        tried.await.unwrap_or_else(|_| Err(ended()))
+    }
+
     /// Decides on staged state, and waits until that and what it was decided on is durable.
     pub(crate) async fn write<T>(
         &self,
         dry_run: bool,
         decide: impl FnOnce(&mut Transaction<'_>) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
+        self.mended().await?;
         // The semaphore is never closed.
         let permit = self.handle.waiting.clone().acquire_owned().await.ok();
         let (decided, durable) = {
             let shared = &*self.handle.shared;
             let mut staged = shared.staged();
-            if let Some(why) = &staged.failed {
-                return Err(ApiError::internal(why));
+            if let Some(failed) = &staged.failed {
+                return Err(state::not_written(&failed.why));
             }
             let mut transaction = Transaction::new(shared, &mut staged, dry_run);
             let decided = decide(&mut transaction);
@@ -310,9 +330,13 @@ impl Engine {
         self.handle.shared.work.notify_one();
         match durable.await {
             Ok(result) => result.and(decided),
-            Err(_) => Err(ApiError::internal("the writer of the store has ended; start it again")),
+            Err(_) => Err(ended()),
         }
     }
+}
+
+fn ended() -> ApiError {
+    ApiError::internal("the writer of the store has ended; start it again")
 }
 
 fn discard(transaction: Transaction<'_>) -> Vec<state::Change> {

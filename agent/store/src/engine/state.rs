@@ -7,13 +7,15 @@
 //! Invariants:
 //! - A reader never sees what is not durable; a writer always sees what was staged before it, so that two of them never
 //!   both succeed on the same state (`tests/engine.rs`: `of_many_writers_on_one_revision_one_wins`).
-//! - When the disk fails, everything that waits fails, and staged state is again what is visible (`tests/durability.rs`:
-//!   `a_full_disk_is_named_and_loses_nothing_acknowledged`).
+//! - When the disk fails, everything that waits fails, and staged state is again what is visible. The next write after
+//!   that, at most two a second, opens the file again: with room on the disk writes go on, without a restart
+//!   (`tests/durability.rs`: `a_full_disk_is_named_and_loses_nothing_acknowledged`).
 //! - Locks are taken in the order staged, visible.
 
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
@@ -64,9 +66,29 @@ pub(super) struct Staged {
     pub(super) closed: bool,
     /// Service addresses in use.
     pub(super) addresses: Addresses,
-    /// Why nothing can be written any more.
-    pub(super) failed: Option<String>,
+    /// Why nothing can be written now.
+    pub(super) failed: Option<Failed>,
 }
+
+/// The disk failed, and nothing was written since.
+pub(super) struct Failed {
+    /// What, and to which file.
+    pub(super) why: String,
+    /// When that was last found out.
+    pub(super) at: Instant,
+    /// What was being written: whether it reached the disk is known once that can be read again.
+    in_doubt: Vec<Change>,
+}
+
+impl Failed {
+    /// Whether it is time to see if the disk works again.
+    pub(super) fn may_be_over(&self) -> bool {
+        self.at.elapsed() >= MEND_EVERY
+    }
+}
+
+/// How often a failed disk is tried at most: opening reads all of it.
+const MEND_EVERY: Duration = Duration::from_millis(500);
 
 /// One change of one object.
 pub(super) struct Change {
@@ -197,9 +219,9 @@ impl Shared {
     }
 
     /// Takes what waits to the disk, group by group, until the engine is closed.
-    pub(super) fn commit_groups(&self, disk: &Disk) {
+    pub(super) fn commit_groups(&self, disk: &mut Disk) {
         loop {
-            let group = {
+            let (group, has_failed) = {
                 let mut staged = self.staged();
                 while staged.queue.is_empty() && !staged.closed {
                     staged = self.work.wait(staged).unwrap_or_else(PoisonError::into_inner);
@@ -208,11 +230,54 @@ impl Shared {
                     return;
                 }
                 staged.writing = true;
-                std::mem::take(&mut staged.queue)
+                (std::mem::take(&mut staged.queue), staged.failed.is_some())
             };
-            match write(disk, &group) {
+            let done = if has_failed {
+                self.mend(disk)
+            } else {
+                write(disk, &group)
+            };
+            match done {
                 Ok(()) => self.publish(group),
                 Err(why) => self.give_up(group, why),
+            }
+        }
+    }
+
+    /// Sees whether the disk works again, and what became of the write that failed. Until then nothing was staged.
+    fn mend(&self, disk: &mut Disk) -> Result<(), String> {
+        let on_disk = disk.mend()?;
+        let mut staged = self.staged();
+        let mut visible = self.visible.write().unwrap_or_else(PoisonError::into_inner);
+        let in_doubt = staged.failed.take().map(|failed| failed.in_doubt).unwrap_or_default();
+        let last = in_doubt.iter().map(|change| change.object.revision).max();
+        if on_disk != visible.revision && Some(on_disk) != last {
+            let expected = visible.revision;
+            return Err(format!(
+                "the file is at revision {on_disk}, not at {expected}: somebody else wrote it; start the store again"
+            ));
+        }
+        tracing::info!(revision = on_disk, "the disk can be written again");
+        if on_disk == visible.revision {
+            return Ok(());
+        }
+        // It was told to have failed, and was done: what cannot be undone is told to watchers like any change.
+        for change in &in_doubt {
+            visible.apply(change);
+        }
+        staged.revision = visible.revision;
+        staged.addresses.rebuild(&visible);
+        drop((staged, visible));
+        self.wake(&in_doubt);
+        Ok(())
+    }
+
+    fn wake(&self, changes: &[Change]) {
+        for change in changes {
+            let Object { key, revision, .. } = &*change.object;
+            self.revisions.send_replace(*revision);
+            if let Some(wake) = self.wakes.get(key.kind) {
+                wake.send_replace(*revision);
             }
         }
     }
@@ -254,16 +319,32 @@ impl Shared {
         staged.revision = visible.revision;
         staged.addresses.rebuild(&visible);
         staged.writing = false;
-        let waiting = std::mem::take(&mut staged.queue);
-        for pending in group.into_iter().chain(waiting) {
-            let _ = pending.done.send(Err(ApiError::internal(&why)));
+        let mut in_doubt = staged.failed.take().map(|failed| failed.in_doubt).unwrap_or_default();
+        for pending in group {
+            in_doubt.extend(pending.changes);
+            let _ = pending.done.send(Err(not_written(&why)));
         }
-        staged.failed = Some(why);
+        // What came after the failed group was never written.
+        for pending in std::mem::take(&mut staged.queue) {
+            let _ = pending.done.send(Err(not_written(&why)));
+        }
+        staged.failed = Some(Failed {
+            why,
+            at: Instant::now(),
+            in_doubt,
+        });
     }
 }
 
+/// What a writer is told while the disk fails.
+pub(super) fn not_written(why: &str) -> ApiError {
+    ApiError::internal(format!(
+        "{why}; reads go on, and writes as soon as the disk takes them: make room on it"
+    ))
+}
+
 /// One transaction; of an object that changed more than once only the last state.
-fn write(disk: &Disk, group: &[Pending]) -> Result<(), String> {
+fn write(disk: &mut Disk, group: &[Pending]) -> Result<(), String> {
     let changes = || group.iter().flat_map(|pending| &pending.changes);
     let Some(revision) = changes().map(|change| change.object.revision).max() else {
         return Ok(());
