@@ -107,14 +107,25 @@ pub(super) fn deployment(deployment: &Deployment, sets: &[&ReplicaSet]) -> Vec<S
     for set in others {
         let asked = set.spec.replicas.unwrap_or(1);
         if asked > 0 && (is_recreate || ready >= wanted) {
-            steps.push(Step::Ensure(
-                apps("ReplicaSet", "replicasets", &set.metadata),
-                json!({"spec": {"replicas": 0}}),
-            ));
+            steps.push(emptied(set));
         }
     }
     steps.push(deployment_status(deployment, sets, current, wanted));
     steps
+}
+
+/// The same set without pods: whole, since what is applied is all that is to be.
+fn emptied(set: &ReplicaSet) -> Step {
+    let metadata = &set.metadata;
+    let mut spec = serde_json::to_value(&set.spec).unwrap_or_default();
+    spec["replicas"] = 0.into();
+    let value = json!({
+        "metadata": {
+            "labels": metadata.labels, "annotations": metadata.annotations, "ownerReferences": metadata.owner_references,
+        },
+        "spec": spec,
+    });
+    Step::Ensure(apps("ReplicaSet", "replicasets", metadata), value)
 }
 
 fn replica_set(deployment: &Deployment, hash: &str, replicas: i32, revision: u64) -> Step {
@@ -301,10 +312,15 @@ mod tests {
         assert_eq!(asked(&steps, name(&new.metadata)), Some(2));
         assert_eq!(asked(&steps, name(&old.metadata)), None, "nothing is ready yet");
         let ready = made(&steps[0], 2, 2);
-        assert_eq!(
-            asked(&deployment(&changed, &[&old, &ready]), name(&old.metadata)),
-            Some(0)
-        );
+        let steps = deployment(&changed, &[&old, &ready]);
+        assert_eq!(asked(&steps, name(&old.metadata)), Some(0));
+        let emptied = steps.iter().find_map(|step| match step {
+            Step::Ensure(target, value) if !target.status && target.name == name(&old.metadata) => Some(value),
+            _ => None,
+        });
+        let (mut before, mut after) = (json!(old.spec), emptied.unwrap()["spec"].clone());
+        (before["replicas"], after["replicas"]) = (json!(0), json!(0));
+        assert_eq!(after, before, "what is left out of an apply would be taken away");
     }
 
     #[test]

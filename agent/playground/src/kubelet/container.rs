@@ -252,6 +252,17 @@ impl<'a> Runner<'a> {
     }
 }
 
+/// A process that its parent, which is this one, has not waited for holds up the end of its pod's process namespace.
+impl Drop for Runner<'_> {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // One that ended by itself is as good.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 /// How to run a program in a container.
 #[derive(Clone)]
 pub(super) struct InPod {

@@ -139,10 +139,14 @@ pub(super) struct Run {
 impl Run {
     fn run(&self) {
         let mut wait = Duration::from_millis(200);
+        // Why it does not run stays to be read while it is tried again.
+        let mut failed: Option<String> = None;
         while !self.stopped() {
-            if let Err(error) = self.attempt() {
-                eprintln!("{}: {error:#}", self.desired.id());
-                self.tell(Phase::Pending, None, &format!("{error:#}"), &[]);
+            let error = self.attempt(failed.as_deref()).err();
+            failed = error.map(|error| format!("{error:#}"));
+            if let Some(why) = &failed {
+                eprintln!("{}: {why}", self.desired.id());
+                self.tell(Phase::Pending, None, why, &[]);
                 self.pause(wait);
                 wait = (wait * 2).min(Duration::from_secs(5));
             }
@@ -153,8 +157,9 @@ impl Run {
     }
 
     /// Runs the pod until it is to end, or its sandbox did.
-    fn attempt(&self) -> Result<()> {
-        self.tell(Phase::Pending, None, "its network is being made", &[]);
+    fn attempt(&self, failed: Option<&str>) -> Result<()> {
+        let state = |now| failed.unwrap_or(now);
+        self.tell(Phase::Pending, None, state("its network is being made"), &[]);
         // As a kubelet does: the sandbox that is gone is deleted (CNI DEL) before another is added under its name. The
         // agent would otherwise hold on to the old one's network.
         self.tell_agent_it_is_gone()?;
@@ -162,7 +167,7 @@ impl Run {
         self.tell(
             Phase::Pending,
             Some(&sandbox),
-            "waiting for the node's agent to capture it",
+            state("waiting for the node's agent to capture it"),
             &[],
         );
         self.ask_agent()?;
