@@ -1,6 +1,7 @@
 //! What the mesh must stand up to, one file for each theme. `cargo test -p system-tests THEME::` runs one of them.
 
 mod bytes;
+mod cluster;
 mod encrypted;
 mod escape;
 mod hostile;
@@ -21,6 +22,7 @@ fn main() -> std::process::ExitCode {
         policy::SCENARIOS,
         escape::SCENARIOS,
         hostile::SCENARIOS,
+        cluster::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("ebpf", &themes, &[])

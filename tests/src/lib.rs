@@ -4,6 +4,7 @@
 //! suite (one process, one test after another, one lock for the machine)
 //!   └ Mesh: up ─ manifests ─ logs, access logs, status of the agents ─ down, and nothing may be left
 //!       ├ Pod: exec, python, background          through `undercurrent playground exec`, as a person would
+//!       ├ Kubectl: a stock kubectl with the playground's kubeconfig
 //!       ├ Capture: every frame on the fabric      tcpdump, bracketed by a packet of our own: nothing is missed
 //!       └ Peer: a forged HBONE client             from inside any network namespace
 //! ```
@@ -17,6 +18,7 @@
 
 pub mod capture;
 pub mod forge;
+pub mod kubectl;
 pub mod leftovers;
 pub mod machine;
 pub mod manifests;
@@ -27,6 +29,7 @@ pub mod suite;
 pub mod wait;
 
 pub use capture::Capture;
+pub use kubectl::Kubectl;
 pub use leftovers::Leftovers;
 pub use mesh::Mesh;
 pub use pod::{Background, Pod};

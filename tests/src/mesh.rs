@@ -87,6 +87,26 @@ impl Mesh {
         })
     }
 
+    /// Ends the control plane as a crash would.
+    pub fn kill_control(&self) -> Result<()> {
+        self.playground(&["kill-control"]).map(drop)
+    }
+
+    /// Starts the control plane again; returns when it says that it is ready.
+    pub fn start_control(&self) -> Result<()> {
+        self.playground(&["start-control"]).map(drop)
+    }
+
+    /// The process of the API and the controllers, or of the control plane: `cluster`, `control`.
+    pub fn pid_of(&self, process: &str) -> Result<i32> {
+        pid_in(&self.file(&format!("{process}.json")))
+    }
+
+    /// The log of one of these, from here on.
+    pub fn log_of(&self, process: &str) -> Result<Log> {
+        Log::at_end(self.file(&format!("{process}.log")))
+    }
+
     /// Takes it down.
     pub fn down(&self) -> Result<()> {
         self.playground(&["down"]).map(drop)
@@ -137,7 +157,7 @@ impl Mesh {
     }
 
     /// A pod, by namespace and name.
-    pub fn pod(&self, namespace: &'static str, name: &'static str) -> Pod<'_> {
+    pub fn pod<'m>(&'m self, namespace: &'m str, name: &'m str) -> Pod<'m> {
         Pod {
             mesh: self,
             namespace,
@@ -205,6 +225,16 @@ impl Drop for Mesh {
             eprintln!("cannot take the mesh down: {error:#}");
         }
     }
+}
+
+/// The process of a record that the playground keeps.
+fn pid_in(path: &Path) -> Result<i32> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let record: serde_json::Value = serde_json::from_str(&text)?;
+    let pid = record["pid"].as_i64();
+    Ok(pid
+        .with_context(|| format!("no process id in {}", path.display()))?
+        .try_into()?)
 }
 
 fn lock() -> Result<Flock<File>> {
@@ -276,13 +306,7 @@ impl Node<'_> {
 
     /// Its agent's process.
     pub fn agent_pid(&self) -> Result<i32> {
-        let path = self.directory().join("agent.json");
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let record: serde_json::Value = serde_json::from_str(&text)?;
-        Ok(record["pid"]
-            .as_i64()
-            .context("no process id in agent.json")?
-            .try_into()?)
+        pid_in(&self.directory().join("agent.json"))
     }
 
     /// The agent's memory that is in use now, in KiB.

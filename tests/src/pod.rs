@@ -17,8 +17,8 @@ use crate::{Mesh, machine, wait};
 #[derive(Clone, Copy)]
 pub struct Pod<'m> {
     pub(crate) mesh: &'m Mesh,
-    pub namespace: &'static str,
-    pub name: &'static str,
+    pub namespace: &'m str,
+    pub name: &'m str,
 }
 
 /// What a program said and how it ended.
