@@ -74,6 +74,7 @@ impl Server {
             directory: config.directory,
             listeners: config.listeners,
             names: config.names,
+            limits: http::Limits::default(),
         };
         let front = Front::start(front, engine.clone())?;
         let controllers = Controllers::start(&engine, front.ca_pem());

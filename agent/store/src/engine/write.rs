@@ -1,14 +1,20 @@
 //! Creation and change, with the rules of kube-apiserver that hold for every kind.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 
 use super::{
-    ApiError, Cause, Key, Part, Written, delete, metadata, metadata_of, names, text, transaction::Transaction,
+    ApiError, Cause, Key, Object, Part, Written, delete, metadata, metadata_of, names, text, transaction::Transaction,
 };
 use crate::{
     admission::{self, Request},
     kinds::{self, Kind},
+    patch::{DEEPEST, depth},
 };
+
+/// The most bytes of an object: what a body may have. Patches could make more, one after the other.
+const LARGEST: usize = 3 << 20;
 
 /// How often another name is tried when a generated one is taken.
 const NAMES_TRIED: usize = 8;
@@ -48,8 +54,21 @@ pub(super) fn create(
     request.causes.extend(names::check_name(kind, &key.name));
     admission::create(&mut request, &mut value)?;
     let warnings = request.finish()?;
-    let object = transaction.put(&key, value);
+    let object = put(transaction, &key, value)?;
     Ok(Written { object, warnings })
+}
+
+/// What is kept can be read back, and is no larger than what may be sent.
+fn put(transaction: &mut Transaction<'_>, key: &Key, value: Value) -> Result<Arc<Object>, ApiError> {
+    if depth(&value, DEEPEST) > DEEPEST {
+        let cause = Cause::invalid("", "", format!("must not be nested deeper than {DEEPEST}"));
+        return Err(ApiError::invalid(key.kind, &key.name, vec![cause]));
+    }
+    let object = transaction.put(key, value);
+    if object.json.len() > LARGEST {
+        return Err(ApiError::too_large(LARGEST));
+    }
+    Ok(object)
 }
 
 /// The object's name: given or made.
@@ -165,7 +184,7 @@ pub(super) fn change(
     let object = if delete::is_through(kind, &new) {
         transaction.remove(key, new)
     } else {
-        transaction.put(key, new)
+        put(transaction, key, new)?
     };
     Ok(Written { object, warnings })
 }

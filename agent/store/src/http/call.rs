@@ -16,8 +16,8 @@ use crate::{auth::rules::User, engine::ApiError, patch::default_manager};
 
 /// The largest body, as in Kubernetes.
 pub const MAX_BODY: usize = 3 << 20;
-/// How long a client may take to send one.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Brackets that may be open at once in YAML; text may have some, too.
+const MOST_OPEN: usize = 256;
 
 /// A request for resources.
 pub struct Call {
@@ -70,6 +70,7 @@ pub fn read(body: &[u8], only_json: bool) -> Result<Value, ApiError> {
             let what = format!("the object provided is unrecognized: it is not JSON: {error}");
             return Err(ApiError::bad_request(what));
         }
+        Err(_) if opens_too_much(body) => return Err(ApiError::bad_request("the body is nested too deeply")),
         Err(_) => serde_yaml_ng::from_slice(body)
             .map_err(|error| ApiError::bad_request(format!("error decoding YAML: {error}")))?,
     };
@@ -81,17 +82,31 @@ pub fn read(body: &[u8], only_json: bool) -> Result<Value, ApiError> {
     }
 }
 
-/// Reads a body to its end.
-pub async fn body(incoming: Incoming) -> Result<Bytes, ApiError> {
+/// Whether there are more brackets open at once than any object has. The reader of YAML looks at all of them at each
+/// further word, and only at the end finds that there are too many.
+fn opens_too_much(yaml: &[u8]) -> bool {
+    let mut open = 0usize;
+    yaml.iter().any(|byte| {
+        match byte {
+            b'[' | b'{' => open += 1,
+            b']' | b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        open > MOST_OPEN
+    })
+}
+
+/// Reads a body to its end, which has to come in time.
+pub async fn body(incoming: Incoming, within: Duration) -> Result<Bytes, ApiError> {
     let reading = Limited::new(incoming, MAX_BODY).collect();
-    match tokio::time::timeout(BODY_TIMEOUT, reading).await {
+    match tokio::time::timeout(within, reading).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::too_large(MAX_BODY)),
         Ok(Err(error)) => Err(ApiError::bad_request(format!("the body could not be read: {error}"))),
         Err(_) => Err(ApiError {
             code: 408,
             reason: "Timeout",
-            message: format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs()),
+            message: format!("the body did not arrive within {within:?}"),
             details: None,
         }),
     }
@@ -114,6 +129,8 @@ mod tests {
         assert_eq!(read(b"{\"a\": 1}", true).unwrap()["a"], 1);
         assert_eq!(read(b"a: 1\n", false).unwrap()["a"], 1);
         assert!(read(b"a: 1\n", true).unwrap_err().message.contains("not JSON"));
+        let deep = "[".repeat(1_000_000);
+        assert!(read(deep.as_bytes(), false).unwrap_err().message.contains("too deeply"));
         for bad in [&b""[..], b"[]", b"\"x\"", b"a: [", b"\xff", b"{\"a\":"] {
             assert_eq!(read(bad, false).unwrap_err().code, 400, "{bad:?}");
         }

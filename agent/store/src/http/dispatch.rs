@@ -5,7 +5,10 @@
 //! ```
 //! Nothing is told to somebody who may not ask, not even whether it exists. A body is read only after that.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use http::{HeaderMap, HeaderName, Method, Request, header, request::Parts};
 use hyper::body::Incoming;
@@ -22,6 +25,7 @@ use super::{
     query::Query,
     read, reviews,
     route::{Resource, Route, route},
+    serve::Limits,
     subresource, watch, write,
 };
 use crate::{
@@ -36,9 +40,6 @@ use crate::{
 const IMPERSONATE_USER: HeaderName = HeaderName::from_static("impersonate-user");
 const IMPERSONATE_GROUP: HeaderName = HeaderName::from_static("impersonate-group");
 
-/// How many watches there may be at once.
-const MOST_WATCHES: usize = 16 << 10;
-
 /// What requests are answered from.
 pub struct Api {
     /// The objects.
@@ -51,17 +52,20 @@ pub struct Api {
     pub watchers: Arc<Semaphore>,
     /// When watches end.
     pub drain: DrainSignal,
+    /// How long a body may take.
+    pub body_timeout: Duration,
 }
 
 impl Api {
-    /// Of this engine and these accounts.
-    pub fn new(engine: Engine, accounts: Accounts, drain: DrainSignal) -> Self {
+    /// Of this engine and these accounts, within these limits.
+    pub fn new(engine: Engine, accounts: Accounts, drain: DrainSignal, limits: &Limits) -> Self {
         Self {
             engine,
             accounts,
             pages: Pages::default(),
-            watchers: Arc::new(Semaphore::new(MOST_WATCHES)),
+            watchers: Arc::new(Semaphore::new(limits.watches)),
             drain,
+            body_timeout: limits.body,
         }
     }
 
@@ -101,10 +105,10 @@ impl Api {
                 let accepted =
                     accepted.ok_or_else(|| ApiError::not_acceptable("application/json, application/yaml"))?;
                 let query = Query::parse(parts.uri.query().unwrap_or_default(), resource.kind)?;
-                let media_type = text(&parts.headers, header::CONTENT_TYPE)
-                    .split(';')
-                    .next()
-                    .unwrap_or_default();
+                // One that is no text is none that is read here.
+                let media_type = parts.headers.get(header::CONTENT_TYPE);
+                let media_type = media_type.map_or("", |value| value.to_str().unwrap_or("?"));
+                let media_type = media_type.split(';').next().unwrap_or_default();
                 let call = Call {
                     user,
                     method: parts.method.clone(),
@@ -113,7 +117,7 @@ impl Api {
                     accepted,
                     media_type: media_type.trim().to_ascii_lowercase(),
                     user_agent: text(&parts.headers, header::USER_AGENT).to_owned(),
-                    body: call::body(body).await?,
+                    body: call::body(body, self.body_timeout).await?,
                 };
                 self.resource(call).await
             }

@@ -32,4 +32,4 @@ mod subresource;
 mod watch;
 mod write;
 
-pub use serve::{Config, Front, FrontError};
+pub use serve::{Config, Front, FrontError, Limits};

@@ -1,18 +1,21 @@
 //! Listeners and connections.
 //!
 //! ```text
-//! listener ─► permit ─► TLS (10 s) ─► HTTP/2 or HTTP/1.1 ─► Api::answer
+//! listener ─► permit ─► TLS ─► HTTP/2 or HTTP/1.1 ─► Api::answer
 //! ```
 //! One task per listener and per connection; all end with [`Front::stop`]: watches end, requests under way are finished
 //! for [`GRACE`], then connections are cut. Connections, headers, streams, handshakes and idle peers are bounded here,
-//! bodies in `call`, watches in `dispatch`.
+//! bodies in `call`, watches in `dispatch`: by [`Limits`] (`tests/limits.rs`).
 
 use std::{
     convert::Infallible,
     io,
     net::{SocketAddr, TcpListener as StdListener},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -42,14 +45,36 @@ use crate::{
     engine::Engine,
 };
 
-/// How many connections there may be at once; more wait in the kernel's queue.
-const MOST_CONNECTIONS: usize = 8 << 10;
-/// How many requests, watches among them, one connection may have under way.
-const MOST_STREAMS: u32 = 1000;
-/// How long a handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long a client may take for the head of an HTTP/1.1 request, also between two.
-const HEAD: Duration = Duration::from_secs(120);
+/// What one server gives its clients at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How many connections there may be at once; more wait in the kernel's queue.
+    pub connections: usize,
+    /// How many requests, watches among them, one connection may have under way.
+    pub streams: u32,
+    /// How many watches there may be at once; more are a 429.
+    pub watches: usize,
+    /// How long a handshake may take.
+    pub handshake: Duration,
+    /// How long a client may take for its first request, and in HTTP/1.1 for the head of each, also between two.
+    pub head: Duration,
+    /// How long a client may take for the body of a request; then it is a 408.
+    pub body: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 8 << 10,
+            streams: 1000,
+            watches: 16 << 10,
+            handshake: Duration::from_secs(10),
+            head: Duration::from_secs(120),
+            body: Duration::from_secs(30),
+        }
+    }
+}
+
 /// The most bytes of headers.
 const HEADERS: u32 = 64 << 10;
 /// How often an HTTP/2 peer is asked whether it is there, and how long it may take to say so.
@@ -67,6 +92,8 @@ pub struct Config {
     pub listeners: Vec<StdListener>,
     /// Names of the server besides `localhost` and `kubernetes.default.svc`: DNS names and addresses.
     pub names: Vec<String>,
+    /// What clients get at most.
+    pub limits: Limits,
 }
 
 /// Why the server can't start.
@@ -100,8 +127,8 @@ impl Front {
         let tls = TlsAcceptor::from(Arc::new(authority.server_config(&config.names)?));
         let (trigger, drain) = drain_channel();
         let accounts = Accounts::new(engine.clone(), Arc::new(tokens));
-        let api = Arc::new(Api::new(engine, accounts, drain.clone()));
-        let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+        let api = Arc::new(Api::new(engine, accounts, drain.clone(), &config.limits));
+        let connections = Arc::new(Semaphore::new(config.limits.connections));
         let mut addresses = Vec::new();
         for listener in config.listeners {
             listener.set_nonblocking(true)?;
@@ -111,6 +138,7 @@ impl Front {
                 tls: tls.clone(),
                 api: api.clone(),
                 connections: connections.clone(),
+                limits: config.limits,
                 drain: drain.clone(),
             };
             tokio::spawn(accepting.run());
@@ -154,6 +182,7 @@ struct Accepting {
     tls: TlsAcceptor,
     api: Arc<Api>,
     connections: Arc<Semaphore>,
+    limits: Limits,
     drain: DrainSignal,
 }
 
@@ -177,7 +206,14 @@ impl Accepting {
             match accepted {
                 Ok((permit, stream, peer)) => {
                     pause.reset();
-                    let connection = connection(self.tls.clone(), self.api.clone(), self.drain.clone(), permit, stream);
+                    let connection = Connection {
+                        tls: self.tls.clone(),
+                        api: self.api.clone(),
+                        limits: self.limits,
+                        drain: self.drain.clone(),
+                        _permit: permit,
+                    };
+                    let connection = connection.run(stream);
                     tokio::spawn(async move {
                         if let Err(error) = connection.await {
                             tracing::debug!(%peer, error, "a connection ended");
@@ -193,55 +229,74 @@ impl Accepting {
     }
 }
 
-/// One connection, from its handshake to its end.
-async fn connection(
+/// One connection's task.
+struct Connection {
     tls: TlsAcceptor,
     api: Arc<Api>,
-    mut drain: DrainSignal,
+    limits: Limits,
+    drain: DrainSignal,
     _permit: OwnedSemaphorePermit,
-    stream: TcpStream,
-) -> Result<(), String> {
-    // Small events are to leave at once.
-    stream.set_nodelay(true).map_err(|error| error.to_string())?;
-    let stream = tokio::select! {
-        _ = drain.reached(DrainMode::Graceful) => return Ok(()),
-        stream = timeout(HANDSHAKE, tls.accept(stream)) => stream,
-    };
-    let stream = stream
-        .map_err(|_| "no handshake in time".to_owned())?
-        .map_err(|error| format!("handshake: {error}"))?;
-    let certificates = stream.get_ref().1.peer_certificates();
-    let peer = certificates
-        .and_then(|chain| chain.first())
-        .and_then(|leaf| user_of(leaf))
-        .map(Arc::new);
-    let service = service_fn(move |request| {
-        let (api, peer) = (api.clone(), peer.clone());
-        async move { Ok::<_, Infallible>(api.answer(peer.as_deref(), request).await) }
-    });
-    let builder = builder();
-    let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
-    tokio::select! {
-        ended = connection.as_mut() => return ended.map_err(|error| error.to_string()),
-        _ = drain.reached(DrainMode::Graceful) => connection.as_mut().graceful_shutdown(),
-    }
-    tokio::select! {
-        ended = connection.as_mut() => ended.map_err(|error| error.to_string()),
-        _ = drain.reached(DrainMode::Immediate) => Err("cut: the server stops".to_owned()),
+}
+
+impl Connection {
+    /// From its handshake to its end.
+    async fn run(mut self, stream: TcpStream) -> Result<(), String> {
+        // Small events are to leave at once.
+        stream.set_nodelay(true).map_err(|error| error.to_string())?;
+        let stream = tokio::select! {
+            _ = self.drain.reached(DrainMode::Graceful) => return Ok(()),
+            stream = timeout(self.limits.handshake, self.tls.accept(stream)) => stream,
+        };
+        let stream = stream
+            .map_err(|_| "no handshake in time".to_owned())?
+            .map_err(|error| format!("handshake: {error}"))?;
+        let certificates = stream.get_ref().1.peer_certificates();
+        let peer = certificates
+            .and_then(|chain| chain.first())
+            .and_then(|leaf| user_of(leaf))
+            .map(Arc::new);
+        let api = self.api;
+        let asked = Arc::new(AtomicBool::new(false));
+        // Who never asks anything shall not keep the place. hyper has no limit of its own for that in HTTP/2.
+        let silent = {
+            let (asked, within) = (asked.clone(), self.limits.head);
+            async move {
+                tokio::time::sleep(within).await;
+                if asked.load(Relaxed) {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        let service = service_fn(move |request| {
+            asked.store(true, Relaxed);
+            let (api, peer) = (api.clone(), peer.clone());
+            async move { Ok::<_, Infallible>(api.answer(peer.as_deref(), request).await) }
+        });
+        let builder = builder(&self.limits);
+        let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+        tokio::select! {
+            ended = connection.as_mut() => return ended.map_err(|error| error.to_string()),
+            () = silent => return Err("no request in time".to_owned()),
+            _ = self.drain.reached(DrainMode::Graceful) => connection.as_mut().graceful_shutdown(),
+        }
+        tokio::select! {
+            ended = connection.as_mut() => ended.map_err(|error| error.to_string()),
+            _ = self.drain.reached(DrainMode::Immediate) => Err("cut: the server stops".to_owned()),
+        }
     }
 }
 
-fn builder() -> Builder<TokioExecutor> {
+fn builder(limits: &Limits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
+        .header_read_timeout(limits.head)
         .max_buf_size(HEADERS as usize);
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(MOST_STREAMS)
+        .max_concurrent_streams(limits.streams)
         .max_header_list_size(HEADERS)
         .keep_alive_interval(PING)
         .keep_alive_timeout(PONG);

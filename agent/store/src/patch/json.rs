@@ -14,7 +14,7 @@ const MOST_OPERATIONS: usize = 10_000;
 /// JSON that `copy` may add in one patch.
 const MOST_COPIED: usize = 3 << 20;
 /// Deeper than any object, and well under what a reader takes.
-const DEEPEST: usize = 100;
+pub(crate) const DEEPEST: usize = 100;
 
 /// An object changed by a JSON patch.
 ///
@@ -124,7 +124,7 @@ fn size(value: &Value, enough: usize) -> usize {
 }
 
 /// How deeply a value is nested; `limit + 1` for anything deeper.
-fn depth(value: &Value, limit: usize) -> usize {
+pub(crate) fn depth(value: &Value, limit: usize) -> usize {
     if limit == 0 {
         return 1;
     }

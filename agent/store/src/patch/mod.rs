@@ -23,6 +23,7 @@ mod typed;
 use time::OffsetDateTime;
 
 pub use apply::{apply, update_managed};
+pub(crate) use json::{DEEPEST, depth};
 pub use json::{json, merge};
 pub use strategic::strategic;
 
