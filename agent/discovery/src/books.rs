@@ -13,7 +13,10 @@
 //! - nothing is told to the mesh before the first policies *and* the first addresses are there, since half of it would be
 //!   open (`nothing_is_known_before_both_types_are`);
 //! - a policy that can't be read and was not known before is stood for by one that closes, until it is gone or read
-//!   (`an_unreadable_policy_closes_until_it_is_gone`).
+//!   (`an_unreadable_policy_closes_until_it_is_gone`);
+//! - where a workload or service is that can't be read, nothing is passed through in plaintext, until it is gone or read
+//!   (`an_unreadable_address_is_closed_until_it_is_gone`); the last good version goes on where it is
+//!   (`the_last_good_version_stays_and_what_the_bad_one_adds_is_closed`).
 
 use std::collections::BTreeMap;
 
@@ -155,7 +158,7 @@ impl Books {
         };
         for (type_, resources) in resources {
             for (name, version, message) in resources {
-                if let Err(reason) = self.take(type_, &name, version, &message) {
+                if let Err(reason) = self.take(type_, &name, version, &message, &[]) {
                     tracing::warn!("the state on the disk: {name} can not be read: {reason}");
                 }
             }
@@ -267,7 +270,7 @@ impl Books {
                     .take(REASON_LENGTH)
                     .collect();
                 self.held(type_)
-                    .stage_refusal(type_, &resource.name, &[], reason.clone());
+                    .stage_refusal(type_, &resource.name, &[], &resource.aliases, reason.clone());
                 return Err(reason);
             }
             None => &[],
@@ -276,10 +279,18 @@ impl Books {
             self.demanded.answered(&resource.name);
             resource.aliases.iter().for_each(|alias| self.demanded.answered(alias));
         }
-        self.take(type_, &resource.name, resource.version.clone(), message)
+        let version = resource.version.clone();
+        self.take(type_, &resource.name, version, message, &resource.aliases)
     }
 
-    fn take(&mut self, type_: Type, name: &str, version: String, message: &[u8]) -> Result<(), String> {
+    fn take(
+        &mut self,
+        type_: Type,
+        name: &str,
+        version: String,
+        message: &[u8],
+        aliases: &[String],
+    ) -> Result<(), String> {
         match type_.read(name, message, &mut self.interner) {
             Ok(object) => {
                 self.demanded.found(&object);
@@ -288,7 +299,8 @@ impl Books {
             }
             Err(error) => {
                 let reason: String = error.to_string().chars().take(REASON_LENGTH).collect();
-                self.held(type_).stage_refusal(type_, name, message, reason.clone());
+                self.held(type_)
+                    .stage_refusal(type_, name, message, aliases, reason.clone());
                 Err(reason)
             }
         }
@@ -344,6 +356,11 @@ fn merge(delta: &mut Delta, later: Delta) {
     delta.removed_services.extend(later.removed_services);
     delta.policies.extend(later.policies);
     delta.removed_policies.extend(later.removed_policies);
+    delta
+        .unreadable
+        .retain(|unreadable| !later.removed_unreadable.contains(&unreadable.name));
+    delta.unreadable.extend(later.unreadable);
+    delta.removed_unreadable.extend(later.removed_unreadable);
     delta.not_absent.extend(later.not_absent);
     delta.absent.extend(later.absent);
 }

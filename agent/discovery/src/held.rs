@@ -6,8 +6,8 @@ use std::{
     sync::Arc,
 };
 
-use mesh::Delta;
-use model::{NamespacedName, WorkloadUid};
+use mesh::{Delta, Unreadable};
+use model::{NamespacedName, NetworkAddress, WorkloadUid};
 
 use crate::{
     books::Type,
@@ -32,10 +32,19 @@ struct Entry {
 #[derive(Debug)]
 struct Refusal {
     reason: String,
-    /// A policy stands for it in the mesh.
-    closes: bool,
+    /// Something stands for it in the mesh.
+    closes: Option<Type>,
     /// Said on this connection.
     recent: bool,
+}
+
+/// What closes where a resource can't be read.
+#[derive(Debug)]
+enum Closing {
+    /// The policy that is made of this message.
+    Policy(Vec<u8>),
+    /// No way to these addresses.
+    Address(Vec<NetworkAddress>),
 }
 
 #[derive(Debug)]
@@ -69,8 +78,8 @@ pub(crate) struct Held {
     /// A name's last word counts; by name, so that what follows does not depend on a hash.
     puts: BTreeMap<Arc<str>, Staged>,
     removals: BTreeSet<String>,
-    /// The messages of what closes, for the disk.
-    closing: BTreeMap<String, Vec<u8>>,
+    /// What is to stand for what can't be read.
+    closing: BTreeMap<String, Closing>,
     synchronised: bool,
 }
 
@@ -155,19 +164,34 @@ impl Held {
         self.removals.insert(name.to_owned());
     }
 
-    /// The last good one stays, here and in the mesh; where there is none, a policy closes.
-    pub(crate) fn stage_refusal(&mut self, type_: Type, name: &str, message: &[u8], reason: String) {
-        let has_good =
-            self.puts.contains_key(name) || (self.entries.contains_key(name) && !self.removals.contains(name));
-        let closes = type_ == Type::Authorization && !has_good && decode::closing(name, message).is_some();
-        if closes {
-            self.closing.insert(name.to_owned(), message.to_vec());
-        }
+    /// The last good one stays, here and in the mesh; where there is none, something closes.
+    pub(crate) fn stage_refusal(
+        &mut self,
+        type_: Type,
+        name: &str,
+        message: &[u8],
+        aliases: &[String],
+        reason: String,
+    ) {
+        let is_held = self.entries.contains_key(name) && !self.removals.contains(name);
+        let closing = match type_ {
+            _ if self.puts.contains_key(name) => None,
+            Type::Authorization if is_held => None,
+            Type::Authorization => decode::closing(name, message).map(|_| Closing::Policy(message.to_vec())),
+            // Also of what is held: the bad version may be in more places than the good one.
+            Type::Address => Some(decode::places(message, aliases))
+                .filter(|places| !places.is_empty())
+                .map(Closing::Address),
+        };
+        let before = self.rejected.get(name).and_then(|refusal| refusal.closes);
         let refusal = Refusal {
             reason,
-            closes,
+            closes: closing.as_ref().map(|_| type_).or(before),
             recent: true,
         };
+        if let Some(closing) = closing {
+            self.closing.insert(name.to_owned(), closing);
+        }
         self.rejected.insert(name.to_owned(), refusal);
     }
 
@@ -186,9 +210,8 @@ impl Held {
         if live && !std::mem::replace(&mut self.synchronised, true) {
             self.forget_stale(&mut changes, &mut delta);
         }
-        for (name, message) in std::mem::take(&mut self.closing) {
-            delta.policies.extend(decode::closing(&name, &message));
-            changes.push(Untyped::Put(name, String::new(), message));
+        for (name, closing) in std::mem::take(&mut self.closing) {
+            changes.extend(self.close(name, closing, &mut delta));
         }
         for (name, staged) in std::mem::take(&mut self.puts) {
             self.forget_refusal(&name, &mut delta);
@@ -207,14 +230,32 @@ impl Held {
         (changes, delta)
     }
 
+    /// Has something stand for what can't be read; what the disk is told, unless it has the last good version.
+    fn close(&self, name: String, closing: Closing, delta: &mut Delta) -> Option<Untyped> {
+        let message = match closing {
+            Closing::Policy(message) => {
+                delta.policies.extend(decode::closing(&name, &message));
+                message
+            }
+            Closing::Address(addresses) => {
+                let message = decode::stand_in(&addresses);
+                let name = name.as_str().into();
+                delta.unreadable.push(Unreadable { name, addresses });
+                message
+            }
+        };
+        (!self.entries.contains_key(name.as_str())).then(|| Untyped::Put(name, String::new(), message))
+    }
+
     /// A refusal that is over; whether something stood for it.
     fn forget_refusal(&mut self, name: &str, delta: &mut Delta) -> bool {
-        let closed = self.rejected.get(name).is_some_and(|refusal| refusal.closes);
-        if closed {
-            delta.removed_policies.push(key_of(name));
+        let closes = self.rejected.remove(name).and_then(|refusal| refusal.closes);
+        match closes {
+            Some(Type::Authorization) => delta.removed_policies.push(key_of(name)),
+            Some(Type::Address) => delta.removed_unreadable.push(name.into()),
+            None => {}
         }
-        self.rejected.remove(name);
-        closed
+        closes.is_some()
     }
 
     /// Refusals of an earlier connection: they are not among what we say we hold, so one that is still there came again.
@@ -222,7 +263,8 @@ impl Held {
         let stale = self.rejected.iter().filter(|(_, refusal)| !refusal.recent);
         let stale: Vec<String> = stale.map(|(name, _)| name.clone()).collect();
         for name in stale {
-            if self.forget_refusal(&name, delta) {
+            // What is held is on the disk by this name.
+            if self.forget_refusal(&name, delta) && !self.entries.contains_key(name.as_str()) {
                 changes.push(Untyped::Remove(name));
             }
         }

@@ -23,10 +23,12 @@ mod claims;
 mod contents;
 mod demand;
 mod endpoints;
+mod ranges;
 mod route;
 mod snapshot;
 pub mod static_file;
 mod trie;
+mod unreadable;
 mod writer;
 
 use std::{net::IpAddr, sync::Arc};
@@ -40,6 +42,7 @@ pub use demand::{Demands, Wanted};
 pub use endpoints::EndpointList;
 pub use route::{RefuseReason, Route};
 pub use snapshot::{Counts, Snapshot};
+pub use unreadable::Unreadable;
 pub use writer::{Delta, Locals, Writer};
 
 /// The reading end: cheap to clone, shared by everything that decides.

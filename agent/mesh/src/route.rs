@@ -90,6 +90,8 @@ pub enum RefuseReason {
     ApplicationTunnel(WorkloadUid),
     /// The workload has no address, only a name.
     OnlyAName(WorkloadUid, Arc<str>),
+    /// The mesh has something of this name there that could not be read, and has no last good version of.
+    Unreadable(Arc<str>),
     /// On demand: the control plane did not answer in time what it knows of the address.
     NotDiscovered(IpAddr),
 }
@@ -120,6 +122,11 @@ impl fmt::Display for RefuseReason {
                 f,
                 "workload {workload} has no address but the name {hostname}, which this agent can not look up yet"
             ),
+            Self::Unreadable(name) => write!(
+                f,
+                "what the control plane said of {name} could not be read, and the way might have to be encrypted; its \
+                 status tells which field this agent does not understand"
+            ),
             Self::NotDiscovered(ip) => write!(
                 f,
                 "the control plane did not say in time what {ip} is; the way might have to be encrypted"
@@ -145,7 +152,13 @@ impl Snapshot {
                 Err(reason) => refused(reason),
             };
         }
-        if let Some(service) = self.service_by_vip(target.ip()) {
+        let service = self.service_and_length(target.ip());
+        if let Some((length, name)) = self.closed.at(target.ip())
+            && service.is_none_or(|(known, _)| known < length)
+        {
+            return refused(RefuseReason::Unreadable(name.clone()));
+        }
+        if let Some((_, service)) = service {
             return self
                 .to_service(source, service, target, random, tried)
                 .unwrap_or_else(refused);

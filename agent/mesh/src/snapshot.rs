@@ -6,7 +6,6 @@ use std::{
     sync::Arc,
 };
 
-use ipnet::IpNet;
 use model::{MeshSettings, NamespacedName, NetworkMode, Policy, Scope, Service, Workload, WorkloadUid, canonical_ip};
 use policy::{Facts, Reason, Verdict};
 
@@ -14,7 +13,9 @@ use crate::{
     EndpointList,
     claims::{Change, Claimant, Held},
     endpoints::Endpoints,
+    ranges::{Prefixes, Range, bits, range_of},
     trie::Trie,
+    unreadable::Closed,
 };
 
 type PoliciesByName = BTreeMap<Arc<str>, Arc<Policy>>;
@@ -29,8 +30,9 @@ pub struct Snapshot {
     pub(crate) settings: Arc<MeshSettings>,
     pub(crate) workloads: Held<Workload>,
     pub(crate) services: Held<Service>,
-    /// How many services' addresses there are of which length; whole addresses are not counted.
-    prefixes: Arc<BTreeMap<(bool, u8), usize>>,
+    /// Of the services' addresses.
+    prefixes: Prefixes,
+    pub(crate) closed: Closed,
     endpoints: Trie<NamespacedName, Arc<Endpoints>>,
     policies: Trie<NamespacedName, Arc<Policy>>,
     policies_by_namespace: Trie<Arc<str>, Arc<PoliciesByName>>,
@@ -62,7 +64,7 @@ impl Claimant for Workload {
 
 impl Claimant for Service {
     type Key = NamespacedName;
-    type Claim = (IpAddr, u8);
+    type Claim = Range;
 
     fn key(&self) -> NamespacedName {
         self.key()
@@ -72,28 +74,10 @@ impl Claimant for Service {
         self.canonical
     }
 
-    fn claims(&self, network: &str) -> BTreeSet<(IpAddr, u8)> {
+    fn claims(&self, network: &str) -> BTreeSet<Range> {
         let own = self.vips.iter().filter(|vip| *vip.network == *network);
-        own.filter_map(|vip| {
-            let ip = canonical_ip(vip.address);
-            let length = match vip.length {
-                // Of a mapped address (`::ffff:a.b.c.d/104`) only the last bits count.
-                Some(length) if ip.is_ipv4() != vip.address.is_ipv4() => length.saturating_sub(96),
-                Some(length) => length,
-                None => bits(ip),
-            };
-            Some((masked(ip, length)?, length))
-        })
-        .collect()
+        own.filter_map(range_of).collect()
     }
-}
-
-fn bits(ip: IpAddr) -> u8 {
-    if ip.is_ipv4() { 32 } else { 128 }
-}
-
-fn masked(ip: IpAddr, length: u8) -> Option<IpAddr> {
-    Some(IpNet::new(ip, length).ok()?.network())
 }
 
 impl Snapshot {
@@ -125,17 +109,15 @@ impl Snapshot {
     }
 
     pub(crate) fn apply_service(&mut self, change: Change<Service>) {
-        let (service, gained) = match change {
-            Change::Gained(service) => (service, true),
-            Change::Lost(service) => (service, false),
-        };
-        let ranges = service.claims(&self.network).into_iter();
-        for (ip, length) in ranges.filter(|(ip, length)| *length != bits(*ip)) {
-            let prefixes = Arc::make_mut(&mut self.prefixes);
-            let count = prefixes.entry((ip.is_ipv4(), length)).or_default();
-            *count = if gained { *count + 1 } else { count.saturating_sub(1) };
-            if *count == 0 {
-                prefixes.remove(&(ip.is_ipv4(), length));
+        let prefixes = &mut self.prefixes;
+        match change {
+            Change::Gained(service) => {
+                let ranges = service.claims(&self.network).into_iter();
+                ranges.for_each(|range| prefixes.add(range));
+            }
+            Change::Lost(service) => {
+                let ranges = service.claims(&self.network).into_iter();
+                ranges.for_each(|range| prefixes.remove(range));
             }
         }
     }
@@ -244,15 +226,16 @@ impl Snapshot {
 
     /// The service with this virtual address, or else with the longest range that it is in, in the node's network.
     pub fn service_by_vip(&self, ip: IpAddr) -> Option<&Arc<Service>> {
-        let ip = canonical_ip(ip);
-        let whole = self.services.by_claim.get(&(ip, bits(ip)));
-        if whole.is_some() || self.prefixes.is_empty() {
-            return whole;
+        self.service_and_length(canonical_ip(ip)).map(|(_, service)| service)
+    }
+
+    /// The service, and how long the range is that it has the address by.
+    pub(crate) fn service_and_length(&self, ip: IpAddr) -> Option<(u8, &Arc<Service>)> {
+        if let Some(service) = self.services.by_claim.get(&(ip, bits(ip))) {
+            return Some((bits(ip), service));
         }
-        let lengths = self.prefixes.keys().rev().filter(|(ipv4, _)| *ipv4 == ip.is_ipv4());
-        lengths
-            .filter_map(|(_, length)| Some((masked(ip, *length)?, *length)))
-            .find_map(|range| self.services.by_claim.get(&range))
+        let mut ranges = self.prefixes.around(ip);
+        ranges.find_map(|range| Some((range.1, self.services.by_claim.get(&range)?)))
     }
 
     /// The healthy endpoints of a service.

@@ -14,7 +14,7 @@ use model::{MeshSettings, NamespacedName, Policy, Service, Workload, WorkloadUid
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    Contents, Rejected, Snapshot, Wanted,
+    Contents, Rejected, Snapshot, Unreadable, Wanted,
     claims::{Change, Claims, Held},
     contents::RejectedObject,
 };
@@ -36,6 +36,10 @@ pub struct Delta {
     pub policies: Vec<Policy>,
     /// Policies that are no more; a workload that still names one is closed.
     pub removed_policies: Vec<NamespacedName>,
+    /// What could not be read, and where it is: connections there are refused, unless something known is there.
+    pub unreadable: Vec<Unreadable>,
+    /// What is gone or was read after all.
+    pub removed_unreadable: Vec<Arc<str>>,
     /// On demand: addresses of the node's network that the control plane knows nothing of.
     pub absent: Vec<IpAddr>,
     /// On demand: addresses of which it is no longer known that there is nothing.
@@ -225,6 +229,13 @@ impl State {
                     .extend(lost_of(&change).map(|workload| workload.uid.clone()));
                 next.apply_workload(change);
             }
+        }
+        for name in &delta.removed_unreadable {
+            next.closed.remove(name);
+        }
+        for unreadable in delta.unreadable {
+            let network = next.network.clone();
+            next.closed.put(unreadable, &network);
         }
         for ip in &delta.not_absent {
             next.absent.remove(&canonical_ip(*ip));

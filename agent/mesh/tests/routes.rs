@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use mesh::{RefuseReason, Route, Snapshot, static_file};
+use mesh::{Delta, RefuseReason, Route, Snapshot, Unreadable, static_file};
 use model::{OriginalDst, Workload, WorkloadUid};
 
 const FILE: &str = r#"
@@ -225,6 +225,44 @@ fn on_demand_what_is_unknown_is_to_be_asked_for_until_it_is_known_to_be_absent()
         ..Default::default()
     });
     assert_eq!(route(), Route::Unknown { target: dialled.0 });
+}
+
+#[test]
+fn what_can_not_be_read_is_refused_and_not_passed_through() {
+    for scope in [mesh::Scope::Everything, mesh::Scope::OnDemand] {
+        let (mut writer, knowledge, _) = mesh::with("", scope);
+        let (contents, _) = static_file::parse(FILE).unwrap();
+        writer.apply(Delta {
+            workloads: contents.workloads,
+            services: contents.services,
+            unreadable: vec![Unreadable {
+                name: "bad".into(),
+                addresses: ["/10.0.0.0/24", "/10.96.0.9", "/10.0.0.2", "far/192.0.2.1"]
+                    .map(|text| text.parse().unwrap())
+                    .into(),
+            }],
+            absent: vec!["192.0.2.1".parse().unwrap()],
+            ..Delta::default()
+        });
+        let route = |ip: &str| {
+            let dialled = OriginalDst(format!("{ip}:80").parse().unwrap());
+            knowledge.snapshot().resolve(&Workload::default(), dialled, 0, &[])
+        };
+        for closed in ["10.0.0.9", "10.96.0.9", "[::ffff:10.96.0.9]"] {
+            let reason = RefuseReason::Unreadable("bad".into());
+            assert_eq!(route(closed), Route::Refused { reason }, "{closed}");
+        }
+        // What is known goes before what is not; and other networks are none of ours.
+        for open in ["10.0.0.2", "10.96.0.1"] {
+            assert!(matches!(route(open), Route::Tunnel { .. }), "{open}");
+        }
+        assert!(matches!(route("192.0.2.1"), Route::Passthrough { .. }));
+        writer.apply(Delta {
+            removed_unreadable: vec!["bad".into()],
+            ..Delta::default()
+        });
+        assert!(!matches!(route("10.96.0.9"), Route::Refused { .. }));
+    }
 }
 
 #[test]

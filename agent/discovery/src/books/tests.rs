@@ -167,7 +167,8 @@ fn a_bad_resource_is_refused_by_name_and_not_held() {
         .response(response(Type::Address, vec![workload("good", 9, "2")], &[]))
         .unwrap();
     assert!(says(&step).is_some());
-    assert_eq!(step.delta.unwrap(), Delta::default());
+    let delta = step.delta.unwrap();
+    assert_eq!((delta.workloads.len(), delta.removed_workloads.len()), (0, 0));
     let reopened = &books.open(&Node::default())[Type::Address as usize];
     assert_eq!(reopened.initial_resource_versions["good"], "1");
     books
@@ -253,6 +254,64 @@ fn an_unreadable_policy_closes_until_it_is_gone() {
     assert_eq!(delta, Delta::default());
 }
 
+/// Not even the beginning of a message, at this address.
+fn garbage(name: &str, alias: &str) -> Resource {
+    Resource {
+        aliases: vec![alias.to_owned(), "shop/a.name".to_owned()],
+        ..resource(Type::Address, name, "1", b"\xff\xff".to_vec())
+    }
+}
+
+fn closed(step: &Step) -> Vec<(String, Vec<String>)> {
+    let unreadable = &step.delta.as_ref().unwrap().unreadable;
+    let places = |unreadable: &mesh::Unreadable| unreadable.addresses.iter().map(ToString::to_string).collect();
+    unreadable
+        .iter()
+        .map(|unreadable| (unreadable.name.to_string(), places(unreadable)))
+        .collect()
+}
+
+#[test]
+fn an_unreadable_address_is_closed_until_it_is_gone() {
+    let mut books = ready();
+    let refuse = |books: &mut Books| {
+        let bad = vec![garbage("bad", "net/10.0.0.9"), workload("odd", 9, "1")];
+        let step = books.response(response(Type::Address, bad, &[])).unwrap();
+        let expected = [("bad", "net/10.0.0.9"), ("odd", "/10.0.0.1")];
+        let expected = expected.map(|(name, place)| (name.to_owned(), vec![place.to_owned()]));
+        assert_eq!(closed(&step), expected);
+        step.changes
+    };
+    assert_eq!(refuse(&mut books).len(), 2, "they are closed after a restart, too");
+    let step = books
+        .response(response(Type::Address, vec![workload("odd", 0, "2")], &["bad"]))
+        .unwrap();
+    let delta = step.delta.unwrap();
+    assert_eq!(delta.workloads.len(), 1);
+    assert_eq!(delta.removed_unreadable, ["bad".into(), "odd".into()]);
+    assert_eq!((step.changes.len(), books.rejected(10).len()), (2, 0));
+
+    // Gone while we were away.
+    refuse(&mut books);
+    books.open(&Node::default());
+    let step = books.response(response(Type::Address, Vec::new(), &[])).unwrap();
+    assert_eq!(step.delta.unwrap().removed_unreadable, ["bad".into(), "odd".into()]);
+    assert_eq!(step.changes.len(), 1, "of the other the disk has the last good version");
+}
+
+#[test]
+fn the_last_good_version_stays_and_what_the_bad_one_adds_is_closed() {
+    let mut books = ready();
+    books
+        .response(response(Type::Address, vec![workload("pod", 0, "1")], &[]))
+        .unwrap();
+    let step = books
+        .response(response(Type::Address, vec![garbage("pod", "/10.0.0.2")], &[]))
+        .unwrap();
+    assert_eq!(closed(&step), [("pod".to_owned(), vec!["/10.0.0.2".to_owned()])]);
+    assert_eq!((step.changes.len(), books.count(Type::Address)), (0, 1));
+}
+
 #[test]
 fn what_was_not_asked_for_ends_the_connection() {
     let unasked = DeltaDiscoveryResponse {
@@ -299,6 +358,11 @@ fn what_the_disk_had_is_told_to_the_control_plane() {
     assert_eq!(
         (delta.workloads.len(), delta.policies.len(), books.is_ready()),
         (1, 1, true)
+    );
+    assert_eq!(
+        delta.unreadable.len(),
+        1,
+        "it closes where it is, as before the restart"
     );
     let requests = books.open(&Node::default());
     assert!(requests[0].initial_resource_versions.is_empty());

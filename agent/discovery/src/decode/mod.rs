@@ -10,6 +10,7 @@
 mod intern;
 mod policy;
 mod service;
+mod unreadable;
 mod workload;
 
 use std::net::IpAddr;
@@ -22,6 +23,7 @@ use proto::{
 
 pub(crate) use intern::Interner;
 pub(crate) use policy::closing;
+pub(crate) use unreadable::{places, stand_in};
 
 /// What a resource says.
 #[derive(Clone, Debug, PartialEq)]

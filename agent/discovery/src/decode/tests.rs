@@ -210,6 +210,26 @@ fn a_policy_that_can_not_be_read_closes_what_it_may_be_about() {
     assert_eq!((garbage.scope, garbage.action), (Scope::Namespace, Action::Deny));
 }
 
+#[test]
+fn of_what_can_not_be_read_it_is_known_where_it_is() {
+    let texts = |places: Vec<model::NetworkAddress>| places.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let mut message = workload();
+    message.tunnel_protocol = 9;
+    message.addresses.push(vec![1, 2, 3].into());
+    let bytes = as_address(address::Type::Workload(message.clone()));
+    assert_eq!(texts(places(&bytes, &[])), ["/10.0.0.1"]);
+    message.network_mode = wire::NetworkMode::HostNetwork.into();
+    let of_node = as_address(address::Type::Workload(message));
+    assert_eq!(places(&of_node, &["/10.0.0.1".to_owned()]), []);
+
+    let aliases = ["n/fd00::1", "/10.9.0.0/24", "shop/web.example"].map(str::to_owned);
+    let found = places(b"\xff", &aliases);
+    assert_eq!(texts(found.clone()), ["n/fd00::1", "/10.9.0.0/24"]);
+    let on_disk = stand_in(&found);
+    assert!(address("shop/web.example", &on_disk, &mut Interner::default()).is_err());
+    assert_eq!(places(&on_disk, &[]), found);
+}
+
 /// Good messages with some bytes replaced: closer to what goes wrong than random bytes are.
 fn damaged(good: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     (0..good.len(), 0..6usize, proptest::collection::vec(any::<u8>(), 0..6)).prop_map(move |(start, length, bytes)| {
@@ -231,6 +251,7 @@ proptest! {
             let _ = address("c//v1/Pod/shop/web", message, &mut interner);
             let _ = authorization("shop/deny", message, &mut interner);
             let _ = closing("shop/deny", message);
+            let _ = places(message, &[]);
         }
     }
 }
