@@ -8,6 +8,10 @@
 //!
 //! A new target: a function here, a file of three lines in `fuzz_targets/`, a `[[bin]]`, a line in `smoke` below.
 
+mod kubernetes;
+
+pub use kubernetes::{kubernetes_object, store_body, store_patch, store_target};
+
 use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use hbone::{Accepted, Config, Decision, Handler, IncomingRequest, RelayEnd};
@@ -141,6 +145,7 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubernetes::examples;
 
     type Target<'a> = (&'static str, fn(&[u8]), &'a [&'a [u8]], u32);
 
@@ -196,6 +201,10 @@ mod tests {
             300,
         ),
             ("tunnel_socket", tunnel_socket, hello, 1000),
+            ("store_body", store_body, examples::BODIES, 5_000),
+            ("store_target", store_target, examples::TARGETS, 50_000),
+            ("store_patch", store_patch, examples::PATCHES, 20_000),
+            ("kubernetes_object", kubernetes_object, examples::OBJECTS, 20_000),
         ]
     }
 

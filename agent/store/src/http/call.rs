@@ -51,14 +51,23 @@ impl Call {
 
     /// The body as an object.
     pub fn object(&self) -> Result<Value, ApiError> {
-        match self.media_type.as_str() {
-            "" | "application/json" | "text/plain" => read(&self.body, true),
-            "application/yaml" => read(&self.body, false),
-            "application/vnd.kubernetes.protobuf" => protobuf::read(&self.body),
-            _ => Err(ApiError::unsupported_media_type(
-                "application/json, application/yaml, application/vnd.kubernetes.protobuf",
-            )),
-        }
+        read_body(&self.media_type, &self.body)
+    }
+}
+
+/// An object, as its media type says it is written.
+///
+/// # Errors
+///
+/// 415 for a form that is not read here, 400 for what is no object in that form.
+pub fn read_body(media_type: &str, body: &[u8]) -> Result<Value, ApiError> {
+    match media_type {
+        "" | "application/json" | "text/plain" => read(body, true),
+        "application/yaml" => read(body, false),
+        "application/vnd.kubernetes.protobuf" => protobuf::read(body),
+        _ => Err(ApiError::unsupported_media_type(
+            "application/json, application/yaml, application/vnd.kubernetes.protobuf",
+        )),
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
     answer::{self, Answer, refusal},
     call::{self, Call, text},
     discovery, openapi,
-    pages::Pages,
+    pages::{Pages, Token},
     query::Query,
     read, reviews,
     route::{Resource, Route, route},
@@ -208,6 +208,25 @@ impl Api {
         };
         let accepted = accepted.ok_or_else(|| ApiError::not_acceptable("application/json, application/yaml"))?;
         Ok(answer::value(200, accepted.format, &document))
+    }
+}
+
+/// Whether a request's path and query make sense, without asking for anything.
+///
+/// # Errors
+///
+/// What a request for it would be answered with before anybody looks for the object.
+pub fn check_target(path: &str, query: &str) -> Result<(), ApiError> {
+    match route(path) {
+        Route::Path => Ok(()),
+        Route::Unknown => Err(ApiError::no_such_resource()),
+        Route::Resource(resource) => {
+            let query = Query::parse(query, resource.kind)?;
+            if query.next.is_empty() {
+                return Ok(());
+            }
+            Token::decode(&query.next).map(drop)
+        }
     }
 }
 

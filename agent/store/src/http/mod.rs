@@ -32,4 +32,6 @@ mod subresource;
 mod watch;
 mod write;
 
+pub use call::read_body;
+pub use dispatch::check_target;
 pub use serve::{Config, Front, FrontError, Limits};
