@@ -26,7 +26,10 @@ use serde_json::Value;
 
 pub(crate) use selector::LabelSelector;
 
-use crate::engine::{ApiError, Cause, Key, Part, Transaction};
+use crate::{
+    engine::{ApiError, Cause, Key, Part, Transaction},
+    schema,
+};
 
 /// One object on its way in.
 pub(crate) struct Request<'r, 't> {
@@ -71,7 +74,10 @@ pub(crate) fn create(request: &mut Request<'_, '_>, value: &mut Value) -> Result
         ("", "pods") => pod::create(request, value),
         ("", "services") => service::admit(request, value),
         ("apps" | "batch", _) => workload::admit(request, value),
-        _ => plain::admit(request, value),
+        _ => {
+            schema::fill_defaults(request.key.kind, value);
+            plain::admit(request, value);
+        }
     }
     mesh::check(request, value);
     Ok(())
@@ -89,7 +95,10 @@ pub(crate) fn update(request: &mut Request<'_, '_>, part: Part, value: &mut Valu
         ("", "pods") => pod::update(request, value),
         ("", "services") => service::admit(request, value),
         ("apps" | "batch", _) => workload::admit(request, value),
-        _ => plain::admit(request, value),
+        _ => {
+            schema::fill_defaults(request.key.kind, value);
+            plain::admit(request, value);
+        }
     }
     mesh::check(request, value);
     Ok(())

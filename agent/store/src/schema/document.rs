@@ -4,7 +4,8 @@
 //! @ apps io.k8s.api.apps.v1 apps/v1        file: short name, OpenAPI package, versions that its kinds are served in
 //! Deployment * | What it is.               type; `*` a kind (apiVersion, kind, metadata are understood),
 //!                                          `atomic` owned and replaced as a whole
-//!  name! string =TCP map:a,b merge:a | …   field; `!` required, `=` default (of keys),
+//!  name! string =TCP map:a,b merge:a | …   field; `!` required, `=` default (of keys, of custom kinds; JSON without
+//!                                          spaces where it is no text),
 //!                                          lists: `map:KEYS`, `set`, else atomic; `atomic` also of maps,
 //!                                          strategic merge: `merge[:KEY]`, `retainKeys`
 //! ```

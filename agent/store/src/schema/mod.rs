@@ -16,11 +16,13 @@
 //!
 //! Failure: a kind that is not described is treated as one whose maps merge and whose lists are replaced.
 
+mod defaults;
 mod document;
 mod node;
 mod openapi;
 mod strict;
 
+pub(crate) use defaults::fill_defaults;
 pub(crate) use document::{Field, ListKind, Shape, Type, document};
 pub(crate) use node::Node;
 pub use openapi::{openapi_hash, openapi_v2, openapi_v3, openapi_v3_index};

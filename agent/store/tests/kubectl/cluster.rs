@@ -44,7 +44,7 @@ spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/web]}}]}]
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: {name: waypoint, namespace: shop}
-spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE, allowedRoutes: {namespaces: {from: Same}}}]}
 ";
 
 /// kubectl, or the reason why there is none.

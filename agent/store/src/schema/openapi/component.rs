@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     kinds::Kind,
-    schema::{Field, ListKind, Shape, Type, document},
+    schema::{Field, ListKind, Shape, Type, defaults::default, document},
 };
 
 /// The form of a document.
@@ -163,8 +163,8 @@ impl Components {
         if !field.description.is_empty() {
             schema["description"] = Value::from(field.description);
         }
-        if let Some(default) = field.default {
-            schema["default"] = Value::from(default);
+        if let Some(default) = default(field) {
+            schema["default"] = default;
         }
         if let Shape::List(_) = field.shape {
             schema["x-kubernetes-list-type"] = Value::from(match &field.list {
