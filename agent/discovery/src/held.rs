@@ -3,8 +3,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Range,
     sync::Arc,
 };
+
+use bytes::Bytes;
 
 use mesh::{Delta, Unreadable};
 use model::{NamespacedName, NetworkAddress, WorkloadUid};
@@ -49,15 +52,16 @@ enum Closing {
 
 #[derive(Debug)]
 struct Staged {
-    version: String,
+    version: Box<str>,
     object: Object,
-    message: Vec<u8>,
+    /// Where its message is among the staged ones.
+    message: Range<usize>,
 }
 
 /// A change that does not say its type yet.
 #[derive(Debug)]
 pub(crate) enum Untyped {
-    Put(String, String, Vec<u8>),
+    Put(Arc<str>, Box<str>, Bytes),
     Remove(String),
 }
 
@@ -65,7 +69,7 @@ impl Untyped {
     pub(crate) fn of(self, type_: Type) -> Change {
         match self {
             Self::Put(name, version, message) => Change::put(type_, name, version, message),
-            Self::Remove(name) => Change::remove(type_, name),
+            Self::Remove(name) => Change::remove(type_, name.into()),
         }
     }
 }
@@ -75,8 +79,10 @@ impl Untyped {
 pub(crate) struct Held {
     entries: HashMap<Arc<str>, Entry>,
     rejected: BTreeMap<String, Refusal>,
-    /// A name's last word counts; by name, so that what follows does not depend on a hash.
-    puts: BTreeMap<Arc<str>, Staged>,
+    /// A name's last word counts.
+    puts: HashMap<Arc<str>, Staged>,
+    /// The messages of what is staged, one after the other: many small ones would leave as many holes.
+    messages: Vec<u8>,
     removals: BTreeSet<String>,
     /// What is to stand for what can't be read.
     closing: BTreeMap<String, Closing>,
@@ -139,7 +145,8 @@ impl Held {
 
     /// What was left unfinished is forgotten.
     pub(crate) fn disconnected(&mut self) {
-        self.puts.clear();
+        self.puts = HashMap::new();
+        self.messages = Vec::new();
         self.removals.clear();
         self.closing.clear();
         self.synchronised = false;
@@ -150,10 +157,12 @@ impl Held {
         let name = name_of(&object);
         self.removals.remove(&*name);
         self.closing.remove(&*name);
+        let start = self.messages.len();
+        self.messages.extend_from_slice(message);
         let staged = Staged {
-            version,
+            version: version.into(),
             object,
-            message: message.to_vec(),
+            message: start..self.messages.len(),
         };
         self.puts.insert(name, staged);
     }
@@ -213,19 +222,23 @@ impl Held {
         for (name, closing) in std::mem::take(&mut self.closing) {
             changes.extend(self.close(name, closing, &mut delta));
         }
-        for (name, staged) in std::mem::take(&mut self.puts) {
+        // By name, so that what follows does not depend on a hash.
+        let mut puts: Vec<_> = std::mem::take(&mut self.puts).into_iter().collect();
+        puts.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        let messages = Bytes::from(std::mem::take(&mut self.messages));
+        for (name, staged) in puts {
             self.forget_refusal(&name, &mut delta);
-            let (kind, version) = (kind_of(&staged.object), staged.version.as_str().into());
+            let (kind, version) = (kind_of(&staged.object), staged.version.clone());
             let before = self.entries.insert(name.clone(), Entry { version, kind });
             if let Some(before) = before.filter(|before| before.kind != kind) {
                 remove(before.kind, &name, &mut delta);
             }
             match staged.object {
-                Object::Workload(workload) => delta.workloads.push(*workload),
-                Object::Service(service) => delta.services.push(*service),
+                Object::Workload(workload) => delta.workloads.push(workload),
+                Object::Service(service) => delta.services.push(service),
                 Object::Policy(policy) => delta.policies.push(*policy),
             }
-            changes.push(Untyped::Put(name.to_string(), staged.version, staged.message));
+            changes.push(Untyped::Put(name, staged.version, messages.slice(staged.message)));
         }
         (changes, delta)
     }
@@ -244,7 +257,7 @@ impl Held {
                 message
             }
         };
-        (!self.entries.contains_key(name.as_str())).then(|| Untyped::Put(name, String::new(), message))
+        (!self.entries.contains_key(name.as_str())).then(|| Untyped::Put(name.into(), Box::default(), message.into()))
     }
 
     /// A refusal that is over; whether something stood for it.

@@ -124,6 +124,13 @@ fn service(number: u32) -> Resource {
     )
 }
 
+/// What this process has of the machine's memory.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse::<usize>().unwrap() * 1024
+}
+
 #[tokio::test]
 async fn a_workload_costs_an_agent_less_than_a_kibibyte_and_a_half() {
     let mut control = Fake::start().await;
@@ -154,7 +161,7 @@ async fn a_workload_costs_an_agent_less_than_a_kibibyte_and_a_half() {
     stream.request().await;
     stream.send(state(AUTHORIZATION_TYPE, vec![policy("p", 1)], &[]));
     stream.request().await;
-    let before = LIVE.load(Relaxed);
+    let (before, resident_before) = (LIVE.load(Relaxed), resident());
     for first in (0..WORKLOADS).step_by(PART as usize) {
         let services = (first / ENDPOINTS)..((first + PART) / ENDPOINTS);
         let resources = (first..first + PART).map(pod).chain(services.map(service));
@@ -171,7 +178,10 @@ async fn a_workload_costs_an_agent_less_than_a_kibibyte_and_a_half() {
         (WORKLOADS as usize, (WORKLOADS / ENDPOINTS) as usize)
     );
     let each = (LIVE.load(Relaxed) - before) / WORKLOADS as usize;
-    println!("{each} bytes a workload");
+    println!(
+        "{each} bytes a workload; resident {}",
+        (resident() - resident_before) / WORKLOADS as usize
+    );
     assert!(each < ALLOWED, "{each} bytes a workload");
     handle.stop().await;
 }

@@ -56,8 +56,8 @@ fn service(number: usize) -> Service {
 fn mesh_of(size: usize) -> (Writer, Knowledge, Duration) {
     let (mut writer, knowledge) = mesh::new();
     let delta = Delta {
-        workloads: (0..size).map(|number| workload(number, "v1")).collect(),
-        services: (0..size / 10).map(service).collect(),
+        workloads: (0..size).map(|number| workload(number, "v1").into()).collect(),
+        services: (0..size / 10).map(|number| service(number).into()).collect(),
         ..Delta::default()
     };
     let start = Instant::now();
@@ -130,7 +130,7 @@ fn main() {
             let number = change.wrapping_mul(7919) % size;
             let version = format!("v{change}");
             writer.apply(Delta {
-                workloads: vec![workload(number, &version)],
+                workloads: vec![workload(number, &version).into()],
                 ..Delta::default()
             });
         }

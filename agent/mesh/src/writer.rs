@@ -25,11 +25,11 @@ pub struct Delta {
     /// What holds for the whole mesh, where that changed.
     pub settings: Option<MeshSettings>,
     /// Workloads that are new or changed.
-    pub workloads: Vec<Workload>,
+    pub workloads: Vec<Arc<Workload>>,
     /// Workloads that are no more.
     pub removed_workloads: Vec<WorkloadUid>,
     /// Services that are new or changed.
-    pub services: Vec<Service>,
+    pub services: Vec<Arc<Service>>,
     /// Services that are no more.
     pub removed_services: Vec<NamespacedName>,
     /// Policies that are new or changed.
@@ -213,7 +213,7 @@ impl State {
         }
         for service in delta.services {
             lost.services.insert(service.key());
-            for change in self.services.put(&mut next.services, Arc::new(service)) {
+            for change in self.services.put(&mut next.services, service) {
                 lost.services.extend(lost_of(&change).map(Service::key));
                 next.apply_service(change);
             }
@@ -224,7 +224,7 @@ impl State {
         }
         for workload in delta.workloads {
             lost.workloads.insert(workload.uid.clone());
-            for change in self.workloads.put(&mut next.workloads, Arc::new(workload)) {
+            for change in self.workloads.put(&mut next.workloads, workload) {
                 lost.workloads
                     .extend(lost_of(&change).map(|workload| workload.uid.clone()));
                 next.apply_workload(change);
@@ -298,7 +298,7 @@ impl State {
         for workload in contents.workloads {
             workloads.remove(&workload.uid);
             if self.workload(snapshot, &workload.uid) != Some(&workload) {
-                delta.workloads.push(workload);
+                delta.workloads.push(Arc::new(workload));
             }
         }
         delta.removed_workloads = workloads.into_iter().collect();
@@ -306,7 +306,7 @@ impl State {
         for service in contents.services {
             services.remove(&service.key());
             if self.service(snapshot, &service.key()) != Some(&service) {
-                delta.services.push(service);
+                delta.services.push(Arc::new(service));
             }
         }
         delta.removed_services = services.into_iter().collect();

@@ -133,11 +133,11 @@ impl Told {
     fn take(&mut self, step: Step, delta: &mut Delta) {
         match step {
             Step::Workload(workload) => {
-                delta.workloads.push(Workload::clone(&workload));
+                delta.workloads.push(Workload::clone(&workload).into());
                 self.workloads.insert(workload.uid.clone(), *workload);
             }
             Step::Service(service) => {
-                delta.services.push(Service::clone(&service));
+                delta.services.push(Service::clone(&service).into());
                 self.services.insert(service.key(), *service);
             }
             Step::Policy(policy) => {

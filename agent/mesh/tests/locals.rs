@@ -28,7 +28,7 @@ fn facts() -> Facts {
 
 fn announce(workload: Workload) -> Delta {
     Delta {
-        workloads: vec![workload],
+        workloads: vec![workload.into()],
         ..Delta::default()
     }
 }

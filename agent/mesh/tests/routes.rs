@@ -233,8 +233,8 @@ fn what_can_not_be_read_is_refused_and_not_passed_through() {
         let (mut writer, knowledge, _) = mesh::with("", scope);
         let (contents, _) = static_file::parse(FILE).unwrap();
         writer.apply(Delta {
-            workloads: contents.workloads,
-            services: contents.services,
+            workloads: contents.workloads.into_iter().map(Arc::new).collect(),
+            services: contents.services.into_iter().map(Arc::new).collect(),
             unreadable: vec![Unreadable {
                 name: "bad".into(),
                 addresses: ["/10.0.0.0/24", "/10.96.0.9", "/10.0.0.2", "far/192.0.2.1"]

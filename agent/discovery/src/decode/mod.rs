@@ -13,7 +13,7 @@ mod service;
 mod unreadable;
 mod workload;
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use model::{GatewayAddress, GatewayDestination, NamespacedName, NetworkAddress, Policy, Service, Workload};
 use proto::{
@@ -25,11 +25,11 @@ pub(crate) use intern::Interner;
 pub(crate) use policy::closing;
 pub(crate) use unreadable::{places, stand_in};
 
-/// What a resource says.
+/// What a resource says; as the mesh will hold it, so that nothing is left free between what stays.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Object {
-    Workload(Box<Workload>),
-    Service(Box<Service>),
+    Workload(Arc<Workload>),
+    Service(Arc<Service>),
     Policy(Box<Policy>),
 }
 
@@ -49,12 +49,12 @@ pub(crate) fn address(name: &str, message: &[u8], interner: &mut Interner) -> Re
         Some(address::Type::Workload(workload)) => {
             let workload = workload::read(workload, interner)?;
             let own_name = workload.uid.to_string();
-            (Object::Workload(Box::new(workload)), own_name)
+            (Object::Workload(Arc::new(workload)), own_name)
         }
         Some(address::Type::Service(service)) => {
             let service = service::read(service, interner)?;
             let own_name = service.key().to_string();
-            (Object::Service(Box::new(service)), own_name)
+            (Object::Service(Arc::new(service)), own_name)
         }
         None => return wrong("type", "neither a workload nor a service that this version knows"),
     };

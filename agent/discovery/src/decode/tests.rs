@@ -90,7 +90,7 @@ fn what_is_left_out_means_what_istio_says() {
     let Ok(Object::Service(read)) = read_service(|_| ()) else {
         panic!("not a service")
     };
-    assert_eq!((read.load_balancing, read.waypoint), (None, None));
+    assert_eq!((&read.load_balancing, &read.waypoint), (&None, &None));
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn one_of_several_waypoints_is_a_waypoint() {
     }) else {
         panic!("not a service")
     };
-    assert_eq!(read.waypoint.unwrap().to_string(), "n/way:15008");
+    assert_eq!(read.waypoint.as_ref().unwrap().to_string(), "n/way:15008");
 }
 
 /// What the refusal begins with, and the change that leads to it.

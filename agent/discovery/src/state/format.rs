@@ -57,10 +57,7 @@ fn sum(bytes: &[u8]) -> u64 {
 pub(super) fn record<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Vec<u8> {
     let mut bytes = vec![0; RECORD_HEAD];
     for change in changes {
-        let put = change
-            .put
-            .as_ref()
-            .map(|(version, message)| (version.as_str(), message.as_slice()));
+        let put = change.put.as_ref().map(|(version, message)| (&**version, &**message));
         write_change(&mut bytes, change.type_, &change.name, put);
     }
     seal(&mut bytes);

@@ -21,7 +21,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
+
+use bytes::Bytes;
 
 pub(crate) use format::Header;
 pub(crate) use writer::StateWriter;
@@ -36,13 +39,13 @@ const FILE: &str = "discovery.state";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Change {
     type_: Type,
-    name: String,
+    name: Arc<str>,
     /// The version and the encoded message; none if it is gone.
-    put: Option<(String, Vec<u8>)>,
+    put: Option<(Box<str>, Bytes)>,
 }
 
 impl Change {
-    pub(crate) fn put(type_: Type, name: String, version: String, message: Vec<u8>) -> Self {
+    pub(crate) fn put(type_: Type, name: Arc<str>, version: Box<str>, message: Bytes) -> Self {
         Self {
             type_,
             name,
@@ -50,7 +53,7 @@ impl Change {
         }
     }
 
-    pub(crate) fn remove(type_: Type, name: String) -> Self {
+    pub(crate) fn remove(type_: Type, name: Arc<str>) -> Self {
         Self { type_, name, put: None }
     }
 }

@@ -10,7 +10,7 @@ fn header() -> Header {
 
 fn put(name: &str, version: &str) -> Change {
     let message = format!("message {version}").into_bytes();
-    Change::put(Type::Address, name.to_owned(), version.to_owned(), message)
+    Change::put(Type::Address, name.into(), version.into(), message.into())
 }
 
 fn write(directory: &Path, responses: Vec<Vec<Change>>) {
@@ -43,8 +43,8 @@ fn what_was_written_is_read_and_the_newest_counts() {
         directory.path(),
         vec![
             vec![put("a", "1"), put("b", "1"), put("c", "1")],
-            vec![put("a", "2"), Change::remove(Type::Address, "b".to_owned())],
-            vec![Change::remove(Type::Authorization, "a".to_owned())],
+            vec![put("a", "2"), Change::remove(Type::Address, "b".into())],
+            vec![Change::remove(Type::Authorization, "a".into())],
         ],
     );
     assert_eq!(versions(directory.path()), pairs([("a", "2"), ("c", "1")]));
@@ -58,9 +58,9 @@ fn a_file_that_is_mostly_waste_is_rewritten() {
     let large = |version: u32| {
         Change::put(
             Type::Address,
-            "a".to_owned(),
-            version.to_string(),
-            vec![b'x'; SLACK as usize / 4],
+            "a".into(),
+            version.to_string().into(),
+            vec![b'x'; SLACK as usize / 4].into(),
         )
     };
     for version in 0..40 {

@@ -32,7 +32,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Pending {
-    changes: BTreeMap<(Type, String), Change>,
+    changes: BTreeMap<(Type, Arc<str>), Change>,
     ended: bool,
     /// What is wrong with the disk.
     problem: Option<String>,
@@ -169,7 +169,7 @@ impl Log {
         Ok(())
     }
 
-    fn append(&mut self, changes: &BTreeMap<(Type, String), Change>) -> io::Result<()> {
+    fn append(&mut self, changes: &BTreeMap<(Type, Arc<str>), Change>) -> io::Result<()> {
         if changes.is_empty() {
             return Ok(());
         }
