@@ -5,6 +5,8 @@ mod cluster;
 mod encrypted;
 mod escape;
 mod hostile;
+mod knowledge;
+mod labels;
 mod lifecycle;
 mod policy;
 mod probes;
@@ -23,6 +25,8 @@ fn main() -> std::process::ExitCode {
         escape::SCENARIOS,
         hostile::SCENARIOS,
         cluster::SCENARIOS,
+        labels::SCENARIOS,
+        knowledge::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("ebpf", &themes, &[])
