@@ -1,19 +1,21 @@
 //! Many agents in one process: each its own connection, decoding and acknowledging what it is sent.
 //!
-//! Lines on standard input: `again`, and those that remember come back with what they had; its end ends them all.
+//! Lines on standard input: `leave`, and those that remember close their connections; `again`, and they come back with
+//! what they had. Its end ends them all. Lines on standard output: an answer to each `again` (and one at first), and with
+//! `--tell` each resource that the last agent has taken in since, with the time.
 
 use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use anyhow::{Context, Result};
-use bytes::{Buf, Bytes};
+use identity::{ControlAddress, Upstream};
 use prost::Message;
 use proto::{
     discovery::{DeltaDiscoveryRequest, Node},
@@ -25,11 +27,9 @@ use tokio::{
     sync::{mpsc, watch},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Request, Status, Streaming,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    transport::{Channel, Endpoint},
-};
+use tonic::{Request, Streaming, metadata::MetadataValue};
+
+use crate::wire::{Response, Wire};
 
 const URLS: [&str; 2] = [proto::ADDRESS_TYPE, proto::AUTHORIZATION_TYPE];
 
@@ -38,7 +38,13 @@ const URLS: [&str; 2] = [proto::ADDRESS_TYPE, proto::AUTHORIZATION_TYPE];
 pub struct Options {
     /// The control plane.
     #[arg(long)]
-    control: SocketAddr,
+    control: ControlAddress,
+    /// The roots that its certificate chains to.
+    #[arg(long, default_value = "")]
+    roots: PathBuf,
+    /// Tokens, one on a line; agents take them in turn.
+    #[arg(long)]
+    tokens: Option<PathBuf>,
     /// How many agents.
     #[arg(long)]
     count: usize,
@@ -48,86 +54,52 @@ pub struct Options {
     /// How many resources there are.
     #[arg(long)]
     resources: usize,
-    /// Read no resource's message: a thousand agents share the machine.
+    /// At first, read no resource's message: a thousand agents share the machine.
     #[arg(long)]
     light: bool,
-}
-
-/// As much of a response as every agent reads.
-#[derive(Clone, PartialEq, Message)]
-struct Response {
-    #[prost(message, repeated, tag = "2")]
-    resources: Vec<Resource>,
-    #[prost(string, tag = "4")]
-    type_url: String,
-    #[prost(string, repeated, tag = "6")]
-    removed: Vec<String>,
-    #[prost(string, tag = "5")]
-    nonce: String,
-    #[prost(uint64, tag = "1000")]
-    size: u64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Resource {
-    #[prost(string, tag = "3")]
-    name: String,
-    #[prost(string, tag = "1")]
-    version: String,
-    #[prost(message, optional, tag = "2")]
-    any: Option<Any>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Any {
-    #[prost(bytes = "bytes", tag = "2")]
-    value: Bytes,
-}
-
-struct Wire;
-
-impl Codec for Wire {
-    type Encode = DeltaDiscoveryRequest;
-    type Decode = Response;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Wire {
-    type Item = DeltaDiscoveryRequest;
-    type Error = Status;
-
-    fn encode(&mut self, request: DeltaDiscoveryRequest, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        request.encode(to).map_err(|error| Status::internal(error.to_string()))
-    }
-}
-
-impl Decoder for Wire {
-    type Item = Response;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Response>, Status> {
-        let size = from.remaining() as u64;
-        let response = Response::decode(from).map_err(|error| Status::internal(error.to_string()))?;
-        Ok(Some(Response { size, ..response }))
-    }
+    /// Tell of each resource that all have taken in.
+    #[arg(long)]
+    tell: bool,
 }
 
 /// What they have in common.
 struct Shared {
     options: Options,
+    upstream: Upstream,
+    tokens: Vec<MetadataValue<tonic::metadata::Ascii>>,
     synchronised: watch::Sender<usize>,
-    bytes: AtomicU64,
-    /// Counts up when those that remember are to come back.
-    again: watch::Sender<u64>,
+    /// Received and sent: messages, without HTTP and TLS.
+    bytes: [AtomicU64; 2],
+    /// While it is odd, those that remember are away.
+    phase: watch::Sender<u64>,
+    /// By how many agents a resource has been taken in since all were synchronised; nothing before that.
+    taken: Mutex<Option<HashMap<String, usize>>>,
+}
+
+impl Shared {
+    /// One more agent has this.
+    fn take(&self, name: &str) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(taken) = taken.as_mut() else { return };
+        let by = match taken.get_mut(name) {
+            Some(by) => {
+                *by += 1;
+                *by
+            }
+            None => {
+                taken.insert(name.to_owned(), 1);
+                1
+            }
+        };
+        if by == self.options.count {
+            taken.remove(name);
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            println!(
+                "{}",
+                json!({"applied": name, "at": now.unwrap_or_default().as_secs_f64()})
+            );
+        }
+    }
 }
 
 struct Agent {
@@ -139,14 +111,17 @@ struct Agent {
 
 impl Agent {
     async fn run(mut self) -> Result<()> {
-        let mut again = self.shared.again.subscribe();
+        let mut phase = self.shared.phase.subscribe();
         let remembers = self.remembers;
         loop {
+            if remembers {
+                phase.wait_for(|phase| phase % 2 == 0).await?;
+            }
             tokio::select! {
                 ended = self.stream() => ended?,
                 changed = async {
                     match remembers {
-                        true => again.changed().await,
+                        true => phase.changed().await,
                         false => std::future::pending().await,
                     }
                 } => changed?,
@@ -156,11 +131,7 @@ impl Agent {
 
     /// One connection, until it ends.
     async fn stream(&mut self) -> Result<()> {
-        let options = &self.shared.options;
-        let endpoint = Endpoint::from_shared(format!("http://{}", options.control))?
-            .initial_stream_window_size(4 << 20)
-            .initial_connection_window_size(8 << 20);
-        let (requests, mut responses) = open(endpoint.connect().await?).await?;
+        let (requests, mut responses) = self.open().await?;
         for (url, known) in URLS.iter().zip(&self.known) {
             let request = DeltaDiscoveryRequest {
                 node: Some(Node {
@@ -174,7 +145,7 @@ impl Agent {
                 initial_resource_versions: known.clone(),
                 ..Default::default()
             };
-            requests.send(request).await?;
+            self.send(&requests, request).await?;
         }
         let came_back = self.known.iter().any(|known| !known.is_empty());
         let (mut counted, mut answers, mut done) = (0, [false; 2], false);
@@ -182,14 +153,14 @@ impl Agent {
             let of = usize::from(response.type_url == URLS[1]);
             counted += response.resources.len();
             answers[of] = true;
-            self.shared.bytes.fetch_add(response.size, Relaxed);
+            self.shared.bytes[0].fetch_add(response.size, Relaxed);
             let request = DeltaDiscoveryRequest {
                 type_url: response.type_url.clone(),
                 response_nonce: response.nonce.clone(),
                 ..Default::default()
             };
-            self.take(response, of)?;
-            requests.send(request).await?;
+            self.take(response, of, done)?;
+            self.send(&requests, request).await?;
             if !done && (came_back || counted >= self.shared.options.resources) && answers == [true; 2] {
                 done = true;
                 self.shared.synchronised.send_modify(|count| *count += 1);
@@ -198,11 +169,20 @@ impl Agent {
         Ok(())
     }
 
-    fn take(&mut self, response: Response, of: usize) -> Result<()> {
+    async fn send(&self, to: &mpsc::Sender<DeltaDiscoveryRequest>, request: DeltaDiscoveryRequest) -> Result<()> {
+        self.shared.bytes[1].fetch_add(request.encoded_len() as u64, Relaxed);
+        Ok(to.send(request).await?)
+    }
+
+    fn take(&mut self, response: Response, of: usize, synchronised: bool) -> Result<()> {
+        let reads = of == 0 && (synchronised || !self.shared.options.light);
         for resource in response.resources {
-            if !self.shared.options.light && of == 0 {
+            if reads {
                 let message = resource.any.context("a resource without a message")?;
                 Address::decode(message.value)?;
+            }
+            if self.shared.options.tell {
+                self.shared.take(&resource.name);
             }
             if self.remembers {
                 self.known[of].insert(resource.name, resource.version);
@@ -213,27 +193,44 @@ impl Agent {
         }
         Ok(())
     }
-}
 
-async fn open(channel: Channel) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<Response>)> {
-    let (requests, receiver) = mpsc::channel(8);
-    let mut client = tonic::client::Grpc::new(channel).max_decoding_message_size(64 << 20);
-    client.ready().await?;
-    let path = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
-    let path = http::uri::PathAndQuery::from_static(path);
-    let request = Request::new(ReceiverStream::new(receiver));
-    let responses = client.streaming(request, path, Wire).await?.into_inner();
-    Ok((requests, responses))
+    async fn open(&self) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<Response>)> {
+        let (requests, receiver) = mpsc::channel(8);
+        let mut client = tonic::client::Grpc::new(self.shared.upstream.channel()).max_decoding_message_size(64 << 20);
+        client.ready().await?;
+        let path = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+        let path = http::uri::PathAndQuery::from_static(path);
+        let mut request = Request::new(ReceiverStream::new(receiver));
+        if let Some(token) = self.shared.tokens.iter().cycle().nth(self.id) {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        let responses = client.streaming(request, path, Wire).await?.into_inner();
+        Ok((requests, responses))
+    }
 }
 
 /// Until standard input ends.
 pub async fn run(options: Options) -> Result<()> {
     let (count, remember) = (options.count, options.remember.min(options.count));
+    let tokens = match &options.tokens {
+        None => Vec::new(),
+        Some(file) => {
+            let text = std::fs::read_to_string(file)?;
+            let tokens = text.lines().map(|token| format!("Bearer {token}").parse());
+            tokens.collect::<Result<_, _>>()?
+        }
+    };
     let shared = Arc::new(Shared {
+        upstream: Upstream {
+            addresses: vec![options.control.clone()],
+            roots_file: options.roots.clone(),
+        },
+        tokens,
         options,
         synchronised: watch::Sender::new(0),
-        bytes: AtomicU64::new(0),
-        again: watch::Sender::new(0),
+        bytes: Default::default(),
+        phase: watch::Sender::new(0),
+        taken: Mutex::default(),
     });
     let began = Instant::now();
     let mut agents = tokio::task::JoinSet::new();
@@ -257,27 +254,37 @@ pub async fn run(options: Options) -> Result<()> {
 }
 
 async fn control(shared: Arc<Shared>, count: usize, remember: usize, began: Instant) -> Result<()> {
-    wait(&shared, count, began, count).await?;
+    wait(&shared, count, began).await?;
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     while let Some(line) = lines.next_line().await? {
-        anyhow::ensure!(line == "again", "no such command: {line}");
-        shared.synchronised.send_replace(0);
-        shared.bytes.store(0, Relaxed);
-        let began = Instant::now();
-        shared.again.send_modify(|again| *again += 1);
-        wait(&shared, remember, began, remember).await?;
+        match line.as_str() {
+            "leave" => shared.phase.send_modify(|phase| *phase |= 1),
+            "again" => {
+                shared.synchronised.send_replace(0);
+                for bytes in &shared.bytes {
+                    bytes.store(0, Relaxed);
+                }
+                let began = Instant::now();
+                shared.phase.send_modify(|phase| *phase = (*phase | 1) + 1);
+                wait(&shared, remember, began).await?;
+            }
+            other => anyhow::bail!("no such command: {other}"),
+        }
     }
     Ok(())
 }
 
-/// Says when so many are synchronised, and the bytes that each was sent.
-async fn wait(shared: &Shared, count: usize, began: Instant, of: usize) -> Result<()> {
+/// Says when so many are synchronised, and the bytes that each was sent and has sent.
+async fn wait(shared: &Shared, count: usize, began: Instant) -> Result<()> {
     let mut synchronised = shared.synchronised.subscribe();
     synchronised.wait_for(|synchronised| *synchronised >= count).await?;
-    let bytes = shared.bytes.load(Relaxed) as f64 / of.max(1) as f64;
+    let seconds = began.elapsed().as_secs_f64();
+    let [bytes, uploaded] = [0, 1].map(|way| shared.bytes[way].load(Relaxed) as f64 / count.max(1) as f64);
+    let mut taken = shared.taken.lock().unwrap_or_else(PoisonError::into_inner);
+    taken.get_or_insert_default();
     println!(
         "{}",
-        json!({"seconds": began.elapsed().as_secs_f64(), "agents": count, "bytes": bytes})
+        json!({"seconds": seconds, "agents": count, "bytes": bytes, "uploaded": uploaded})
     );
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! The control plane, and what it measures of itself with agents of another process connected.
+//! `--from index`: the control plane without an API, and what it measures of itself with agents of another process
+//! connected, in plaintext. This is the control plane's own work: the API's and TLS's come on top.
 //!
 //! A change is in force at the last agent when the last agent has acknowledged it: both ends of that time are on one
 //! clock. One line of JSON for each measurement.
@@ -6,49 +7,29 @@
 use std::{
     collections::VecDeque,
     net::SocketAddr,
-    process::Stdio,
     sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use control::{
-    index::{Config, Index, ObjectChange},
+    index::{Config, Index},
     resources::Type,
     xds::{self, Authenticate, Cache, Caller, Discovery},
 };
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use tasks::drain_channel;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
-    net::TcpListener,
-    process::{Child, ChildStdin, ChildStdout},
-    sync::mpsc,
-};
+use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
-    measure::{cpu_seconds, memory_mib, peak_mib, quantile},
-    world::World,
+    Options,
+    child::{Agents, BOUND},
+    measure::{Process, quantile},
+    say,
+    world::{World, put},
 };
-
-/// How large, how many, how long.
-#[derive(clap::Args)]
-pub struct Options {
-    /// Services, of ten pods each.
-    #[arg(long)]
-    services: usize,
-    /// Numbers of agents, one after the other.
-    #[arg(long, value_delimiter = ',')]
-    agents: Vec<usize>,
-    /// How many single changes.
-    #[arg(long, default_value_t = 200)]
-    changes: usize,
-    /// For how long a hundred changes a second are made.
-    #[arg(long, default_value_t = 5.0)]
-    seconds: f64,
-}
 
 /// Everybody is let in: tokens are the API's cost.
 struct Everybody;
@@ -65,9 +46,6 @@ impl Authenticate for Everybody {
         Box::pin(std::future::ready(Ok(caller)))
     }
 }
-
-/// The longest that anything may take.
-const BOUND: Duration = Duration::from_secs(300);
 
 struct Plane {
     world: World,
@@ -89,7 +67,7 @@ pub async fn run(options: &Options) -> Result<()> {
     let cache = Arc::new(Cache::new());
     let mut all = Vec::new();
     for objects in world.objects() {
-        all.extend(index.apply(objects).changes);
+        all.extend(index.apply(objects.iter().map(put).collect()).changes);
     }
     cache.apply(all);
     let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -107,7 +85,7 @@ pub async fn run(options: &Options) -> Result<()> {
     say(
         "start",
         0,
-        json!({"seconds": began.elapsed().as_secs_f64(), "memory_mib": memory_mib()?}),
+        json!({"seconds": began.elapsed().as_secs_f64(), "memory_mib": Process::this().memory_mib()?}),
     );
     let agent = Agents::start("agent", &plane.arguments()).await?;
     say("one agent", 1, agent.first.clone());
@@ -119,10 +97,6 @@ pub async fn run(options: &Options) -> Result<()> {
             .with_context(|| format!("with {count} agents"))?;
     }
     Ok(())
-}
-
-fn say(what: &str, agents: usize, values: Value) {
-    println!("{}", json!({"what": what, "agents": agents, "values": values}));
 }
 
 async fn serve(listener: TcpListener, discovery: Discovery) -> Result<()> {
@@ -152,9 +126,14 @@ impl Plane {
 
     fn arguments(&self) -> Vec<String> {
         let resources = self.resources().to_string();
-        ["--control", &self.address.to_string(), "--resources", &resources]
-            .map(str::to_owned)
-            .to_vec()
+        [
+            "--control",
+            &format!("http://{}", self.address),
+            "--resources",
+            &resources,
+        ]
+        .map(str::to_owned)
+        .to_vec()
     }
 
     async fn measure(&mut self, count: usize, options: &Options) -> Result<()> {
@@ -166,12 +145,12 @@ impl Plane {
         if count * self.world.pods() > 2_000_000 {
             arguments.push("--light".to_owned());
         }
-        let cpu = cpu_seconds()?;
+        let cpu = Process::this().cpu_seconds()?;
         let mut agents = Agents::start("agents", &arguments).await?;
         let mut first = agents.first.clone();
-        first["cpu_seconds"] = json!(cpu_seconds()? - cpu);
-        first["memory_mib"] = json!(memory_mib()?);
-        first["peak_mib"] = json!(peak_mib()?);
+        first["cpu_seconds"] = json!(Process::this().cpu_seconds()? - cpu);
+        first["memory_mib"] = json!(Process::this().memory_mib()?);
+        first["peak_mib"] = json!(Process::this().peak_mib()?);
         say("first synchronisation", count, first);
         self.settled(count).await?;
         say("one change", count, self.single(count, options.changes).await?);
@@ -200,7 +179,7 @@ impl Plane {
         let pods = self.world.pods();
         let (at, ready) = (self.changed * 7919 % pods, self.changed / pods % 2 == 1);
         self.changed += 1;
-        let change: ObjectChange = self.world.pod(at, ready);
+        let change = put(&self.world.pod(at, ready));
         self.cache.apply(self.index.apply(vec![change]).changes)
     }
 
@@ -250,7 +229,7 @@ impl Plane {
             }
             times
         });
-        let (cpu, responses) = (cpu_seconds()?, self.responses());
+        let (cpu, responses) = (Process::this().cpu_seconds()?, self.responses());
         let began = Instant::now();
         let mut ticks = tokio::time::interval(Duration::from_millis(10));
         let queue = || waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -263,7 +242,7 @@ impl Plane {
             queue.push_back((generation, began));
         }
         let elapsed = began.elapsed().as_secs_f64();
-        let cpu = cpu_seconds()? - cpu;
+        let cpu = Process::this().cpu_seconds()? - cpu;
         let responses = self.responses() - responses;
         queue().push_back((u64::MAX, Instant::now()));
         // One more, to wake the other task after the last.
@@ -279,51 +258,5 @@ impl Plane {
 
     fn responses(&self) -> f64 {
         self.discovery.acknowledged().counters.responses.load(Relaxed) as f64
-    }
-}
-
-/// The other process. It ends with this one: its input does.
-struct Agents {
-    child: Child,
-    input: ChildStdin,
-    output: Lines<BufReader<ChildStdout>>,
-    /// What it said when it had everything.
-    first: Value,
-}
-
-impl Agents {
-    async fn start(role: &str, arguments: &[String]) -> Result<Self> {
-        let mut command = tokio::process::Command::new(std::env::current_exe()?);
-        command.arg(role).args(arguments).kill_on_drop(true);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let input = child.stdin.take().context("no input")?;
-        let output = BufReader::new(child.stdout.take().context("no output")?).lines();
-        let mut agents = Self {
-            child,
-            input,
-            output,
-            first: Value::Null,
-        };
-        agents.first = agents.line().await?;
-        Ok(agents)
-    }
-
-    async fn line(&mut self) -> Result<Value> {
-        let line = tokio::time::timeout(BOUND, self.output.next_line())
-            .await
-            .context("the agents took too long")??;
-        Ok(serde_json::from_str(&line.context("the agents ended")?)?)
-    }
-
-    async fn again(&mut self) -> Result<Value> {
-        self.input.write_all(b"again\n").await?;
-        self.line().await
-    }
-
-    async fn stop(self) -> Result<()> {
-        let Self { mut child, input, .. } = self;
-        drop(input);
-        child.wait().await?;
-        Ok(())
     }
 }
