@@ -18,7 +18,8 @@
 //! balancers.
 //!
 //! Invariants, each with what holds it: an acknowledged write outlives a kill (`tests/durability.rs`); a watch replays to
-//! the list (`tests/engine.rs`); writes follow the rules that clients of Kubernetes rely on (`tests/writes.rs`).
+//! the list (`tests/engine.rs`); writes follow the rules that clients of Kubernetes rely on (`tests/writes.rs`); what clients
+//! should not do is bounded and named, and harms nobody else (`tests/hostile`).
 
 mod admission;
 pub mod auth;

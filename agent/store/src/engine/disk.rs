@@ -9,6 +9,7 @@
 //! - What [`Disk::commit`] answered outlives a kill (`tests/durability.rs`: `a_kill_loses_no_acknowledged_write`).
 //! - A file that was altered or torn is repaired or named, and never a panic (`tests/durability.rs`:
 //!   `a_torn_or_altered_file_is_read_whole_or_named`).
+//! - After a failed write nothing is written before the file was opened and checked again ([`Disk::mend`]).
 //! - One process at a time (`a_second_process_is_told_who_is_in_the_way`).
 
 use std::{

@@ -58,7 +58,8 @@ pub(super) fn create(
     Ok(Written { object, warnings })
 }
 
-/// What is kept can be read back, and is no larger than what may be sent.
+/// What is kept can be read back, and is no larger than what may be sent (`tests/hostile`:
+/// `nothing_grows_or_nests_past_what_can_be_read_back`).
 fn put(transaction: &mut Transaction<'_>, key: &Key, value: Value) -> Result<Arc<Object>, ApiError> {
     if depth(&value, DEEPEST) > DEEPEST {
         let cause = Cause::invalid("", "", format!("must not be nested deeper than {DEEPEST}"));

@@ -9,8 +9,8 @@
 //! protobuf), lists of a past revision (410; but for the pages of one list), proxying, logs and
 //! exec, priorities and fairness (connections, streams and watches are bounded instead), audit.
 //!
-//! Invariants: nothing is told to who may not ask; a body is bounded and read only after that; a stream of events is
-//! without a gap from the revision it began with, or ends saying so.
+//! Invariants: nothing is told to who may not ask; a body is bounded and read only after that (`tests/hostile`); a stream
+//! of events is without a gap from the revision it began with, or ends saying so.
 
 mod accept;
 mod answer;

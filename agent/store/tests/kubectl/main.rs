@@ -104,6 +104,45 @@ fn apply_on_the_server_names_who_owns_what() {
     assert_eq!(cluster.says("get cm ssa -n shop -o jsonpath={.data}"), "");
 }
 
+/// The API server renews kubectl's annotation at a server-side apply, without the empty `annotations` that kubectl itself
+/// writes: so the first client-side apply after that is a change, on a cluster as here.
+#[test]
+fn apply_goes_back_and_forth_between_client_and_server() {
+    let Some(cluster) = Cluster::start() else { return };
+    cluster.with_input(&["apply", "--server-side", "-f", "-"], MESH);
+    let said = |end: &str| {
+        let said = cluster.with_input(&["apply", "-f", "-"], MESH);
+        assert!(said.lines().all(|line| line.ends_with(end)), "{said}");
+    };
+    said(" configured");
+    said(" unchanged");
+}
+
+#[test]
+fn a_route_is_applied_with_its_defaults() {
+    let Some(cluster) = Cluster::start() else { return };
+    let route = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: shop}
+spec: {parentRefs: [{name: web, kind: Service, group: '', port: 80}], rules: [{backendRefs: [{name: web, port: 8080}]}]}
+";
+    assert_eq!(
+        cluster.with_input(&["apply", "-f", "-"], route),
+        "httproute.gateway.networking.k8s.io/web created"
+    );
+    let rule = cluster.says("get httproute web -n shop -o jsonpath={.spec.rules[0]}");
+    let rule: serde_json::Value = serde_json::from_str(&rule).unwrap();
+    assert_eq!(rule["matches"][0]["path"]["type"], "PathPrefix", "{rule}");
+    assert_eq!(rule["backendRefs"][0]["weight"], 1, "{rule}");
+    assert!(cluster.says("describe httproute web -n shop").contains("Backend Refs:"));
+    assert!(
+        cluster
+            .says("explain httproute.spec.parentRefs")
+            .contains("sectionName\t<string>")
+    );
+}
+
 #[test]
 fn get_prints_every_form() {
     let Some(cluster) = Cluster::start() else { return };
