@@ -11,7 +11,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result};
@@ -31,6 +31,8 @@ use tonic::{Request, Streaming, metadata::MetadataValue};
 
 use crate::wire::{Response, Wire};
 
+/// How often a connection is tried again.
+const TRIES: usize = 30;
 const URLS: [&str; 2] = [proto::ADDRESS_TYPE, proto::AUTHORIZATION_TYPE];
 
 /// How many, of what.
@@ -131,7 +133,7 @@ impl Agent {
 
     /// One connection, until it ends.
     async fn stream(&mut self) -> Result<()> {
-        let (requests, mut responses) = self.open().await?;
+        let (requests, mut responses) = self.connect().await?;
         for (url, known) in URLS.iter().zip(&self.known) {
             let request = DeltaDiscoveryRequest {
                 node: Some(Node {
@@ -192,6 +194,19 @@ impl Agent {
             self.known[of].remove(&name);
         }
         Ok(())
+    }
+
+    /// As an agent does, it tries again when there are too many at once.
+    async fn connect(&self) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<Response>)> {
+        let mut failures = 0;
+        loop {
+            match self.open().await {
+                Err(_) if failures < TRIES => failures += 1,
+                opened => return opened,
+            }
+            // Not all at the same time.
+            tokio::time::sleep(Duration::from_millis(500 + self.id as u64 % 500)).await;
+        }
     }
 
     async fn open(&self) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<Response>)> {

@@ -213,7 +213,7 @@ theirs as well. Agents connect over TLS with tokens bound to their pods, decode 
 readiness, from the sending of its PATCH until all agents have decoded it and the control plane has the last \
 acknowledgement. Bytes are those of messages, without HTTP/2 and TLS.";
 
-const PUBLISHED: &str = "For comparison, as published by Istio (Performance and Scalability, 1.24; its machines, not \
+const PUBLISHED: &str = "For comparison, as published by Istio (Performance and Scalability; sidecars, and its machines, not \
 this one): istiod with 1,000 services and 2,000 proxies uses 1 vCPU and 1.5 GB.";
 
 /// Builds the load, and what is measured.
