@@ -2,8 +2,11 @@
 //! the same; what holds against a hostile pod is not, and is left out here with its reason.
 
 mod bytes;
+mod cluster;
 mod encrypted;
 mod fallback;
+mod knowledge;
+mod labels;
 mod lifecycle;
 mod policy;
 mod probes;
@@ -29,6 +32,9 @@ fn main() -> std::process::ExitCode {
         encrypted::SCENARIOS,
         probes::SCENARIOS,
         policy::SCENARIOS,
+        cluster::SCENARIOS,
+        labels::SCENARIOS,
+        knowledge::SCENARIOS,
         fallback::SCENARIOS,
         lifecycle::SCENARIOS,
     ];

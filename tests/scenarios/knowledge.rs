@@ -254,7 +254,9 @@ fn a_control_plane_that_comes_and_goes_leaves_nothing_behind_in_the_agents(mesh:
     mesh.kill_control()?;
     until_connected(mesh, false)?;
     let (log, before) = (mesh.node("node-1").agent_log()?, ticks(mesh, "node-1")?);
-    wait::until_true("it is tried again and again", || Ok(failed_attempts(&log)? >= 4))?;
+    wait::until_within(RECONNECTED, "it is tried again and again", || {
+        Ok((failed_attempts(&log)? >= 3).then_some(()))
+    })?;
     let (spent, attempts) = (ticks(mesh, "node-1")? - before, failed_attempts(&log)?);
     note(&format!("{attempts} attempts took {spent} ticks"));
     ensure!(
