@@ -8,7 +8,12 @@
 //! Numbers are little-endian. The sum is against accidents, not against malice: who can write the file can replace the
 //! agent.
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeMap,
+    io::{self, BufWriter, Write},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use super::{Change, Latest, LoadError};
 use crate::books::Type;
@@ -17,6 +22,8 @@ const MAGIC: &str = "undercurrent discovery state 1";
 /// Longer header lines are not ours.
 const HEADER_LENGTH: usize = 1024;
 const RECORD_HEAD: usize = 12;
+/// Of the file, while it is written.
+const BUFFER: usize = 64 << 10;
 
 /// Which agent's state it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,53 +54,86 @@ impl FormatError {
 }
 
 /// FNV-1a, 64 bits.
-fn sum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
-}
+struct Sum(u64);
 
-/// One record of these changes.
-pub(super) fn record<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Vec<u8> {
-    let mut bytes = vec![0; RECORD_HEAD];
-    for change in changes {
-        let put = change.put.as_ref().map(|(version, message)| (&**version, &**message));
-        write_change(&mut bytes, change.type_, &change.name, put);
+impl Sum {
+    const NOTHING: Self = Self(0xcbf2_9ce4_8422_2325);
+
+    fn add(&mut self, bytes: &[u8]) {
+        let next = |sum: u64, byte: &u8| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        self.0 = bytes.iter().fold(self.0, next);
     }
-    seal(&mut bytes);
-    bytes
 }
 
-/// Records of what is the latest of each.
-pub(super) fn records(latest: &Latest<'_>, about: usize) -> Vec<u8> {
-    let (mut all, mut bytes) = (Vec::new(), vec![0; RECORD_HEAD]);
+fn sum(bytes: &[u8]) -> u64 {
+    let mut sum = Sum::NOTHING;
+    sum.add(bytes);
+    sum.0
+}
+
+/// Where bytes go.
+type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> io::Result<()>;
+
+/// Writes one record of these changes; its length. They are gone through twice, since the head tells of what follows
+/// and the first record of a large mesh is not to be in memory as well.
+pub(super) fn write_record(changes: &BTreeMap<(Type, Arc<str>), Change>, to: impl Write) -> io::Result<u64> {
+    let each = |sink: Sink<'_>| {
+        changes.values().try_for_each(|change| {
+            let put = change.put.as_ref();
+            let put = put.map(|(version, message)| (&**version, &**message));
+            write_change(sink, change.type_, &change.name, put)
+        })
+    };
+    let (mut length, mut sum) = (0, Sum::NOTHING);
+    each(&mut |bytes| {
+        length += bytes.len();
+        sum.add(bytes);
+        Ok(())
+    })?;
+    let told = u32::try_from(length).map_err(|_| io::Error::other("a record of more than 4 GiB"))?;
+    let mut to = BufWriter::with_capacity(BUFFER, to);
+    to.write_all(&told.to_le_bytes())?;
+    to.write_all(&sum.0.to_le_bytes())?;
+    each(&mut |bytes| to.write_all(bytes))?;
+    to.flush()?;
+    Ok((RECORD_HEAD + length) as u64)
+}
+
+/// Writes records, of about this length each, of what is the latest of each.
+pub(super) fn write_records(latest: &Latest<'_>, about: usize, mut to: impl Write) -> io::Result<()> {
+    let mut bytes = vec![0; RECORD_HEAD];
     for ((type_, name), (version, message)) in latest {
-        write_change(&mut bytes, *type_, name, Some((version, message)));
+        let mut append = |part: &[u8]| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        };
+        write_change(&mut append, *type_, name, Some((version, message)))?;
         if bytes.len() >= about {
             seal(&mut bytes);
-            all.append(&mut bytes);
-            bytes.resize(RECORD_HEAD, 0);
+            to.write_all(&bytes)?;
+            bytes.truncate(RECORD_HEAD);
         }
     }
     if bytes.len() > RECORD_HEAD {
         seal(&mut bytes);
-        all.append(&mut bytes);
+        to.write_all(&bytes)?;
     }
-    all
+    Ok(())
 }
 
-fn write_change(bytes: &mut Vec<u8>, type_: Type, name: &str, put: Option<(&str, &[u8])>) {
-    bytes.extend_from_slice(&[type_ as u8, u8::from(put.is_some())]);
+fn write_change(sink: Sink<'_>, type_: Type, name: &str, put: Option<(&str, &[u8])>) -> io::Result<()> {
+    sink(&[type_ as u8, u8::from(put.is_some())])?;
     let mut write = |text: &[u8]| {
         let length = u32::try_from(text.len()).expect("a gRPC message is shorter than 4 GiB");
-        bytes.extend_from_slice(&length.to_le_bytes());
-        bytes.extend_from_slice(text);
+        sink(&length.to_le_bytes())?;
+        sink(text)
     };
-    write(name.as_bytes());
+    write(name.as_bytes())?;
     if let Some((version, message)) = put {
-        write(version.as_bytes());
-        write(message);
+        write(version.as_bytes())?;
+        write(message)?;
     }
+    Ok(())
 }
 
 fn seal(bytes: &mut [u8]) {

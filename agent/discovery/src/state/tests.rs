@@ -105,7 +105,8 @@ proptest! {
         let mut states = vec![Vec::new()];
         for number in 0..6u32 {
             let changes = [put(&format!("n{}", number % 3), &number.to_string())];
-            bytes.extend(format::record(&changes));
+            let of = |change: &Change| ((change.type_, change.name.clone()), change.clone());
+            format::write_record(&changes.iter().map(of).collect(), &mut bytes).unwrap();
             let (latest, _) = format::read(&bytes, &header()).map_err(|_| "good").unwrap();
             let mut state: Vec<_> = latest.into_iter().map(|(key, value)| (key, value.0.to_owned())).collect();
             state.sort();

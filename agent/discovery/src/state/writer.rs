@@ -53,6 +53,7 @@ impl StateWriter {
             header,
             file: None,
             length: 0,
+            is_new: good.is_none(),
             rewritten: 0,
         };
         log.open(good)?;
@@ -140,6 +141,8 @@ struct Log {
     /// None after a failure: it holds less than is known, and is not written to any more.
     file: Option<File>,
     length: u64,
+    /// Nothing but the header is in it.
+    is_new: bool,
     /// Its length when it was rewritten last.
     rewritten: u64,
 }
@@ -176,9 +179,11 @@ impl Log {
         let Some(file) = &mut self.file else {
             return Err(io::Error::other("an earlier write failed"));
         };
-        let record = format::record(changes.values());
-        file.write_all(&record)?;
-        self.length += record.len() as u64;
+        self.length += format::write_record(changes, file)?;
+        if std::mem::take(&mut self.is_new) {
+            // There is no waste in it.
+            self.rewritten = self.length;
+        }
         if self.length > 2 * self.rewritten + SLACK {
             self.rewrite()?;
         }
@@ -198,7 +203,7 @@ impl Log {
         let mut options = OpenOptions::new();
         let mut file = options.create_new(true).append(true).mode(0o600).open(&new)?;
         file.write_all(&self.header.line())?;
-        file.write_all(&format::records(&latest, RECORD))?;
+        format::write_records(&latest, RECORD, &mut file)?;
         file.sync_all()?;
         fs::rename(&new, &self.path)?;
         self.length = file.metadata()?.len();
