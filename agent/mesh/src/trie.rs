@@ -12,9 +12,11 @@
 
 use std::{
     fmt,
-    hash::{BuildHasher, Hash, RandomState},
+    hash::{BuildHasher, Hash},
     sync::Arc,
 };
+
+use foldhash::quality::RandomState;
 
 /// Entries of a leaf before it becomes a branch.
 const LEAF: usize = 32;
@@ -68,7 +70,7 @@ impl<K, V> Default for Trie<K, V> {
         Self {
             root: Child::Empty,
             len: 0,
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
         }
     }
 }
