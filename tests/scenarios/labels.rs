@@ -189,8 +189,8 @@ fn until_answers(from: Pod<'_>, address: &str, expected: bool) -> Result<()> {
 fn condition(kubectl: &Kubectl, kind: &str, name: &str, status: &str) -> Result<Value> {
     let is_it = |condition: &&Value| condition["type"] == "ZtunnelAccepted" && condition["status"] == status;
     let find = |object: &Value| {
-        let conditions = object["status"]["conditions"].as_array().into_iter().flatten();
-        conditions.filter(is_it).next().cloned()
+        let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+        conditions.find(is_it).cloned()
     };
     let what = format!("{kind} {name} says {status}");
     let object = kubectl.until(&what, &[kind, "-n", "apps", name], |object| find(object).is_some())?;
