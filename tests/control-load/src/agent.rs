@@ -17,9 +17,9 @@ pub struct Options {
     /// The control plane.
     #[arg(long)]
     control: ControlAddress,
-    /// The roots that its certificate chains to.
-    #[arg(long, default_value = "")]
-    roots: PathBuf,
+    /// The roots that its certificate chains to, unless it is spoken to in plaintext.
+    #[arg(long)]
+    roots: Option<PathBuf>,
     /// The file that its token is in.
     #[arg(long)]
     token: Option<PathBuf>,
@@ -35,7 +35,7 @@ pub async fn run(options: Options) -> Result<()> {
     let config = Config {
         upstream: Upstream {
             addresses: vec![options.control],
-            roots_file: options.roots,
+            roots_file: options.roots.unwrap_or_default(),
         },
         token_file: options.token,
         node: NodeId {

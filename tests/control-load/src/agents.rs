@@ -41,9 +41,9 @@ pub struct Options {
     /// The control plane.
     #[arg(long)]
     control: ControlAddress,
-    /// The roots that its certificate chains to.
-    #[arg(long, default_value = "")]
-    roots: PathBuf,
+    /// The roots that its certificate chains to, unless it is spoken to in plaintext.
+    #[arg(long)]
+    roots: Option<PathBuf>,
     /// Tokens, one on a line; agents take them in turn.
     #[arg(long)]
     tokens: Option<PathBuf>,
@@ -238,7 +238,7 @@ pub async fn run(options: Options) -> Result<()> {
     let shared = Arc::new(Shared {
         upstream: Upstream {
             addresses: vec![options.control.clone()],
-            roots_file: options.roots.clone(),
+            roots_file: options.roots.clone().unwrap_or_default(),
         },
         tokens,
         options,
