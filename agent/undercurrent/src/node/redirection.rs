@@ -39,8 +39,6 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 pub enum Wish {
     /// Captured, and the proxy serves it.
     Enabled,
-    /// Captured, and nobody serves it yet.
-    Pending,
     /// Nothing: it is not captured.
     Absent,
     /// Not known yet: whatever it says.
@@ -51,7 +49,6 @@ impl Wish {
     fn is(self, said: Option<&str>) -> bool {
         match self {
             Self::Enabled => said == Some("enabled"),
-            Self::Pending => said == Some("pending"),
             Self::Absent => said.is_none(),
             Self::Leave => true,
         }
@@ -60,7 +57,6 @@ impl Wish {
     fn value(self) -> Option<&'static str> {
         match self {
             Self::Enabled => Some("enabled"),
-            Self::Pending => Some("pending"),
             Self::Absent | Self::Leave => None,
         }
     }
@@ -344,7 +340,7 @@ mod tests {
             (Wish::Enabled, None, Some(Some("enabled"))),
             (Wish::Enabled, Some("pending"), Some(Some("enabled"))),
             (Wish::Enabled, Some("enabled"), None),
-            (Wish::Pending, Some("enabled"), Some(Some("pending"))),
+            (Wish::Absent, Some("pending"), Some(None)),
             (Wish::Absent, Some("enabled"), Some(None)),
             (Wish::Absent, None, None),
             (Wish::Leave, Some("enabled"), None),
