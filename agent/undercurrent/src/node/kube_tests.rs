@@ -234,8 +234,6 @@ async fn annotations_follow_what_is_so() {
     let says = |name: &'static str, expected: Option<&'static str>| {
         move |cluster: &Cluster| cluster.redirection(&NamespacedName::new("shop", name)).as_deref() == expected
     };
-    board.put(wishes(Wish::Pending, false));
-    lab.until(says("web", Some("pending"))).await;
     board.put(wishes(Wish::Enabled, false));
     lab.until(says("web", Some("enabled"))).await;
     assert!(
