@@ -129,6 +129,12 @@ impl Cluster {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
+        // YAML in braces: up to 1.36 or so kubectl takes what begins with one for JSON.
+        let is_json = serde_json::from_str::<serde_json::Value>(input).is_ok();
+        let input = match input.starts_with('{') && !is_json {
+            true => format!("---\n{input}"),
+            false => input.to_owned(),
+        };
         // A kubectl that needs no input may be gone already.
         let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
         let output = child.wait_with_output().unwrap();
