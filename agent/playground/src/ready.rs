@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     cluster::{addresses, is_own, is_ready},
-    desired::PodStatus,
+    desired::{Phase, PodStatus},
     layout::{Layout, pod_id},
     process::{Process, last_lines},
     progress::Progress,
@@ -32,7 +32,7 @@ pub(crate) async fn wait_for_pods(
     loop {
         let pods = list::<Pod>(client).await?;
         let pods: Vec<_> = pods.into_iter().filter(|pod| !is_own(pod)).collect();
-        let mut pending: Vec<_> = pods.iter().filter(|pod| !is_settled(pod)).map(key).collect();
+        let mut pending: Vec<_> = pods.iter().filter(|pod| !is_settled(layout, pod)).map(key).collect();
         for deployment in list::<Deployment>(client).await? {
             if let Some(why) = unfinished(&deployment) {
                 pending.push(why);
@@ -45,11 +45,11 @@ pub(crate) async fn wait_for_pods(
             true => "the services' endpoints".to_owned(),
             false => pending.join(", "),
         };
-        let settled = pods.iter().filter(|pod| is_settled(pod)).count();
+        let settled = pods.iter().filter(|pod| is_settled(layout, pod)).count();
         progress.detail(&format!("{settled} of {} ready, waiting for {waits_for}", pods.len()));
         let failed = pods.iter().any(|pod| phase(pod) == "Failed");
         if failed || Instant::now() > deadline {
-            let unsettled = pods.iter().filter(|pod| !is_settled(pod));
+            let unsettled = pods.iter().filter(|pod| !is_settled(layout, pod));
             let why: String = unsettled.map(|pod| explain(layout, pod)).collect();
             bail!("not everything is ready: {waits_for}{why}");
         }
@@ -96,9 +96,22 @@ fn phase(pod: &Pod) -> &str {
     status.and_then(|status| status.phase.as_deref()).unwrap_or_default()
 }
 
-/// Ready, or done; and not on its way out.
-fn is_settled(pod: &Pod) -> bool {
-    pod.metadata.deletion_timestamp.is_none() && (is_ready(pod) || phase(pod) == "Succeeded")
+/// Ready, or done; and not on its way out. After a crash the API still says of a pod what was so before: what counts is what
+/// its kubelet says as well, and that its first process lives.
+fn is_settled(layout: &Layout, pod: &Pod) -> bool {
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+    let (namespace, name) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref());
+    let id = pod_id(namespace.unwrap_or_default(), name.unwrap_or_default());
+    let told = node.and_then(|node| PodStatus::read(&layout.node(node).pod(&id)));
+    let lives = told.is_some_and(|told| {
+        let is_of_it = told
+            .of
+            .as_ref()
+            .is_some_and(|of| Some(&of.uid) == pod.metadata.uid.as_ref());
+        let runs = told.phase == Phase::Running && told.pause.is_some_and(|pause| pause.is_alive());
+        is_of_it && (runs || told.phase == Phase::Succeeded)
+    });
+    lives && pod.metadata.deletion_timestamp.is_none() && (is_ready(pod) || phase(pod) == "Succeeded")
 }
 
 fn unfinished(deployment: &Deployment) -> Option<String> {
