@@ -33,6 +33,7 @@ mod failure;
 mod half_open;
 mod headers;
 mod inbound;
+pub mod names;
 mod outbound;
 mod pod;
 mod proxy;

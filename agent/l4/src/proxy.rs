@@ -28,6 +28,7 @@ use crate::{
     config::Config,
     connection::ConnectionInfo,
     counters::{Counters, ShardCounters},
+    names::Names,
     pod::{Pod, PodListeners},
     rate::Rate,
     say::Say,
@@ -125,6 +126,7 @@ impl Proxy {
         for listener in outbound.iter().chain(inbound).chain(hbone) {
             prepare_listener(listener)?;
         }
+        let names = Arc::new(Names::default());
         let home = self.next_home.fetch_add(1, Relaxed) % self.shards.len();
         let others = (0..self.shards.len()).filter(|index| *index != home);
         for index in others {
@@ -132,6 +134,7 @@ impl Proxy {
                 uid: uid.clone(),
                 sockets: sockets.clone(),
                 listeners: PodListeners::default(),
+                names: names.clone(),
             });
         }
         // Last: what it accepts may be handed over to any.
@@ -139,6 +142,7 @@ impl Proxy {
             uid,
             sockets,
             listeners,
+            names,
         });
         Ok(())
     }

@@ -39,7 +39,9 @@ use crate::{
     counters::{ShardCounters, increment},
     failure::Failure,
     half_open::HalfOpen,
-    inbound, outbound,
+    inbound,
+    names::Names,
+    outbound,
     pod::{PodListeners, PodSockets},
     rate::Rate,
     recheck,
@@ -52,6 +54,7 @@ pub(crate) enum Command {
         uid: WorkloadUid,
         sockets: Arc<dyn PodSockets>,
         listeners: PodListeners,
+        names: Arc<Names>,
     },
     RetirePod {
         uid: WorkloadUid,
@@ -125,6 +128,8 @@ pub(crate) struct Shard {
 pub(crate) struct PodState {
     pub uid: WorkloadUid,
     pub sockets: Arc<dyn PodSockets>,
+    /// What it learned by DNS; the same on every shard.
+    pub names: Arc<Names>,
     pub pool: hbone::Pool,
     pub half_open: HalfOpen,
     pub drain: DrainSignal,
@@ -195,12 +200,19 @@ impl Shard {
         self.pods.borrow().get(uid).cloned()
     }
 
-    fn add_pod(self: &Rc<Self>, uid: WorkloadUid, sockets: Arc<dyn PodSockets>, listeners: PodListeners) {
+    fn add_pod(
+        self: &Rc<Self>,
+        uid: WorkloadUid,
+        sockets: Arc<dyn PodSockets>,
+        listeners: PodListeners,
+        names: Arc<Names>,
+    ) {
         self.remove_pod(&uid);
         let (trigger, drain) = drain_channel();
         let pod = Rc::new(PodState {
             uid: uid.clone(),
             sockets,
+            names,
             pool: hbone::Pool::new(self.hbone.clone()),
             half_open: HalfOpen::new(self.config.half_open),
             drain,
@@ -347,7 +359,9 @@ pub(crate) async fn run(
             // Commands first: what is handed over may be for a pod that was added just before.
             biased;
             command = commands.recv() => match command {
-                Some(Command::AddPod { uid, sockets, listeners }) => shard.add_pod(uid, sockets, listeners),
+                Some(Command::AddPod { uid, sockets, listeners, names }) => {
+                    shard.add_pod(uid, sockets, listeners, names);
+                }
                 Some(Command::RetirePod { uid }) => shard.retire_pod(&uid),
                 Some(Command::RemovePod { uid }) => shard.remove_pod(&uid),
                 Some(Command::Connections(answer)) => {
