@@ -1,6 +1,6 @@
 //! Who signs certificates, seen from this process: give an identity, get a key and its certificate.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{collections::HashSet, future::Future, pin::Pin, sync::Arc};
 
 use model::Identity;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -38,4 +38,10 @@ pub trait Authority: Send + Sync + 'static {
     ///
     /// The caller checks the answer's name and validity, limits how many run at once, and retries with back-off.
     fn issue<'a>(&'a self, identity: &'a Identity) -> IssueFuture<'a>;
+
+    /// Nobody here is of this identity any more: what was kept of it goes.
+    fn forget(&self, _identity: &Identity) {}
+
+    /// Nobody here is of any but these, as is known once a started agent has all its pods.
+    fn retain(&self, _identities: &HashSet<Identity>) {}
 }

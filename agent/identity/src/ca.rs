@@ -13,7 +13,13 @@
 //!
 //! See `security/proto/istioca.proto` and `security/pkg/nodeagent/caclient` in istio/istio.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use model::Identity;
 use proto::{
@@ -181,36 +187,8 @@ impl CaClient {
                 presented.push(certificate.clone());
             }
         }
-        let roots = self.anchors(&presented)?;
+        let roots = anchors(&self.config.upstream.roots_file, &presented, &self.config.clock)?;
         Ok((presented, roots))
-    }
-
-    /// Those of the roots file that the chain leads to.
-    fn anchors(&self, chain: &[CertificateDer<'static>]) -> Result<Vec<CertificateDer<'static>>, IssueError> {
-        let file = &self.config.upstream.roots_file;
-        let unreadable = |error: &dyn fmt::Display| {
-            IssueError::Unavailable(format!("the roots file {}: {error}", file.display()).into())
-        };
-        let pem = std::fs::read(file).map_err(|error| unreadable(&error))?;
-        let bundle = parse_bundle(&pem).map_err(|error| unreadable(&error))?;
-        let now = self.config.clock.now().duration_since(std::time::UNIX_EPOCH);
-        let now = UnixTime::since_unix_epoch(now.map_err(unusable)?);
-        let leaf = ParsedCertificate::try_from(&chain[0]).map_err(unusable)?;
-        let verify = |roots: &RootCertStore| {
-            let algorithms = PROVIDER.signature_verification_algorithms.all;
-            verify_server_cert_signed_by_trust_anchor(&leaf, roots, &chain[1..], now, algorithms)
-        };
-        let mut anchors = bundle.clone();
-        anchors.retain(|root| store(std::slice::from_ref(root)).is_ok_and(|root| verify(&root).is_ok()));
-        if anchors.is_empty() {
-            let why = store(&bundle).and_then(|roots| verify(&roots));
-            let why = why.err().map_or_else(String::new, |error| format!(": {error}"));
-            return Err(unusable(format!(
-                "it does not chain to the roots in {}{why}",
-                file.display()
-            )));
-        }
-        Ok(anchors)
     }
 }
 
@@ -220,7 +198,39 @@ impl Authority for CaClient {
     }
 }
 
-fn unusable(why: impl fmt::Display) -> IssueError {
+/// Those of the roots file that the chain leads to; an error if there is none.
+pub(crate) fn anchors(
+    file: &Path,
+    chain: &[CertificateDer<'static>],
+    clock: &Clock,
+) -> Result<Vec<CertificateDer<'static>>, IssueError> {
+    let unreadable = |error: &dyn fmt::Display| {
+        IssueError::Unavailable(format!("the roots file {}: {error}", file.display()).into())
+    };
+    let pem = std::fs::read(file).map_err(|error| unreadable(&error))?;
+    let bundle = parse_bundle(&pem).map_err(|error| unreadable(&error))?;
+    let now = clock.now().duration_since(std::time::UNIX_EPOCH);
+    let now = UnixTime::since_unix_epoch(now.map_err(unusable)?);
+    let leaf = chain.first().ok_or_else(|| unusable("it holds no certificate"))?;
+    let leaf = ParsedCertificate::try_from(leaf).map_err(unusable)?;
+    let verify = |roots: &RootCertStore| {
+        let algorithms = PROVIDER.signature_verification_algorithms.all;
+        verify_server_cert_signed_by_trust_anchor(&leaf, roots, &chain[1..], now, algorithms)
+    };
+    let mut anchors = bundle.clone();
+    anchors.retain(|root| store(std::slice::from_ref(root)).is_ok_and(|root| verify(&root).is_ok()));
+    if anchors.is_empty() {
+        let why = store(&bundle).and_then(|roots| verify(&roots));
+        let why = why.err().map_or_else(String::new, |error| format!(": {error}"));
+        return Err(unusable(format!(
+            "it does not chain to the roots in {}{why}",
+            file.display()
+        )));
+    }
+    Ok(anchors)
+}
+
+pub(crate) fn unusable(why: impl fmt::Display) -> IssueError {
     IssueError::Unusable(why.to_string().into())
 }
 

@@ -193,7 +193,7 @@ fn server_config(verifier: ClientVerifier, key: Arc<SingleCertAndKey>, clock: &C
     config
 }
 
-fn validity(leaf: &[u8]) -> Result<(String, SystemTime, SystemTime), CredentialsError> {
+pub(crate) fn validity(leaf: &[u8]) -> Result<(String, SystemTime, SystemTime), CredentialsError> {
     let (_, leaf) = X509Certificate::from_der(leaf).map_err(|_| CredentialsError::Malformed)?;
     let at = |time: x509_parser::time::ASN1Time| {
         let seconds = u64::try_from(time.timestamp()).map_err(|_| CredentialsError::Malformed)?;

@@ -159,6 +159,13 @@ impl Identities {
     /// Drops the certificate and stops rotating it: the last pod of this identity is gone.
     pub fn forget(&self, identity: &Identity) {
         self.0.write().remove(identity);
+        self.0.authority.forget(identity);
+    }
+
+    /// Every identity that is needed has been asked for: what the authority keeps of others goes.
+    pub fn settled(&self) {
+        let identities = self.0.read().keys().cloned().collect();
+        self.0.authority.retain(&identities);
     }
 
     /// What is held, by identity.

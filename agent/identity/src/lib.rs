@@ -5,7 +5,8 @@
 //!    ▲   ▲                                     ▲          judged by Trust: own domain, aliases, bundle of roots
 //!    │   └── Identities: cache, rotation at half life, back-off, bounded parallel issue
 //!    ├── LocalAuthority: a CA in this process
-//!    └── CaClient: CreateCertificate ──> Upstream: TLS to the control plane, several addresses
+//!    ├── CaClient: CreateCertificate ──> Upstream: TLS to the control plane, several addresses
+//!    └── Kept: another authority's certificates, on the disk for the next start
 //! ```
 //! Knows nothing of tunnels or of where workloads come from. What it promises:
 //! - a certificate whose SPIFFE name is not the one asked for is never used (`a_wrong_name_is_refused`);
@@ -23,6 +24,7 @@ mod ca;
 mod clock;
 mod credentials;
 mod identities;
+mod kept;
 mod local;
 mod peer;
 mod tls;
@@ -34,6 +36,7 @@ pub use ca::{CaClient, CaClientConfig};
 pub use clock::Clock;
 pub use credentials::{Credentials, CredentialsError};
 pub use identities::{CertificateInfo, Identities, IdentityUnavailable};
+pub use kept::Kept;
 pub use local::{LocalAuthority, LocalAuthorityError, generate_root};
 pub use peer::{PeerIdentityError, peer_identity};
 pub use tls::peer_identity_error;

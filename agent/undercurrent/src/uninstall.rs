@@ -8,7 +8,7 @@ use std::{fs, io, path::PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 
-use crate::node::Records;
+use crate::node::{CERTIFICATES, KNOWLEDGE, Records};
 
 /// Options of `undercurrent uninstall`.
 #[derive(Args, Clone, Debug)]
@@ -50,7 +50,13 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
     };
     let namespaces = records.into_values().map(|record| record.netns);
     capture::uninstall_iptables(namespaces).context("cannot take down the capture by iptables")?;
-    for removed in [fs::remove_file(&socket), fs::remove_dir_all(&pods)] {
+    let certificates = args.state_dir.join(CERTIFICATES);
+    for removed in [
+        fs::remove_file(&socket),
+        fs::remove_dir_all(&pods),
+        fs::remove_dir_all(&certificates),
+        fs::remove_dir_all(args.state_dir.join(KNOWLEDGE)),
+    ] {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("cannot remove the state in {}", args.state_dir.display()));

@@ -1,4 +1,5 @@
 //! A certificate authority as Istio's, on a loopback port, that can be slow, lie and go away.
+#![allow(dead_code, reason = "each test uses some of it")]
 
 use std::{
     net::SocketAddr,

@@ -20,7 +20,8 @@ pub struct NodeArgs {
     pub fixed: StaticArgs,
     #[command(flatten)]
     pub control: ControlArgs,
-    /// Where the agent keeps its socket and what must outlive a restart.
+    /// Where the agent keeps its socket and what must outlive a restart: its pods, what it knows of the mesh, and its pods'
+    /// certificates with their keys. For root alone, and better in memory (tmpfs) than on a disk.
     #[arg(
         long,
         env = "UNDERCURRENT_STATE_DIR",

@@ -32,6 +32,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub use config::NodeArgs;
 use config::{AccessLogMode, CaptureMode};
 pub use records::Records;
+pub use source::{CERTIFICATES, KNOWLEDGE};
 
 /// The eBPF programs, aligned as their loader wants them.
 static EBPF_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("UNDERCURRENT_EBPF")));

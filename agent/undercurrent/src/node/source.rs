@@ -15,7 +15,7 @@ use std::{
 
 use admin::SourceStatus;
 use anyhow::Context;
-use identity::{CaClient, CaClientConfig, Clock, Identities, LocalAuthority, Trust, Upstream};
+use identity::{CaClient, CaClientConfig, Clock, Identities, Kept, LocalAuthority, Trust, Upstream};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use mesh::Knowledge;
 use model::{MeshSettings, NamespacedName};
@@ -27,6 +27,11 @@ use super::{
     redirection::{self, Board},
     static_source::{self, Problems},
 };
+
+/// Where the certificates and keys of this node's pods are, in the state directory.
+pub const CERTIFICATES: &str = "certificates";
+/// Where the last good state of the mesh is, in the state directory.
+pub const KNOWLEDGE: &str = "mesh";
 
 /// What everything else is made of.
 pub struct Sources {
@@ -134,6 +139,9 @@ async fn start_control(args: &NodeArgs, control: &ControlArgs) -> anyhow::Result
         cluster: control.cluster().into(),
         clock: Clock::system(),
     });
+    let certificates = args.state_dir.join(CERTIFICATES);
+    let authority = Kept::new(authority, &certificates, &control.roots, Clock::system())
+        .with_context(|| format!("cannot keep certificates in {}", certificates.display()))?;
     let board = Board::default();
     Ok(Sources {
         knowledge,
@@ -199,7 +207,7 @@ fn discovery_config(args: &NodeArgs, control: &ControlArgs) -> discovery::Config
             trust_domain: control.trust_domain.clone(),
             ..MeshSettings::default()
         },
-        state_dir: Some(args.state_dir.join("mesh")),
+        state_dir: Some(args.state_dir.join(KNOWLEDGE)),
         limits: discovery::Limits::default(),
     }
 }

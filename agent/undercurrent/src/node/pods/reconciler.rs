@@ -306,6 +306,7 @@ impl Reconciler {
             // Whoever sees the agent ready sees its pods.
             self.show();
             self.view.lock().settled = true;
+            self.parts.identities.settled();
             if let Err(error) = self.parts.capture.forget_untold().await {
                 tracing::error!(%error, "cannot forget pods that went while no agent ran");
             }
