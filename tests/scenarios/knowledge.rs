@@ -135,7 +135,10 @@ fn an_agent_that_starts_without_a_control_plane_serves_its_pods_from_the_disk(me
             result["same"] == true,
             "after {how} what leaves the mesh is not served: {result}"
         );
-        ensure!(works(mesh)?, "after {how} the node's own pods are not served from the disk");
+        ensure!(
+            works(mesh)?,
+            "after {how} the node's own pods are not served from the disk"
+        );
         mesh.start_control()?;
         until_connected(mesh, true)?;
         wait::until_true("with the control plane the mesh is served", || works(mesh))?;
