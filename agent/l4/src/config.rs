@@ -1,6 +1,8 @@
 //! What can be set, with what is right where nothing is said.
 
-use std::{num::NonZeroUsize, time::Duration};
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+
+use crate::lookup::{Lookup, NoLookup};
 
 /// The proxy's settings.
 #[derive(Clone, Debug)]
@@ -23,6 +25,8 @@ pub struct Config {
     /// Half-open HBONE handshakes per pod and shard; when there are more, the oldest of the source with the most is
     /// dropped.
     pub half_open: usize,
+    /// Who knows the addresses of workloads that have only a name; by default nobody does, and they are refused.
+    pub lookup: Arc<dyn Lookup>,
 }
 
 impl Default for Config {
@@ -36,6 +40,7 @@ impl Default for Config {
             discovery_timeout: Duration::from_secs(5),
             attempts: 3,
             half_open: 256,
+            lookup: Arc::new(NoLookup),
         }
     }
 }

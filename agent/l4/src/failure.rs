@@ -8,6 +8,7 @@ use model::{Authority, WorkloadUid};
 use policy::Reason;
 
 use crate::{
+    lookup::LookupError,
     relay::{End, RelayError},
     socket::ConnectError,
 };
@@ -39,6 +40,9 @@ pub enum Failure {
     /// The destination could not be connected to.
     #[error("{0}")]
     Connect(#[from] ConnectError),
+    /// The destination has only a name, and nobody knows its address.
+    #[error("{0}")]
+    Lookup(#[from] LookupError),
     /// The tunnel to the peer did not come to be.
     #[error("{0}")]
     Open(#[from] hbone::OpenError),
@@ -152,7 +156,7 @@ impl Failure {
             Self::NoCredentials(_) => FailureKind::Identity,
             Self::Denied(_) => FailureKind::Denied,
             Self::NoLongerAllowed(_) => FailureKind::NoLongerAllowed,
-            Self::Connect(_) => FailureKind::Connect,
+            Self::Connect(_) | Self::Lookup(_) => FailureKind::Connect,
             Self::Open(_) | Self::Tunnel(_) | Self::Relay(_) => FailureKind::Tunnel,
             Self::BadRequest(_) | Self::NotThisPod { .. } | Self::NotServed(_) => FailureKind::BadRequest,
             Self::Reset(_) | Self::GivenUp => FailureKind::Reset,

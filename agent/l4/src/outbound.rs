@@ -11,7 +11,12 @@
 //! before, so another endpoint may be tried (`a_service_with_a_dead_endpoint_fails_over`). Where knowledge is on demand, a
 //! destination that nothing is known of is asked for, and the connection waits (`on_demand_a_connection_waits_to_be_told`).
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use identity::Credentials;
 use mesh::{RefuseReason, Route};
@@ -25,6 +30,7 @@ use crate::{
     counters::increment,
     failure::Failure,
     headers,
+    lookup::{self, LookupError},
     pod::is_own_port,
     relay::{Relaying, relay_plain},
     shard::{PodState, Shard},
@@ -114,7 +120,7 @@ async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<
     loop {
         let (source, route) = find_way(connection, dialled, &tried).await?;
         let endpoint = endpoint_of_service(&route);
-        let failure = match follow(connection, &source, route).await {
+        let failure = match follow(connection, &source, route, shard.config.connect_timeout).await {
             Ok(upstream) => return Ok(upstream),
             Err(failure) => failure,
         };
@@ -192,9 +198,9 @@ fn resolve(
 /// The endpoint that was chosen, where there may be others.
 fn endpoint_of_service(route: &Route) -> Option<WorkloadUid> {
     match route {
-        Route::Tunnel { workload, service, .. } | Route::Plaintext { workload, service, .. } => {
-            service.as_ref().map(|_| workload.uid.clone())
-        }
+        Route::Tunnel { workload, service, .. }
+        | Route::Plaintext { workload, service, .. }
+        | Route::Named { workload, service, .. } => service.as_ref().map(|_| workload.uid.clone()),
         Route::Passthrough { .. } | Route::Unknown { .. } | Route::Refused { .. } => None,
     }
 }
@@ -203,24 +209,30 @@ fn endpoint_of_service(route: &Route) -> Option<WorkloadUid> {
 fn is_endpoints_fault(failure: &Failure) -> bool {
     match failure {
         Failure::Connect(socket::ConnectError::Socket(_)) => false,
-        Failure::Connect(_) => true,
+        Failure::Connect(_) | Failure::Lookup(_) => true,
         Failure::Open(error) => error.retryable(),
         _ => false,
     }
 }
 
-async fn follow(connection: &Connection, source: &Arc<Workload>, route: Route) -> Result<Upstream, Failure> {
+async fn follow(
+    connection: &Connection,
+    source: &Arc<Workload>,
+    route: Route,
+    timeout: Duration,
+) -> Result<Upstream, Failure> {
     match route {
         Route::Refused { reason } => Err(Failure::NoRoute(reason)),
         Route::Unknown { target } => Err(Failure::NoRoute(RefuseReason::NotDiscovered(target.ip()))),
-        Route::Passthrough { target } => plain(connection, source, target).await,
+        Route::Passthrough { target } => plain(connection, source, target, timeout).await,
+        named @ Route::Named { .. } => by_name(connection, source, named).await,
         Route::Plaintext {
             workload,
             service,
             target,
         } => {
             connection.learn_destination(workload, service, None);
-            plain(connection, source, target).await
+            plain(connection, source, target, timeout).await
         }
         Route::Tunnel {
             workload,
@@ -236,13 +248,73 @@ async fn follow(connection: &Connection, source: &Arc<Workload>, route: Route) -
     }
 }
 
-async fn plain(connection: &Connection, source: &Workload, target: SocketAddr) -> Result<Upstream, Failure> {
+/// Looks a name up and tries its addresses in turn; all of it within one connect timeout.
+async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) -> Result<Upstream, Failure> {
+    let Route::Named { host, port, .. } = &route else {
+        return Box::pin(follow(
+            connection,
+            source,
+            route,
+            connection.shard.config.connect_timeout,
+        ))
+        .await;
+    };
+    let config = &connection.shard.config;
+    let end = Instant::now() + config.connect_timeout;
+    let v4_first = connection
+        .known
+        .borrow()
+        .destination
+        .is_none_or(|dialled| dialled.is_ipv4());
+    let asking = tokio::time::timeout(config.connect_timeout, config.lookup.addresses(host));
+    let addresses = asking.await.unwrap_or_else(|_elapsed| {
+        Err(LookupError {
+            host: host.clone(),
+            resolver: "the node's".into(),
+            reason: format!("it was not answered within {:?}", config.connect_timeout),
+        })
+    })?;
+    let addresses = lookup::in_turn(addresses, v4_first);
+    let mut first: Option<Failure> = None;
+    for (index, ip) in addresses.iter().enumerate() {
+        let left = u32::try_from(addresses.len() - index).unwrap_or(1);
+        let within = end.saturating_duration_since(Instant::now()) / left;
+        let way = match find_way(connection, OriginalDst(SocketAddr::new(*ip, *port)), &[]).await {
+            // Nothing of the mesh: it is the workload itself.
+            Ok((_, Route::Passthrough { .. })) => route.clone().at(*ip),
+            // One name for another would go round in circles.
+            Ok((_, Route::Named { .. })) => continue,
+            Ok((_, of_mesh)) => of_mesh,
+            Err(failure) => {
+                first.get_or_insert(failure);
+                continue;
+            }
+        };
+        match Box::pin(follow(connection, source, way, within)).await {
+            Ok(upstream) => return Ok(upstream),
+            Err(failure) => _ = first.get_or_insert(failure),
+        }
+    }
+    let none = || LookupError {
+        host: host.clone(),
+        resolver: "the node's".into(),
+        reason: "none of its addresses can be connected to".to_owned(),
+    };
+    Err(first.unwrap_or_else(|| none().into()))
+}
+
+async fn plain(
+    connection: &Connection,
+    source: &Workload,
+    target: SocketAddr,
+    timeout: Duration,
+) -> Result<Upstream, Failure> {
     connection.known.borrow_mut().destination = Some(target);
     if is_own_port(target.port()) && is_of(source, target) {
         return Err(Failure::Loop(target));
     }
     let socket = connection.pod.sockets.outbound_socket(target);
-    let server = socket::connect(socket, target, connection.shard.config.connect_timeout).await?;
+    let server = socket::connect(socket, target, timeout).await?;
     // Without it a peer that vanished is never noticed; a socket that refuses it still works.
     let _ = socket::keep_alive(&server);
     Ok(Upstream::Plain(server))

@@ -4,7 +4,7 @@
 //! Alike and nothing to pass over, which is nearly always, costs the same however many endpoints there are.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -136,7 +136,8 @@ fn share(scope: RoutingScope, a: &Workload, b: &Workload) -> bool {
     }
 }
 
-/// The endpoint's own port map goes before the service's; its address of the family that was dialled goes first.
+/// The endpoint's own port map goes before the service's; its address of the family that was dialled goes first. The
+/// unspecified address stands for its name, where it has no other.
 fn endpoint_address(
     workload: &Workload,
     service: &Service,
@@ -154,8 +155,11 @@ fn endpoint_address(
         .workload_ips
         .iter()
         .find(same_family)
-        .or_else(|| workload.workload_ips.first())?;
-    Some(SocketAddr::new(*ip, port))
+        .or_else(|| workload.workload_ips.first())
+        .copied()
+        // One that has a name instead: that of any family will do.
+        .or_else(|| (!workload.hostname.is_empty()).then_some(IpAddr::V4(Ipv4Addr::UNSPECIFIED)))?;
+    Some(SocketAddr::new(ip, port))
 }
 
 #[cfg(test)]

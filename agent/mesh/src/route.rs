@@ -44,6 +44,17 @@ pub enum Route {
         /// The workload's address and port.
         target: SocketAddr,
     },
+    /// To a workload that has no address but a name, which is to be looked up; [`Route::at`] is the way then.
+    Named {
+        /// The workload.
+        workload: Arc<Workload>,
+        /// The service that was dialled.
+        service: Option<Arc<Service>>,
+        /// The name, fully qualified, without a dot at its end.
+        host: Arc<str>,
+        /// The workload's port.
+        port: u16,
+    },
     /// In plaintext to somewhere the mesh knows nothing of.
     Passthrough {
         /// The address that was dialled.
@@ -88,8 +99,6 @@ pub enum RefuseReason {
     NativeTunnel(WorkloadUid),
     /// The workload wants what arrives in a tunnel of its own.
     ApplicationTunnel(WorkloadUid),
-    /// The workload has no address, only a name.
-    OnlyAName(WorkloadUid, Arc<str>),
     /// The mesh has something of this name there that could not be read, and has no last good version of.
     Unreadable(Arc<str>),
     /// On demand: the control plane did not answer in time what it knows of the address.
@@ -117,10 +126,6 @@ impl fmt::Display for RefuseReason {
             Self::ApplicationTunnel(workload) => write!(
                 f,
                 "workload {workload} asks for an application tunnel, which this agent can not make yet"
-            ),
-            Self::OnlyAName(workload, hostname) => write!(
-                f,
-                "workload {workload} has no address but the name {hostname}, which this agent can not look up yet"
             ),
             Self::Unreadable(name) => write!(
                 f,
@@ -220,9 +225,6 @@ impl Snapshot {
         if workload.application_tunnel.is_some() {
             return Err(RefuseReason::ApplicationTunnel(workload.uid.clone()));
         }
-        if workload.workload_ips.is_empty() && !workload.hostname.is_empty() {
-            return Err(RefuseReason::OnlyAName(workload.uid.clone(), workload.hostname.clone()));
-        }
         Ok(())
     }
 
@@ -254,7 +256,35 @@ fn refused(reason: RefuseReason) -> Route {
     Route::Refused { reason }
 }
 
+impl Route {
+    /// The way to a [`Route::Named`], once its name is known to be this address; any other way stays what it is.
+    pub fn at(self, ip: IpAddr) -> Self {
+        match self {
+            Self::Named {
+                workload,
+                service,
+                port,
+                ..
+            } => by_address(workload, service, SocketAddr::new(ip, port)),
+            other => other,
+        }
+    }
+}
+
+/// An unspecified address stands for the workload's name (see `choice`).
 fn to_workload(workload: Arc<Workload>, service: Option<Arc<Service>>, target: SocketAddr) -> Route {
+    if target.ip().is_unspecified() {
+        return Route::Named {
+            host: workload.hostname.clone(),
+            workload,
+            service,
+            port: target.port(),
+        };
+    }
+    by_address(workload, service, target)
+}
+
+fn by_address(workload: Arc<Workload>, service: Option<Arc<Service>>, target: SocketAddr) -> Route {
     match workload.protocol {
         TunnelProtocol::Hbone => {
             let hbone = SocketAddr::new(target.ip(), HBONE_PORT);

@@ -144,8 +144,26 @@ fn what_can_not_be_done_yet_is_refused_by_name() {
         elsewhere.starts_with("workload u is in network \"far\","),
         "{elsewhere}"
     );
-    assert!(service("hostname: x.example", "").contains("no address but the name x.example"));
     assert!(service("workloadIps: [10.0.0.1]", "").starts_with("not refused: Plaintext"));
+}
+
+#[test]
+fn a_workload_with_a_name_alone_is_reached_by_it() {
+    const FILE: &str = "workloads: [{uid: u, name: a, namespace: n, hostname: x.example, services: {n/h: {80: 81}}}]\n\
+                            services: [{name: h, namespace: n, hostname: h, vips: [10.9.0.1, 'fd00::9'], ports: {80: 80}}]";
+    for dialled in ["10.9.0.1:80", "[fd00::9]:80"] {
+        let dialled = OriginalDst(dialled.parse().unwrap());
+        let route = snapshot_of(FILE).resolve(&Workload::default(), dialled, 0, &[]);
+        let Route::Named { host, port, .. } = &route else {
+            panic!("{route:?}")
+        };
+        assert_eq!((&**host, *port), ("x.example", 81));
+        let Route::Plaintext { target, service, .. } = route.at("192.0.2.7".parse().unwrap()) else {
+            panic!("not a way")
+        };
+        assert_eq!(target.to_string(), "192.0.2.7:81");
+        assert_eq!(&*service.unwrap().hostname, "h");
+    }
 }
 
 #[test]

@@ -65,6 +65,14 @@ pub struct NodeArgs {
     /// How long connections may go on after the agent was told to end.
     #[arg(long, env = "UNDERCURRENT_DRAIN_SECONDS", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub drain: Duration,
+    /// Whose servers are asked for the names of ServiceEntries that are resolved by DNS.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_RESOLV_CONF",
+        value_name = "FILE",
+        default_value = "/etc/resolv.conf"
+    )]
+    pub resolv_conf: PathBuf,
     /// Log the eBPF programs' decisions too (costs time on every packet).
     #[arg(long, env = "UNDERCURRENT_EBPF_LOG")]
     pub ebpf_log: bool,

@@ -19,6 +19,7 @@ pub mod logging;
 mod pods;
 mod records;
 mod redirection;
+mod resolver;
 mod source;
 mod static_source;
 
@@ -64,7 +65,10 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         background,
     } = source::start(&args).await?;
     let access_log = start_access_log(args.access_log).context("cannot start the access log")?;
-    let mut config = l4::Config::default();
+    let mut config = l4::Config {
+        lookup: Arc::new(resolver::NodeResolver::new(&args.resolv_conf)),
+        ..l4::Config::default()
+    };
     if let Some(shards) = args.shards {
         config.shards = shards.max(1);
     }
