@@ -68,7 +68,7 @@ pub struct Trust(Arc<Inner>);
 
 struct Inner {
     own: TrustDomain,
-    aliases: BTreeSet<TrustDomain>,
+    aliases: Arc<[TrustDomain]>,
     bundle: ArcSwap<Bundle>,
     changed: watch::Sender<u64>,
 }
@@ -84,7 +84,7 @@ impl Trust {
     pub fn new(own: TrustDomain, aliases: impl IntoIterator<Item = TrustDomain>) -> Self {
         Self(Arc::new(Inner {
             own,
-            aliases: aliases.into_iter().collect(),
+            aliases: aliases.into_iter().collect::<BTreeSet<_>>().into_iter().collect(),
             bundle: ArcSwap::default(),
             changed: watch::Sender::new(0),
         }))
@@ -93,6 +93,11 @@ impl Trust {
     /// The mesh's own trust domain.
     pub fn own(&self) -> &TrustDomain {
         &self.0.own
+    }
+
+    /// The domains that count as the mesh's own; they do not change while the process runs.
+    pub fn aliases(&self) -> Arc<[TrustDomain]> {
+        self.0.aliases.clone()
     }
 
     /// Whether peers of this domain may be let in.

@@ -20,7 +20,7 @@ use std::{
 
 use mesh::Snapshot;
 use model::{Identity, Service, Workload, WorkloadUid, canonical_socket};
-use policy::{Facts, Reason};
+use policy::{Facts, Reason, Verdict};
 use telemetry::{ConnectionRecord, Direction, Party};
 
 use crate::{
@@ -63,6 +63,8 @@ pub(crate) struct Known {
     pub facts: Option<Facts>,
     /// What allowed it.
     pub rule: Option<Reason>,
+    /// What the policies in dry run would have decided.
+    pub dry_run: Option<Box<Verdict>>,
     pub established: bool,
 }
 
@@ -225,6 +227,7 @@ impl Connection {
                 .and_then(Failure::rule)
                 .or(known.rule.as_ref())
                 .map(|rule| rule as _),
+            dry_run: known.dry_run.as_deref().map(|dry_run| &dry_run.reason as _),
             error: failure.map(|failure| failure as _),
         });
     }
@@ -260,6 +263,16 @@ impl Live {
     pub(crate) fn stop(&self, why: Failure) {
         self.stopped.borrow_mut().get_or_insert_with(|| Box::new(why));
         self.relay.cut();
+    }
+
+    /// Counts what policies in dry run would have decided otherwise.
+    pub(crate) fn rehearse(&self, allowed: bool, dry_run: Option<Box<Verdict>>) -> Option<Box<Verdict>> {
+        match (allowed, dry_run.as_ref()?.allowed) {
+            (true, false) => increment(&self.shard.counters.dry_run_denied),
+            (false, true) => increment(&self.shard.counters.dry_run_allowed),
+            _ => {}
+        }
+        dry_run
     }
 
     /// What a person sees of it.

@@ -16,6 +16,8 @@ pub(crate) struct ShardCounters {
     pub half_open_dropped: AtomicU64,
     pub accept_errors: AtomicU64,
     pub failed_over: AtomicU64,
+    pub dry_run_denied: AtomicU64,
+    pub dry_run_allowed: AtomicU64,
     pub failed: [AtomicU64; FailureKind::ALL.len()],
 }
 
@@ -51,6 +53,10 @@ pub struct Counters {
     pub accept_errors: u64,
     /// Times that another endpoint was tried since one failed.
     pub failed_over: u64,
+    /// Connections that were let in and that policies in dry run would have denied.
+    pub dry_run_denied: u64,
+    /// Connections that were denied and that policies in dry run would have allowed.
+    pub dry_run_allowed: u64,
     /// Failures by kind, those that never happened too.
     pub failed: Vec<(&'static str, u64)>,
 }
@@ -71,6 +77,8 @@ impl Counters {
             sum.half_open_dropped += shard.half_open_dropped.load(Relaxed);
             sum.accept_errors += shard.accept_errors.load(Relaxed);
             sum.failed_over += shard.failed_over.load(Relaxed);
+            sum.dry_run_denied += shard.dry_run_denied.load(Relaxed);
+            sum.dry_run_allowed += shard.dry_run_allowed.load(Relaxed);
             for ((_, total), counted) in sum.failed.iter_mut().zip(&shard.failed) {
                 *total += counted.load(Relaxed);
             }
@@ -103,6 +111,8 @@ impl IntoIterator for Counters {
             ("half_open_dropped", self.half_open_dropped),
             ("accept_errors", self.accept_errors),
             ("failed_over", self.failed_over),
+            ("dry_run_denied", self.dry_run_denied),
+            ("dry_run_allowed", self.dry_run_allowed),
         ];
         let counts = counts.map(|(name, count)| (name.to_owned(), count));
         let failed = self

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use mesh::RefuseReason;
-use model::{Authority, WorkloadUid};
+use model::{Authority, Identity, WorkloadUid};
 use policy::Reason;
 
 use crate::{
@@ -37,6 +37,14 @@ pub enum Failure {
     /// It was allowed once.
     #[error("closed: no longer allowed: {0}")]
     NoLongerAllowed(Reason),
+    /// The pod is not who it was when the connection began.
+    #[error("closed: the pod was {was} when the connection began and is {now} now")]
+    OtherIdentity {
+        /// Who it was.
+        was: Identity,
+        /// Who it is.
+        now: Identity,
+    },
     /// The destination could not be connected to.
     #[error("{0}")]
     Connect(#[from] ConnectError),
@@ -97,7 +105,7 @@ pub enum FailureKind {
     Misdirected,
     /// Nothing known, or no way.
     NoRoute,
-    /// No certificate.
+    /// No certificate, or another identity than at the beginning.
     Identity,
     /// The destination could not be connected to.
     Connect,
@@ -153,7 +161,7 @@ impl Failure {
         match self {
             Self::NotCaptured | Self::Loop(_) => FailureKind::Misdirected,
             Self::UnknownWorkload(_) | Self::NoRoute(_) => FailureKind::NoRoute,
-            Self::NoCredentials(_) => FailureKind::Identity,
+            Self::NoCredentials(_) | Self::OtherIdentity { .. } => FailureKind::Identity,
             Self::Denied(_) => FailureKind::Denied,
             Self::NoLongerAllowed(_) => FailureKind::NoLongerAllowed,
             Self::Connect(_) | Self::Lookup(_) => FailureKind::Connect,
@@ -182,6 +190,7 @@ impl Failure {
         !matches!(
             self,
             Self::NoLongerAllowed(_)
+                | Self::OtherIdentity { .. }
                 | Self::Relay(_)
                 | Self::Reset(_)
                 | Self::Stream(_)

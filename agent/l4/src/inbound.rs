@@ -82,6 +82,7 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
     connection.learn_destination(workload.clone(), None, None);
     let facts = Facts {
         identity: None,
+        aliases: Arc::new([]),
         source: connection.client.ip(),
         destination: target,
     };
@@ -92,10 +93,11 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
 /// Judges the connection, and lets it be judged again when knowledge changes.
 fn admit(connection: &Connection, snapshot: &Snapshot, workload: &Workload, facts: Facts) -> Result<(), Failure> {
     let verdict = snapshot.verdict(&facts, workload);
+    let mut known = connection.known.borrow_mut();
+    known.dry_run = connection.rehearse(verdict.allowed, verdict.dry_run);
     if !verdict.allowed {
         return Err(Failure::Denied(verdict.reason));
     }
-    let mut known = connection.known.borrow_mut();
     known.rule = Some(verdict.reason);
     known.facts = Some(facts);
     Ok(())
@@ -267,8 +269,10 @@ impl Handler {
         if is_own_port(target.port()) {
             return Err(Failure::NotServed(authority));
         }
+        let trust = connection.shard.identities.trust();
         let facts = Facts {
-            identity: Some(connection.shard.identities.trust().normalize(tunnel.peer.clone())),
+            identity: Some(trust.normalize(tunnel.peer.clone())),
+            aliases: trust.aliases(),
             source: connection.client.ip(),
             destination: target,
         };

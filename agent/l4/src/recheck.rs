@@ -1,12 +1,27 @@
-//! Judges live connections again when knowledge changes.
+//! Judges live connections again when what they were judged by changes: policy or identity.
 //!
-//! A connection that is no longer allowed is reset and its record names the rule. Only inbound connections are judged:
-//! policy is enforced where it arrives.
+//! ```text
+//! a new snapshot ─► each pod with connections: is its standing another? ─► its connections, a few at a time
+//!                      └ no: nothing to do, whatever else changed in the mesh
+//! ```
+//! | what changed | inbound | outbound |
+//! | --- | --- | --- |
+//! | the policies of the pod, or that nothing is known of it | reset when no longer allowed, with the rule | - |
+//! | the pod's own identity (service account, trust domain) | reset, unless the old one is an alias's of the new | the same |
+//!
+//! Policy is enforced where a connection arrives, so outbound ones are not judged. A peer's certificate that expires
+//! does not end a connection: it proved who the peer is when the connection began, and the peer is still that; ztunnel does
+//! the same.
+//!
+//! Invariant: between two looks nothing is missed. A connection that begins is judged by a snapshot at least as new as the
+//! last look at its pod, and a pod without connections is not remembered (`a_live_connection_is_closed_when_policy_changes`).
 
-use std::rc::Rc;
+use std::{collections::HashMap, rc::Rc};
 
-use model::{WorkloadUid, canonical_socket};
-use policy::{Facts, Reason, Verdict};
+use mesh::Standing;
+use model::{Identity, WorkloadUid, canonical_socket};
+use policy::{Reason, Verdict};
+use telemetry::Direction;
 
 use crate::{connection::Live, failure::Failure, shard::Shard};
 
@@ -16,11 +31,17 @@ const TURN: usize = 256;
 /// Waits for changes and judges again, for as long as the shard lives.
 pub(crate) async fn run(shard: Rc<Shard>) {
     let mut changed = shard.knowledge.changed();
+    let mut standings: HashMap<WorkloadUid, Standing> = HashMap::new();
     while changed.changed().await.is_ok() {
+        let touched = touched(&shard, &mut standings);
+        if touched.is_empty() {
+            continue;
+        }
         let live: Vec<Rc<Live>> = shard
             .connections
             .borrow()
             .iter()
+            .filter(|(_, live)| touched.contains_key(&live.pod.uid))
             .map(|(_, live)| live.clone())
             .collect();
         for turn in live.chunks(TURN) {
@@ -32,12 +53,40 @@ pub(crate) async fn run(shard: Rc<Shard>) {
     }
 }
 
+/// The pods with connections whose standing is another than when it was last looked at.
+fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>) -> HashMap<WorkloadUid, ()> {
+    let snapshot = shard.knowledge.snapshot();
+    let mut now: HashMap<WorkloadUid, Standing> = HashMap::new();
+    let (pods, retired) = (shard.pods.borrow(), shard.retired.borrow());
+    for pod in pods.values().chain(retired.iter()) {
+        if pod.connections.get() > 0 && !now.contains_key(&pod.uid) {
+            now.insert(pod.uid.clone(), snapshot.standing(&pod.uid));
+        }
+    }
+    let changed = now
+        .iter()
+        .filter(|(uid, standing)| standings.get(*uid) != Some(standing));
+    let changed = changed.map(|(uid, _)| (uid.clone(), ())).collect();
+    *standings = now;
+    changed
+}
+
 fn judge_again(shard: &Shard, connection: &Live) {
+    if let Some(failure) = other_identity(shard, connection) {
+        return connection.stop(failure);
+    }
     let verdict = {
         let known = connection.known.borrow();
         let Some(facts) = &known.facts else { return };
-        judge(shard, facts, &connection.pod.uid)
+        debug_assert_eq!(facts.destination, canonical_socket(facts.destination));
+        let snapshot = shard.knowledge.snapshot();
+        match snapshot.workload(&connection.pod.uid) {
+            Some(workload) => snapshot.verdict(facts, workload),
+            // A pod that nothing is known of takes nothing.
+            None => Verdict::deny(Reason::NoKnowledge),
+        }
     };
+    connection.known.borrow_mut().dry_run = verdict.dry_run;
     if verdict.allowed {
         connection.known.borrow_mut().rule = Some(verdict.reason);
     } else {
@@ -45,12 +94,16 @@ fn judge_again(shard: &Shard, connection: &Live) {
     }
 }
 
-/// Whether a connection to this pod may be, by what is known now. A pod that nothing is known of takes nothing.
-pub(crate) fn judge(shard: &Shard, facts: &Facts, pod: &WorkloadUid) -> Verdict {
+/// Whether the pod is no longer who it was when the connection began.
+fn other_identity(shard: &Shard, connection: &Live) -> Option<Failure> {
+    let known = connection.known.borrow();
+    let began = match connection.direction {
+        Direction::Inbound => known.destination_workload.as_ref()?,
+        Direction::Outbound => known.source_workload.as_ref()?,
+    };
     let snapshot = shard.knowledge.snapshot();
-    debug_assert_eq!(facts.destination, canonical_socket(facts.destination));
-    match snapshot.workload(pod) {
-        Some(workload) => snapshot.verdict(facts, workload),
-        None => Verdict::deny(Reason::NoKnowledge),
-    }
+    let workload = snapshot.workload(&connection.pod.uid)?;
+    let trust = shard.identities.trust();
+    let (was, now): (Identity, Identity) = (began.identity(), workload.identity());
+    (trust.normalize(was.clone()) != trust.normalize(now.clone())).then(|| Failure::OtherIdentity { was, now })
 }

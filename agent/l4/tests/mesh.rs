@@ -134,7 +134,7 @@ async fn a_denied_client_is_reset_and_the_application_never_dialled() {
     expect_refused(two.client.dial(two.server.at(8080)).await).await;
     two.lab.line(&[
         "inbound",
-        "rule=\"denied by AuthorizationPolicy shop/no-client: the peer is spiffe://cluster.local/ns/shop/sa/client",
+        "rule=\"denied by AuthorizationPolicy shop/no-client (rules[0]): the peer is spiffe://cluster.local/ns/shop/sa/client",
     ]);
     assert_eq!(two.near.counters().failed(FailureKind::Tunnel), 1);
     assert_eq!(two.far.counters().failed(FailureKind::Denied), 1);

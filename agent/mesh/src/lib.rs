@@ -26,6 +26,7 @@ mod endpoints;
 mod ranges;
 mod route;
 mod snapshot;
+mod standing;
 pub mod static_file;
 mod trie;
 mod unreadable;
@@ -42,6 +43,7 @@ pub use demand::{Demands, Wanted};
 pub use endpoints::EndpointList;
 pub use route::{RefuseReason, Route};
 pub use snapshot::{Counts, Snapshot};
+pub use standing::Standing;
 pub use unreadable::Unreadable;
 pub use writer::{Delta, Locals, Writer};
 
@@ -120,6 +122,7 @@ mod tests {
         let workload = test_support::workload("a", "10.0.0.1");
         let facts = Facts {
             identity: None,
+            aliases: std::sync::Arc::new([]),
             source: "10.0.0.9".parse().unwrap(),
             destination: "10.0.0.1:80".parse().unwrap(),
         };

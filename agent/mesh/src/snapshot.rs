@@ -124,6 +124,10 @@ impl Snapshot {
 
     pub(crate) fn put_policy(&mut self, policy: Arc<Policy>) {
         let key = policy.key();
+        // The same one again stays the one that is there: see `standing`.
+        if self.policies.get(&key) == Some(&policy) {
+            return;
+        }
         self.remove_policy(&key);
         match policy.scope {
             Scope::Global => {
@@ -207,7 +211,7 @@ impl Snapshot {
         self.unannounced(uid).or_else(|| self.workloads.by_key.get(uid))
     }
 
-    fn unannounced(&self, uid: &WorkloadUid) -> Option<&Arc<Workload>> {
+    pub(crate) fn unannounced(&self, uid: &WorkloadUid) -> Option<&Arc<Workload>> {
         // Nearly always there is none, and then nothing is hashed.
         (!self.unannounced.is_empty()).then(|| self.unannounced.get(uid))?
     }
@@ -255,18 +259,24 @@ impl Snapshot {
         &'a self,
         workload: &'a Workload,
     ) -> impl Iterator<Item = Result<&'a Policy, NamespacedName>> + 'a {
+        self.shared_policies_for(workload)
+            .map(|policy| policy.map(|policy| &**policy))
+    }
+
+    pub(crate) fn shared_policies_for<'a>(
+        &'a self,
+        workload: &'a Workload,
+    ) -> impl Iterator<Item = Result<&'a Arc<Policy>, NamespacedName>> + 'a {
         let of_namespace = self.policies_by_namespace.get(&workload.namespace);
         let of_namespace = of_namespace.into_iter().flat_map(|policies| policies.values());
-        let selected = workload.authorization_policies.iter().map(|key| {
-            self.policies
-                .get(key)
-                .map(|policy| &**policy)
-                .ok_or_else(|| key.clone())
-        });
+        let selected = workload
+            .authorization_policies
+            .iter()
+            .map(|key| self.policies.get(key).ok_or_else(|| key.clone()));
         self.policies_of_mesh
             .values()
             .chain(of_namespace)
-            .map(|policy| Ok(&**policy))
+            .map(Ok)
             .chain(selected)
     }
 

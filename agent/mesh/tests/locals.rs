@@ -21,6 +21,7 @@ fn pod(account: &str, ip: &str) -> Workload {
 fn facts() -> Facts {
     Facts {
         identity: None,
+        aliases: std::sync::Arc::new([]),
         source: "10.0.0.9".parse().unwrap(),
         destination: "10.0.0.1:80".parse().unwrap(),
     }

@@ -1,269 +1,131 @@
 //! May it? L4 verdicts with the rule that made them; pure.
 //!
 //! ```text
-//! a policy that is named but unknown ─► deny     (Istio's ztunnel skips it; a missing DENY must not open)
 //! any DENY that matches              ─► deny
+//! a policy that is named but unknown ─► deny     (Istio's ztunnel skips it; a missing DENY must not open)
 //! no ALLOW at all                    ─► allow
 //! any ALLOW that matches             ─► allow
 //! otherwise                          ─► deny
 //! ```
-//! Dry-run policies are evaluated for their name only and never change a verdict.
+//! Policies in dry run are evaluated and never change a verdict: it carries, apart, what would be decided with them
+//! ([`Verdict::dry_run`]; `a_dry_run_is_told_and_changes_nothing`).
 //!
 //! Deliberately unknown here: which policies concern a workload (`mesh` says), and how a refusal looks on the wire
-//! (`l4` does that). The order of the policies never matters: held by `order_does_not_matter` and by the comparison
-//! with a specification in `tests/specification.rs`.
+//! (`l4` does that). Neither the order of the policies nor that of their values matters, to the verdict or to its words:
+//! held by `order_does_not_matter` and by the comparison with a specification in `tests/specification.rs`.
 //!
 //! Semantics: <https://istio.io/latest/docs/reference/config/security/authorization-policy/>, empty values as in
 //! [`model::Policy`].
 
+mod matching;
+mod reason;
+
 use std::{
-    fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
-use model::{Action, Identity, Match, NamespacedName, Policy, Rule, StringMatch};
+use model::{Action, Identity, NamespacedName, Policy, TrustDomain};
+
+pub use matching::matches;
+pub use reason::{Origin, Peer, Reason, Verdict};
 
 /// What is known of a connection when it is judged.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Facts {
-    /// Who the peer proved to be; `None` for plaintext.
+    /// Who the peer proved to be, an alias's identity as one of the mesh's own trust domain; `None` for plaintext.
     pub identity: Option<Identity>,
+    /// Trust domains that count as the mesh's own: a policy that names one of them means the peer as well.
+    pub aliases: Arc<[TrustDomain]>,
     /// The peer's address, as the workload would see it.
     pub source: IpAddr,
     /// The workload's own address and the application's port.
     pub destination: SocketAddr,
 }
 
-/// What was decided, and by what.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Verdict {
-    /// Whether the connection may be.
-    pub allowed: bool,
-    /// What decided.
-    pub reason: Reason,
-}
-
-/// What decided a verdict; its text stands in the access log and in `undercurrent why`.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Reason {
-    /// No allowing policy applies to the workload.
-    NothingRestricts,
-    /// This ALLOW policy matched.
-    AllowedBy(Origin),
-    /// This DENY policy matched, for this peer.
-    DeniedBy(Origin, Peer),
-    /// Allowing policies apply, and none of them matched.
-    NoneAllowed(Vec<Origin>, Peer),
-    /// The workload names a policy that is not known (yet).
-    UnknownPolicy(NamespacedName),
-    /// Nothing is known of the workload or of the mesh (yet).
-    NoKnowledge,
-    /// The pod runs here and the mesh has not announced it as it is (yet), so that its policies are not known.
-    NotAnnounced,
-}
-
-/// The object that a person wrote and that led to a policy.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Origin(Arc<str>);
-
-impl From<&Policy> for Origin {
-    fn from(policy: &Policy) -> Self {
-        match &policy.origin {
-            Some(origin) => Self(origin.clone()),
-            None => Self(format!("AuthorizationPolicy {}", policy.key()).into()),
-        }
-    }
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Who was judged, in words.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Peer {
-    /// It came by mutual TLS and proved this identity.
-    Identified(Identity),
-    /// It came in plaintext.
-    Plaintext,
-}
-
-impl From<&Facts> for Peer {
-    fn from(facts: &Facts) -> Self {
-        facts.identity.clone().map_or(Self::Plaintext, Self::Identified)
-    }
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Identified(identity) => write!(f, "the peer is {identity}"),
-            Self::Plaintext => f.write_str("the peer came in plaintext, without an identity"),
-        }
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NothingRestricts => f.write_str("allowed: no policy restricts the workload"),
-            Self::AllowedBy(origin) => write!(f, "allowed by {origin}"),
-            Self::DeniedBy(origin, peer) => write!(f, "denied by {origin}: {peer}"),
-            Self::NoneAllowed(origins, peer) => {
-                f.write_str("denied: none of ")?;
-                for (index, origin) in origins.iter().enumerate() {
-                    write!(f, "{}{origin}", if index == 0 { "" } else { ", " })?;
-                }
-                write!(f, " allows it: {peer}")
-            }
-            Self::UnknownPolicy(name) => {
-                write!(
-                    f,
-                    "denied: the workload is under AuthorizationPolicy {name}, which is not known here yet"
-                )
-            }
-            Self::NoKnowledge => f.write_str("denied: nothing is known of this workload yet"),
-            Self::NotAnnounced => {
-                f.write_str("denied: the control plane has not announced this pod yet, so its policies are not known")
-            }
-        }
-    }
-}
-
-impl Verdict {
-    /// A verdict that allows.
-    pub fn allow(reason: Reason) -> Self {
-        Self { allowed: true, reason }
-    }
-
-    /// A verdict that denies.
-    pub fn deny(reason: Reason) -> Self {
-        Self { allowed: false, reason }
-    }
-}
-
 /// Judges a connection by the policies that concern its workload; `Err` names one that is meant to, but is not known.
 pub fn decide<'a>(facts: &Facts, policies: impl Iterator<Item = Result<&'a Policy, NamespacedName>>) -> Verdict {
-    let mut unknown: Option<NamespacedName> = None;
-    let mut denied: Option<&Policy> = None;
-    let mut allowed: Option<&Policy> = None;
-    let mut allowing: Vec<&Policy> = Vec::new();
+    let mut tally = Tally::default();
+    let mut rehearsed: Vec<(&Policy, Option<usize>)> = Vec::new();
     for policy in policies {
-        let policy = match policy {
-            Ok(policy) => policy,
+        match policy {
             Err(name) => {
-                unknown = Some(unknown.map_or(name.clone(), |other| other.min(name)));
-                continue;
+                let unknown = tally.unknown.take();
+                tally.unknown = Some(unknown.map_or(name.clone(), |other| other.min(name)));
+            }
+            Ok(policy) if policy.dry_run => rehearsed.push((policy, matching::matched(facts, policy))),
+            Ok(policy) => tally.count(policy, matching::matched(facts, policy)),
+        }
+    }
+    let dry_run = (!rehearsed.is_empty()).then(|| {
+        let mut tally = tally.clone();
+        rehearsed
+            .iter()
+            .for_each(|(policy, matched)| tally.count(policy, *matched));
+        Box::new(tally.verdict(facts))
+    });
+    Verdict {
+        dry_run,
+        ..tally.verdict(facts)
+    }
+}
+
+/// What the policies say, whatever order they are looked at in: of several that match, the first by name is told.
+#[derive(Clone, Default)]
+struct Tally<'a> {
+    unknown: Option<NamespacedName>,
+    denied: Option<(&'a Policy, usize)>,
+    allowed: Option<(&'a Policy, usize)>,
+    /// Those that allow somebody or nobody.
+    allowing: Vec<&'a Policy>,
+}
+
+impl<'a> Tally<'a> {
+    fn count(&mut self, policy: &'a Policy, matched: Option<usize>) {
+        let told = match policy.action {
+            Action::Deny => &mut self.denied,
+            Action::Allow => {
+                self.allowing.push(policy);
+                &mut self.allowed
             }
         };
-        if policy.dry_run {
-            continue;
-        }
-        let matched = matches(facts, policy);
-        match policy.action {
-            // The reason does not depend on the order either: of several, the first by name is told.
-            Action::Deny if matched => denied = first(denied, policy),
-            Action::Deny => {}
-            Action::Allow => {
-                allowing.push(policy);
-                if matched {
-                    allowed = first(allowed, policy);
-                }
-            }
+        if let Some(rule) = matched
+            && told.is_none_or(|(other, _)| before(policy, other))
+        {
+            *told = Some((policy, rule));
         }
     }
-    if let Some(policy) = denied {
-        return Verdict::deny(Reason::DeniedBy(policy.into(), facts.into()));
-    }
-    if let Some(name) = unknown {
-        return Verdict::deny(Reason::UnknownPolicy(name));
-    }
-    if let Some(policy) = allowed {
-        return Verdict::allow(Reason::AllowedBy(policy.into()));
-    }
-    if allowing.is_empty() {
-        return Verdict::allow(Reason::NothingRestricts);
-    }
-    allowing.sort_by_key(|policy| policy.key());
-    Verdict::deny(Reason::NoneAllowed(
-        allowing.into_iter().map(Origin::from).collect(),
-        facts.into(),
-    ))
-}
 
-fn first<'a>(one: Option<&'a Policy>, other: &'a Policy) -> Option<&'a Policy> {
-    match one {
-        Some(one) if one.key() <= other.key() => Some(one),
-        _ => Some(other),
+    fn verdict(mut self, facts: &Facts) -> Verdict {
+        if let Some((policy, rule)) = self.denied {
+            return Verdict::deny(Reason::DeniedBy(Origin::rule(policy, rule), facts.into()));
+        }
+        if let Some(name) = self.unknown {
+            return Verdict::deny(Reason::UnknownPolicy(name));
+        }
+        if let Some((policy, rule)) = self.allowed {
+            return Verdict::allow(Reason::AllowedBy(Origin::rule(policy, rule)));
+        }
+        if self.allowing.is_empty() {
+            return Verdict::allow(Reason::NothingRestricts);
+        }
+        self.allowing.sort_by(|one, other| key(one).cmp(&key(other)));
+        let origins = self.allowing.into_iter().map(Origin::from);
+        Verdict::deny(Reason::NoneAllowed(origins.collect(), facts.into()))
     }
 }
 
-/// Whether any rule of the policy holds; its action and dry run play no part.
-pub fn matches(facts: &Facts, policy: &Policy) -> bool {
-    policy.rules.iter().any(|rule| rule_holds(facts, rule))
+fn before(one: &Policy, other: &Policy) -> bool {
+    key(one) < key(other)
 }
 
-fn rule_holds(facts: &Facts, rule: &Rule) -> bool {
-    rule.iter()
-        .all(|clause| clause.is_empty() || clause.iter().any(|one| match_holds(facts, one)))
-}
-
-fn match_holds(facts: &Facts, one: &Match) -> bool {
-    if *one == Match::default() {
-        return false;
-    }
-    let identity = facts.identity.as_ref();
-    let namespace = |pattern: &StringMatch| identity.is_some_and(|peer| pattern.matches(&peer.namespace));
-    let principal = |pattern: &StringMatch| identity.is_some_and(|peer| principal_matches(peer, pattern));
-    let account = |account: &model::ServiceAccountMatch| {
-        identity
-            .is_some_and(|peer| peer.namespace == account.namespace && peer.service_account == account.service_account)
-    };
-    let source = |net: &ipnet::IpNet| net.contains(&facts.source);
-    let destination = |net: &ipnet::IpNet| net.contains(&facts.destination.ip());
-    let port = |port: &u16| *port == facts.destination.port();
-
-    any_or_empty(&one.namespaces, namespace)
-        && none(&one.not_namespaces, namespace)
-        && any_or_empty(&one.service_accounts, account)
-        && none(&one.not_service_accounts, account)
-        && any_or_empty(&one.principals, principal)
-        && none(&one.not_principals, principal)
-        && any_or_empty(&one.source_ips, source)
-        && none(&one.not_source_ips, source)
-        && any_or_empty(&one.destination_ips, destination)
-        && none(&one.not_destination_ips, destination)
-        && any_or_empty(&one.destination_ports, port)
-        && none(&one.not_destination_ports, port)
-}
-
-fn principal_matches(peer: &Identity, pattern: &StringMatch) -> bool {
-    if *pattern == StringMatch::Presence {
-        return true;
-    }
-    let text = peer.to_string();
-    let text = text.strip_prefix("spiffe://").unwrap_or(&text);
-    match pattern {
-        StringMatch::Exact(exact) => text == exact.strip_prefix("spiffe://").unwrap_or(exact),
-        StringMatch::Prefix(prefix) => text.starts_with(prefix.strip_prefix("spiffe://").unwrap_or(prefix)),
-        other => other.matches(text),
-    }
-}
-
-fn any_or_empty<T>(values: &[T], holds: impl Fn(&T) -> bool) -> bool {
-    values.is_empty() || values.iter().any(holds)
-}
-
-fn none<T>(values: &[T], holds: impl Fn(&T) -> bool) -> bool {
-    !values.iter().any(holds)
+fn key(policy: &Policy) -> (&str, &str) {
+    (&policy.namespace, &policy.name)
 }
 
 #[cfg(test)]
 mod tests {
-    use model::Scope;
+    use model::{Match, Rule, Scope, StringMatch};
 
     use super::*;
 
@@ -282,6 +144,7 @@ mod tests {
     fn facts(identity: Option<&str>) -> Facts {
         Facts {
             identity: identity.map(|text| text.parse().unwrap()),
+            aliases: Arc::new([]),
             source: "10.0.0.1".parse().unwrap(),
             destination: "10.0.0.2:8080".parse().unwrap(),
         }
@@ -307,7 +170,7 @@ mod tests {
         assert!(!denied.allowed);
         assert_eq!(
             denied.reason.to_string(),
-            "denied by AuthorizationPolicy shop/strict: the peer came in plaintext, without an identity"
+            "denied by AuthorizationPolicy shop/strict (rules[0]): the peer came in plaintext, without an identity"
         );
     }
 
@@ -362,9 +225,57 @@ mod tests {
     }
 
     #[test]
-    fn dry_run_changes_nothing() {
+    fn a_policy_that_is_dry_run_and_one_that_is_not_are_told_apart() {
         let mut deny_all = policy("all", Action::Deny, vec![vec![]]);
         deny_all.dry_run = true;
-        assert!(verdict(&facts(None), &[deny_all]).allowed);
+        let verdict = verdict(&facts(None), &[deny_all]);
+        assert!(verdict.allowed);
+        let told = verdict.dry_run.unwrap();
+        assert!(!told.allowed);
+        assert_eq!(
+            told.reason.to_string(),
+            "denied by AuthorizationPolicy shop/all (rules[0], which matches everything): the peer came in plaintext, \
+             without an identity"
+        );
+    }
+
+    #[test]
+    fn the_rule_that_decided_is_named() {
+        let port = |port| {
+            let one = Match {
+                destination_ports: vec![port],
+                ..Match::default()
+            };
+            vec![vec![one]]
+        };
+        let allow = policy("ports", Action::Allow, vec![port(1), port(8080), port(8080)]);
+        let verdict = verdict(&facts(None), &[allow]);
+        assert_eq!(
+            verdict.reason.to_string(),
+            "allowed by AuthorizationPolicy shop/ports (rules[1])"
+        );
+    }
+
+    #[test]
+    fn a_policy_that_names_an_alias_means_the_mesh() {
+        let mut peer = facts(Some("spiffe://cluster.local/ns/shop/sa/web"));
+        let holds = |peer: &Facts, pattern: &str| {
+            let one = Match {
+                principals: vec![StringMatch::from_istio(pattern)],
+                ..Match::default()
+            };
+            matches(peer, &policy("p", Action::Deny, vec![vec![vec![one]]]))
+        };
+        for pattern in [
+            "old.example/ns/shop/sa/web",
+            "old.example/*",
+            "*old.example/ns/shop/sa/web",
+        ] {
+            peer.aliases = Arc::new([]);
+            assert!(!holds(&peer, pattern), "{pattern}");
+            peer.aliases = Arc::new([TrustDomain::new("other"), TrustDomain::new("old.example")]);
+            assert!(holds(&peer, pattern), "{pattern}");
+        }
+        assert!(!holds(&peer, "else.where/ns/shop/sa/web"));
     }
 }

@@ -80,6 +80,8 @@ pub struct ConnectionRecord<'a> {
     pub duration: Duration,
     /// What decided that it may, or may not, be.
     pub rule: Option<&'a dyn Display>,
+    /// What policies in dry run would have made of it; none where none of them concerns it.
+    pub dry_run: Option<&'a dyn Display>,
     /// What went wrong and whose fault it is; none for a connection that ended well.
     pub error: Option<&'a dyn Display>,
 }
@@ -305,7 +307,7 @@ impl fmt::Debug for Plain<'_> {
     }
 }
 
-/// The names and order of ztunnel's access log, and `rule` after them.
+/// The names and order of ztunnel's access log, and `rule` and `dry_run` after them.
 fn each_field(
     record: &ConnectionRecord<'_>,
     mut field: impl FnMut(&'static str, Value<'_>) -> fmt::Result,
@@ -337,6 +339,9 @@ fn each_field(
     field("duration", Value::Text(&duration))?;
     if let Some(rule) = record.rule {
         field("rule", Value::Text(rule))?;
+    }
+    if let Some(dry_run) = record.dry_run {
+        field("dry_run", Value::Text(dry_run))?;
     }
     if let Some(error) = record.error {
         field("error", Value::Text(error))?;
@@ -400,6 +405,7 @@ mod tests {
             bytes_received: 34,
             duration: Duration::from_millis(56),
             rule: None,
+            dry_run: None,
             error,
         }
     }

@@ -1,0 +1,94 @@
+//! Connections that are judged while they live, and policies that only say what they would do.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod lab;
+
+use l4::FailureKind;
+use lab::{echo, expect_echo, expect_refused, expect_reset, new_address, policy, two::two};
+use model::{Action, Match, StringMatch};
+
+fn of_the_mesh() -> Match {
+    Match {
+        principals: vec![StringMatch::Presence],
+        ..Match::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_in_dry_run_is_told_of_and_changes_nothing() {
+    let mut two = two();
+    echo(two.server.listen(8080).await);
+    let mut rehearsed = policy("rehearsed", Action::Deny, of_the_mesh());
+    rehearsed.dry_run = true;
+    two.lab.contents.policies.push(rehearsed);
+    two.lab.publish();
+    let mut socket = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut socket, b"hello").await;
+    drop(socket);
+    two.lab.line(&[
+        "inbound",
+        "rule=\"allowed: no policy restricts the workload\"",
+        "dry_run=\"denied by AuthorizationPolicy shop/rehearsed (rules[0]): the peer is",
+    ]);
+    let mut plain = two.server.receive_plaintext(new_address(), 8080).await.unwrap();
+    expect_echo(&mut plain, b"hello").await;
+    drop(plain);
+    two.lab
+        .line(&["inbound", "dry_run=\"allowed: no policy restricts the workload\""]);
+    let counters = two.far.counters();
+    assert_eq!((counters.dry_run_denied, counters.dry_run_allowed), (1, 0));
+
+    // The other way round: denied, and with the dry run it would be allowed. A live connection learns of it, too.
+    let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut live, b"hello").await;
+    two.lab.contents.policies[0].action = Action::Allow;
+    two.lab.contents.policies.push(model::Policy {
+        rules: Vec::new(),
+        ..policy("nobody", Action::Allow, Match::default())
+    });
+    two.lab.publish();
+    expect_reset(live).await;
+    let would = "dry_run=\"allowed by AuthorizationPolicy shop/rehearsed (rules[0])\"";
+    two.lab
+        .line(&["inbound", "none of AuthorizationPolicy shop/nobody allows it", would]);
+    expect_refused(two.client.dial(two.server.at(8080)).await).await;
+    two.lab.line(&["inbound", "policy rejection", would]);
+    assert_eq!(two.far.counters().dry_run_allowed, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_somebody_else_now_keeps_no_connection() {
+    let mut two = two();
+    echo(two.server.listen(8080).await);
+    let mut socket = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut socket, b"hello").await;
+    let server = two
+        .lab
+        .contents
+        .workloads
+        .iter_mut()
+        .find(|workload| workload.uid == two.server.uid);
+    server.unwrap().service_account = "another".into();
+    two.lab.publish();
+    expect_reset(socket).await;
+    two.lab.line(&[
+        "inbound",
+        "the pod was spiffe://cluster.local/ns/shop/sa/server when the connection began and is \
+         spiffe://cluster.local/ns/shop/sa/another now",
+    ]);
+    let mut socket = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut socket, b"as the new one").await;
+    let client = two
+        .lab
+        .contents
+        .workloads
+        .iter_mut()
+        .find(|workload| workload.uid == two.client.uid);
+    client.unwrap().service_account = "another".into();
+    two.lab.publish();
+    expect_reset(socket).await;
+    two.lab
+        .line(&["outbound", "the pod was spiffe://cluster.local/ns/shop/sa/client"]);
+    assert_eq!(two.near.counters().failed(FailureKind::Identity), 1);
+}
