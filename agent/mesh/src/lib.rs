@@ -23,6 +23,7 @@ mod claims;
 mod contents;
 mod demand;
 mod endpoints;
+mod hosts;
 mod ranges;
 mod route;
 mod snapshot;

@@ -13,6 +13,7 @@ use crate::{
     EndpointList,
     claims::{Change, Claimant, Held},
     endpoints::Endpoints,
+    hosts::Hosts,
     ranges::{Prefixes, Range, bits, range_of},
     trie::Trie,
     unreadable::Closed,
@@ -32,6 +33,7 @@ pub struct Snapshot {
     pub(crate) services: Held<Service>,
     /// Of the services' addresses.
     prefixes: Prefixes,
+    hosts: Hosts,
     pub(crate) closed: Closed,
     endpoints: Trie<NamespacedName, Arc<Endpoints>>,
     policies: Trie<NamespacedName, Arc<Policy>>,
@@ -114,10 +116,12 @@ impl Snapshot {
             Change::Gained(service) => {
                 let ranges = service.claims(&self.network).into_iter();
                 ranges.for_each(|range| prefixes.add(range));
+                self.hosts.add(&service);
             }
             Change::Lost(service) => {
                 let ranges = service.claims(&self.network).into_iter();
                 ranges.for_each(|range| prefixes.remove(range));
+                self.hosts.remove(&service);
             }
         }
     }
@@ -226,6 +230,17 @@ impl Snapshot {
     /// The service of this key.
     pub fn service(&self, key: &NamespacedName) -> Option<&Arc<Service>> {
         self.services.by_key.get(key)
+    }
+
+    /// The service of exactly this host name as a namespace sees it: its own first, then the canonical one. The name is in
+    /// lower case and has no final dot; a wildcard's is `*.example.com`.
+    pub fn service_by_host(&self, host: &str, namespace: &str) -> Option<&Arc<Service>> {
+        self.hosts.get(host, namespace)
+    }
+
+    /// The service whose host name is the longest wildcard that this name is under, as a namespace sees it.
+    pub fn service_by_wildcard(&self, host: &str, namespace: &str) -> Option<&Arc<Service>> {
+        self.hosts.wildcard(host, namespace)
     }
 
     /// The service with this virtual address, or else with the longest range that it is in, in the node's network.

@@ -11,6 +11,7 @@
 //! Held by `it_holds_what_a_hash_map_holds_and_copies_do_not_change`.
 
 use std::{
+    borrow::Borrow,
     fmt,
     hash::{BuildHasher, Hash},
     sync::Arc,
@@ -90,13 +91,20 @@ fn marked(word: [u8; 8], byte: u8) -> u64 {
     difference.wrapping_sub(ONES) & !difference & (ONES << 7)
 }
 
-impl<K: Eq, V> Leaf<K, V> {
-    fn position(&self, hash: u64, key: &K) -> Option<usize> {
+impl<K, V> Leaf<K, V> {
+    fn position<Q: Eq + ?Sized>(&self, hash: u64, key: &Q) -> Option<usize>
+    where
+        K: Borrow<Q>,
+    {
         for (word, tags) in self.tags.iter().enumerate() {
             let mut marks = marked(*tags, tag(hash));
             while marks != 0 {
                 let position = word * 8 + (marks.trailing_zeros() / 8) as usize;
-                if self.entries.get(position).is_some_and(|(other, _)| other == key) {
+                if self
+                    .entries
+                    .get(position)
+                    .is_some_and(|(other, _)| other.borrow() == key)
+                {
                     return Some(position);
                 }
                 marks &= marks - 1;
@@ -105,7 +113,7 @@ impl<K: Eq, V> Leaf<K, V> {
         let beyond = self.entries.get(LEAF..)?;
         beyond
             .iter()
-            .position(|(other, _)| other == key)
+            .position(|(other, _)| other.borrow() == key)
             .map(|position| LEAF + position)
     }
 }
@@ -142,6 +150,14 @@ impl<K, V> Leaf<K, V> {
 impl<K: Hash + Eq, V> Trie<K, V> {
     /// The value of a key.
     pub(crate) fn get(&self, key: &K) -> Option<&V> {
+        self.get_by(key)
+    }
+
+    /// The same, by what a key can be seen as.
+    pub(crate) fn get_by<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> Option<&V>
+    where
+        K: Borrow<Q>,
+    {
         let hash = self.hasher.hash_one(key);
         let (mut child, mut shift) = (&self.root, 0);
         loop {
