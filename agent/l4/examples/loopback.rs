@@ -62,6 +62,7 @@ fn serve(proxy: &Proxy, name: &str, ip: &str) {
             uid,
             sockets: Arc::new(Network(ip)),
             listeners,
+            dns: None,
         })
         .unwrap();
 }

@@ -22,6 +22,8 @@ pub struct Config {
     pub discovery_timeout: Duration,
     /// How many endpoints of a service are tried before the client notices.
     pub attempts: usize,
+    /// The pods' name server.
+    pub dns: crate::dns::Config,
     /// Half-open HBONE handshakes per pod and shard; when there are more, the oldest of the source with the most is
     /// dropped.
     pub half_open: usize,
@@ -39,6 +41,7 @@ impl Default for Config {
             credentials_timeout: Duration::from_secs(5),
             discovery_timeout: Duration::from_secs(5),
             attempts: 3,
+            dns: crate::dns::Config::default(),
             half_open: 256,
             lookup: Arc::new(NoLookup),
         }

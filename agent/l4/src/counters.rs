@@ -18,6 +18,12 @@ pub(crate) struct ShardCounters {
     pub failed_over: AtomicU64,
     pub dry_run_denied: AtomicU64,
     pub dry_run_allowed: AtomicU64,
+    pub dns_queries: AtomicU64,
+    pub dns_answered: AtomicU64,
+    pub dns_forwarded: AtomicU64,
+    pub dns_failed: AtomicU64,
+    pub dns_malformed: AtomicU64,
+    pub dns_foreign: AtomicU64,
     pub failed: [AtomicU64; FailureKind::ALL.len()],
 }
 
@@ -57,6 +63,18 @@ pub struct Counters {
     pub dry_run_denied: u64,
     /// Connections that were denied and that policies in dry run would have allowed.
     pub dry_run_allowed: u64,
+    /// DNS messages that pods sent.
+    pub dns_queries: u64,
+    /// Of those, answered from what is known of the mesh.
+    pub dns_answered: u64,
+    /// Of those, passed on to a name server.
+    pub dns_forwarded: u64,
+    /// Of those, answered with SERVFAIL: the name server did not answer, or too many were waiting for it.
+    pub dns_failed: u64,
+    /// Of those, not DNS.
+    pub dns_malformed: u64,
+    /// Datagrams to a pod's DNS sockets that somebody else than the pod sent: dropped.
+    pub dns_foreign: u64,
     /// Failures by kind, those that never happened too.
     pub failed: Vec<(&'static str, u64)>,
 }
@@ -79,6 +97,12 @@ impl Counters {
             sum.failed_over += shard.failed_over.load(Relaxed);
             sum.dry_run_denied += shard.dry_run_denied.load(Relaxed);
             sum.dry_run_allowed += shard.dry_run_allowed.load(Relaxed);
+            sum.dns_queries += shard.dns_queries.load(Relaxed);
+            sum.dns_answered += shard.dns_answered.load(Relaxed);
+            sum.dns_forwarded += shard.dns_forwarded.load(Relaxed);
+            sum.dns_failed += shard.dns_failed.load(Relaxed);
+            sum.dns_malformed += shard.dns_malformed.load(Relaxed);
+            sum.dns_foreign += shard.dns_foreign.load(Relaxed);
             for ((_, total), counted) in sum.failed.iter_mut().zip(&shard.failed) {
                 *total += counted.load(Relaxed);
             }
@@ -113,6 +137,12 @@ impl IntoIterator for Counters {
             ("failed_over", self.failed_over),
             ("dry_run_denied", self.dry_run_denied),
             ("dry_run_allowed", self.dry_run_allowed),
+            ("dns_queries", self.dns_queries),
+            ("dns_answered", self.dns_answered),
+            ("dns_forwarded", self.dns_forwarded),
+            ("dns_failed", self.dns_failed),
+            ("dns_malformed", self.dns_malformed),
+            ("dns_foreign", self.dns_foreign),
         ];
         let counts = counts.map(|(name, count)| (name.to_owned(), count));
         let failed = self

@@ -29,6 +29,7 @@ mod accept;
 mod config;
 mod connection;
 mod counters;
+pub mod dns;
 mod failure;
 mod half_open;
 mod headers;

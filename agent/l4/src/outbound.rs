@@ -28,6 +28,7 @@ use tokio::net::TcpStream;
 use crate::{
     connection::Connection,
     counters::increment,
+    dns,
     failure::Failure,
     headers,
     lookup::{self, LookupError},
@@ -43,6 +44,35 @@ enum Upstream {
     Plain(TcpStream),
 }
 
+/// What becomes of an accepted connection.
+enum Opened {
+    Relay(Relaying),
+    /// To a name server, which we may answer for.
+    Dns(ResetOnDrop, OriginalDst),
+}
+
+/// The name server that a pod dialled.
+struct NameServer<'a> {
+    connection: &'a Connection,
+    dialled: OriginalDst,
+}
+
+impl dns::Dial for NameServer<'_> {
+    async fn dial(&self) -> Result<TcpStream, Failure> {
+        match try_endpoints(self.connection, self.dialled).await? {
+            Upstream::Plain(server) => Ok(server),
+            Upstream::Tunnel(stream) => {
+                let pair = socket::pair().await;
+                let (ours, theirs) =
+                    pair.map_err(|error| Failure::Relay(format!("no connection to itself: {error}")))?;
+                // It ends when the other end is dropped.
+                tokio::task::spawn_local(stream.relay(theirs));
+                Ok(ours)
+            }
+        }
+    }
+}
+
 /// Carries an accepted connection.
 pub(crate) fn carry(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
     let connection = Connection::begin(shard, pod, Direction::Outbound, peer);
@@ -53,8 +83,17 @@ pub(crate) fn carry(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, pe
 async fn run(connection: Connection, client: ResetOnDrop) {
     // Each part boxed, so that what opening needs is given back before the relay, which may last for days.
     match Box::pin(begin(&connection, client)).await {
-        Ok(relaying) => {
+        Ok(Opened::Relay(relaying)) => {
             let failure = relaying.await;
+            connection.finish(failure);
+        }
+        Ok(Opened::Dns(client, dialled)) => {
+            let dial = NameServer {
+                connection: &connection,
+                dialled,
+            };
+            let serving = Box::pin(dns::serve_tcp(&connection, client.keep(), dialled.0, dial));
+            let failure = connection.unless_stopped(serving).await.flatten();
             connection.finish(failure);
         }
         Err((failure, client)) => {
@@ -66,27 +105,31 @@ async fn run(connection: Connection, client: ResetOnDrop) {
 }
 
 /// Opens the way; gives the client back if there is none.
-async fn begin(connection: &Connection, client: ResetOnDrop) -> Result<Relaying, (Option<Failure>, ResetOnDrop)> {
-    let upstream = match connection.unless_stopped(Box::pin(open(connection, &client))).await {
+async fn begin(connection: &Connection, client: ResetOnDrop) -> Result<Opened, (Option<Failure>, ResetOnDrop)> {
+    let dialled = match original_destination(connection, &client) {
+        Ok(dialled) => dialled,
+        Err(failure) => return Err((Some(failure), client)),
+    };
+    connection.known.borrow_mut().destination = Some(dialled.0);
+    if dialled.0.port() == dns::PORT && connection.pod.dns.on.get() {
+        connection.establish();
+        return Ok(Opened::Dns(client, dialled));
+    }
+    let opening = Box::pin(try_endpoints(connection, dialled));
+    let upstream = match connection.unless_stopped(opening).await {
         Some(Ok(upstream)) => upstream,
         Some(Err(failure)) => return Err((Some(failure), client)),
         None => return Err((None, client)),
     };
     connection.establish();
     let live = connection.relay.clone();
-    Ok(match upstream {
+    Ok(Opened::Relay(match upstream {
         Upstream::Tunnel(stream) => {
             let relaying = stream.relay_watched(client.keep(), live);
             Box::pin(async move { relaying.await.outcome.err().and_then(Failure::of_stream) })
         }
         Upstream::Plain(server) => relay_plain(client.keep(), server, live),
-    })
-}
-
-async fn open(connection: &Connection, client: &TcpStream) -> Result<Upstream, Failure> {
-    let dialled = original_destination(connection, client)?;
-    connection.known.borrow_mut().destination = Some(dialled.0);
-    try_endpoints(connection, dialled).await
+    }))
 }
 
 fn original_destination(connection: &Connection, client: &TcpStream) -> Result<OriginalDst, Failure> {

@@ -20,6 +20,18 @@ pub trait PodSockets: Send + Sync + 'static {
     /// A new, unconnected, non-blocking TCP socket of the target's family in the pod's network namespace.
     fn outbound_socket(&self, target: SocketAddr) -> io::Result<socket2::Socket>;
 
+    /// A new, unconnected, non-blocking UDP socket of the target's family in the pod's network namespace, to ask a name
+    /// server with.
+    fn datagram_socket(&self, _target: SocketAddr) -> io::Result<socket2::Socket> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Which name server a client of the pod sent its datagram to, by the number of the socket that it came to
+    /// ([`crate::dns::Sockets`]). None if nobody captured it.
+    fn name_server(&self, _slot: usize, _client: SocketAddr) -> Option<SocketAddr> {
+        None
+    }
+
     /// The same toward the pod's application, bound to the client's address so that the application sees it.
     fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<socket2::Socket>;
 }
@@ -43,6 +55,8 @@ pub struct Pod {
     pub sockets: Arc<dyn PodSockets>,
     /// Its listeners.
     pub listeners: PodListeners,
+    /// Its DNS sockets, where its name server is ours; none: its queries are not touched.
+    pub dns: Option<crate::dns::Sockets>,
 }
 
 /// The ports that are the proxy's own in every pod: a connection to one of them on the pod itself is a loop.

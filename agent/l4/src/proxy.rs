@@ -28,6 +28,7 @@ use crate::{
     config::Config,
     connection::ConnectionInfo,
     counters::{Counters, ShardCounters},
+    dns,
     names::Names,
     pod::{Pod, PodListeners},
     rate::Rate,
@@ -117,6 +118,7 @@ impl Proxy {
             uid,
             sockets,
             listeners,
+            dns,
         } = pod;
         let PodListeners {
             outbound,
@@ -135,6 +137,7 @@ impl Proxy {
                 sockets: sockets.clone(),
                 listeners: PodListeners::default(),
                 names: names.clone(),
+                dns: dns.as_ref().map(|_| Vec::new()),
             });
         }
         // Last: what it accepts may be handed over to any.
@@ -143,8 +146,19 @@ impl Proxy {
             sockets,
             listeners,
             names,
+            dns,
         });
         Ok(())
+    }
+
+    /// Begins or ends to be a pod's name server, with these sockets in place of those before.
+    pub fn set_dns(&self, uid: &WorkloadUid, dns: Option<dns::Sockets>) {
+        let home = self.next_home.fetch_add(1, Relaxed) % self.shards.len();
+        for (_, shard) in self.shards.iter().enumerate().filter(|(index, _)| *index != home) {
+            let (uid, dns) = (uid.clone(), dns.as_ref().map(|_| Vec::new()));
+            shard.tell(Command::SetDns { uid, dns });
+        }
+        self.shards[home].tell(Command::SetDns { uid: uid.clone(), dns });
     }
 
     /// Takes nothing new for a pod; what lives goes on until it ends by itself. For a pod that left the mesh and lives.
@@ -279,6 +293,7 @@ impl Start {
                     hand_overs: Rate::a_second(HAND_OVERS_A_SECOND),
                     refusals: Say::at_most(10),
                     accept_errors: Say::at_most(1),
+                    datagram: RefCell::default(),
                     random_state: Cell::new(RandomState::new().hash_one(index)),
                 });
                 shard::run(shard, commands, handed_over).await;

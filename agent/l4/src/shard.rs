@@ -37,6 +37,7 @@ use crate::{
     config::Config,
     connection::{ConnectionInfo, Live},
     counters::{ShardCounters, increment},
+    dns,
     failure::Failure,
     half_open::HalfOpen,
     inbound,
@@ -55,6 +56,12 @@ pub(crate) enum Command {
         sockets: Arc<dyn PodSockets>,
         listeners: PodListeners,
         names: Arc<Names>,
+        /// None: its queries are not ours. Only its home gets the sockets.
+        dns: Option<dns::Sockets>,
+    },
+    SetDns {
+        uid: WorkloadUid,
+        dns: Option<dns::Sockets>,
     },
     RetirePod {
         uid: WorkloadUid,
@@ -121,6 +128,8 @@ pub(crate) struct Shard {
     pub refusals: Say,
     pub accept_errors: Say,
     pub hand_overs: Rate,
+    /// Where datagrams are read into, one at a time.
+    pub datagram: RefCell<Vec<u8>>,
     pub random_state: Cell<u64>,
 }
 
@@ -130,6 +139,7 @@ pub(crate) struct PodState {
     pub sockets: Arc<dyn PodSockets>,
     /// What it learned by DNS; the same on every shard.
     pub names: Arc<Names>,
+    pub dns: dns::PodDns,
     pub pool: hbone::Pool,
     pub half_open: HalfOpen,
     pub drain: DrainSignal,
@@ -206,6 +216,7 @@ impl Shard {
         sockets: Arc<dyn PodSockets>,
         listeners: PodListeners,
         names: Arc<Names>,
+        dns: Option<dns::Sockets>,
     ) {
         self.remove_pod(&uid);
         let (trigger, drain) = drain_channel();
@@ -213,6 +224,7 @@ impl Shard {
             uid: uid.clone(),
             sockets,
             names,
+            dns: dns::PodDns::default(),
             pool: hbone::Pool::new(self.hbone.clone()),
             half_open: HalfOpen::new(self.config.half_open),
             drain,
@@ -225,6 +237,7 @@ impl Shard {
         self.listen(&pod, listeners.outbound, Kind::Outbound);
         self.listen(&pod, listeners.inbound, Kind::Plaintext);
         self.listen(&pod, listeners.hbone, Kind::Tunnel);
+        pod.dns.set(self, &pod, dns);
         self.pods.borrow_mut().insert(uid, pod);
     }
 
@@ -316,6 +329,7 @@ impl Shard {
 
 impl PodState {
     fn stop_accepting(&self) {
+        self.dns.stop();
         for accepting in self.accepting.borrow_mut().drain(..) {
             accepting.abort();
         }
@@ -359,8 +373,13 @@ pub(crate) async fn run(
             // Commands first: what is handed over may be for a pod that was added just before.
             biased;
             command = commands.recv() => match command {
-                Some(Command::AddPod { uid, sockets, listeners, names }) => {
-                    shard.add_pod(uid, sockets, listeners, names);
+                Some(Command::AddPod { uid, sockets, listeners, names, dns }) => {
+                    shard.add_pod(uid, sockets, listeners, names, dns);
+                }
+                Some(Command::SetDns { uid, dns }) => {
+                    if let Some(pod) = shard.pod(&uid) {
+                        pod.dns.set(&shard, &pod, dns);
+                    }
                 }
                 Some(Command::RetirePod { uid }) => shard.retire_pod(&uid),
                 Some(Command::RemovePod { uid }) => shard.remove_pod(&uid),

@@ -1,9 +1,13 @@
 //! What is done to a single socket: options, connecting, resetting.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 /// Why an address could not be connected to.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +45,19 @@ pub(crate) async fn connect(
     match tokio::time::timeout(within, connecting).await {
         Ok(connected) => connected.map_err(|source| ConnectError::Refused { target, source }),
         Err(_) => Err(ConnectError::Timeout { target, within }),
+    }
+}
+
+/// Two ends of a connection of the agent with itself, for what wants to relay to a socket.
+pub(crate) async fn pair() -> io::Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let ours = TcpStream::connect(listener.local_addr()?).await?;
+    loop {
+        let (theirs, peer) = listener.accept().await?;
+        // Somebody else of this machine may have dialled it.
+        if peer == ours.local_addr()? {
+            return Ok((ours, theirs));
+        }
     }
 }
 

@@ -230,6 +230,7 @@ impl Lab {
                 uid,
                 sockets: network,
                 listeners,
+                dns: None,
             })
             .unwrap();
         pod

@@ -76,6 +76,7 @@ impl Parts {
         let pod = l4::Pod {
             uid: uid.clone(),
             sockets: Arc::new(Sockets(handle)),
+            dns: None,
             listeners: l4::PodListeners {
                 outbound: listeners.outbound,
                 inbound: listeners.inbound,
