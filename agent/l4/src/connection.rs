@@ -25,6 +25,7 @@ use telemetry::{ConnectionRecord, Direction, Party};
 
 use crate::{
     counters::increment,
+    egress::Left,
     failure::Failure,
     shard::{PodState, Shard},
 };
@@ -65,6 +66,8 @@ pub(crate) struct Known {
     pub rule: Option<Reason>,
     /// What the policies in dry run would have decided.
     pub dry_run: Option<Box<Verdict>>,
+    /// Outbound, to what is not in the mesh: what it left by, to judge it again.
+    pub exit: Option<Box<Left>>,
     pub established: bool,
 }
 

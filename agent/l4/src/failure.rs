@@ -45,6 +45,9 @@ pub enum Failure {
         /// Who it is.
         now: Identity,
     },
+    /// The registry named its destination once.
+    #[error("closed: no longer in the registry: {0}")]
+    NoLongerRegistered(RefuseReason),
     /// The destination could not be connected to.
     #[error("{0}")]
     Connect(#[from] ConnectError),
@@ -163,7 +166,7 @@ impl Failure {
             Self::UnknownWorkload(_) | Self::NoRoute(_) => FailureKind::NoRoute,
             Self::NoCredentials(_) | Self::OtherIdentity { .. } => FailureKind::Identity,
             Self::Denied(_) => FailureKind::Denied,
-            Self::NoLongerAllowed(_) => FailureKind::NoLongerAllowed,
+            Self::NoLongerAllowed(_) | Self::NoLongerRegistered(_) => FailureKind::NoLongerAllowed,
             Self::Connect(_) | Self::Lookup(_) => FailureKind::Connect,
             Self::Open(_) | Self::Tunnel(_) | Self::Relay(_) => FailureKind::Tunnel,
             Self::BadRequest(_) | Self::NotThisPod { .. } | Self::NotServed(_) => FailureKind::BadRequest,
@@ -191,6 +194,7 @@ impl Failure {
             self,
             Self::NoLongerAllowed(_)
                 | Self::OtherIdentity { .. }
+                | Self::NoLongerRegistered(_)
                 | Self::Relay(_)
                 | Self::Reset(_)
                 | Self::Stream(_)

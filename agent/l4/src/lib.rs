@@ -30,6 +30,7 @@ mod config;
 mod connection;
 mod counters;
 pub mod dns;
+mod egress;
 mod failure;
 mod half_open;
 mod headers;

@@ -28,7 +28,7 @@ use tokio::net::TcpStream;
 use crate::{
     connection::Connection,
     counters::increment,
-    dns,
+    dns, egress,
     failure::Failure,
     headers,
     lookup::{self, LookupError},
@@ -162,6 +162,7 @@ async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<
     let mut first: Option<Failure> = None;
     loop {
         let (source, route) = find_way(connection, dialled, &tried).await?;
+        let route = egress::check(connection, &source, dialled, route).await?;
         let endpoint = endpoint_of_service(&route);
         let failure = match follow(connection, &source, route, shard.config.connect_timeout).await {
             Ok(upstream) => return Ok(upstream),

@@ -8,8 +8,9 @@
 //! | --- | --- | --- |
 //! | the policies of the pod, or that nothing is known of it | reset when no longer allowed, with the rule | - |
 //! | the pod's own identity (service account, trust domain) | reset, unless the old one is an alias's of the new | the same |
+//! | anything, where pods are REGISTRY_ONLY | - | what left the mesh is reset when the registry no longer names it ([`crate::egress`]) |
 //!
-//! Policy is enforced where a connection arrives, so outbound ones are not judged. A peer's certificate that expires
+//! Policy is enforced where a connection arrives, so outbound ones are not judged by it. A peer's certificate that expires
 //! does not end a connection: it proved who the peer is when the connection began, and the peer is still that; ztunnel does
 //! the same.
 //!
@@ -23,7 +24,7 @@ use model::{Identity, WorkloadUid, canonical_socket};
 use policy::{Reason, Verdict};
 use telemetry::Direction;
 
-use crate::{connection::Live, failure::Failure, shard::Shard};
+use crate::{connection::Live, egress, failure::Failure, shard::Shard};
 
 /// Connections judged in one go.
 const TURN: usize = 256;
@@ -34,14 +35,17 @@ pub(crate) async fn run(shard: Rc<Shard>) {
     let mut standings: HashMap<WorkloadUid, Standing> = HashMap::new();
     while changed.changed().await.is_ok() {
         let touched = touched(&shard, &mut standings);
-        if touched.is_empty() {
+        let registry_only = shard.knowledge.snapshot().is_registry_only_somewhere();
+        if touched.is_empty() && !registry_only {
             continue;
         }
         let live: Vec<Rc<Live>> = shard
             .connections
             .borrow()
             .iter()
-            .filter(|(_, live)| touched.contains_key(&live.pod.uid))
+            .filter(|(_, live)| {
+                registry_only && live.known.borrow().exit.is_some() || touched.contains_key(&live.pod.uid)
+            })
             .map(|(_, live)| live.clone())
             .collect();
         for turn in live.chunks(TURN) {
@@ -74,6 +78,10 @@ fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>) -> Has
 fn judge_again(shard: &Shard, connection: &Live) {
     if let Some(failure) = other_identity(shard, connection) {
         return connection.stop(failure);
+    }
+    if let Some(reason) = egress::closed_by_now(shard, connection) {
+        connection.stop(Failure::NoLongerRegistered(reason));
+        return;
     }
     let verdict = {
         let known = connection.known.borrow();

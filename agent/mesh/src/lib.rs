@@ -24,6 +24,7 @@ mod contents;
 mod demand;
 mod endpoints;
 mod hosts;
+mod outbound;
 mod ranges;
 mod route;
 mod snapshot;
@@ -42,11 +43,12 @@ use tokio::sync::{mpsc, watch};
 pub use contents::{Contents, Rejected, RejectedObject};
 pub use demand::{Demands, Wanted};
 pub use endpoints::EndpointList;
+pub use outbound::Exit;
 pub use route::{RefuseReason, Route};
 pub use snapshot::{Counts, Snapshot};
 pub use standing::Standing;
 pub use unreadable::Unreadable;
-pub use writer::{Delta, Locals, Writer};
+pub use writer::{Delta, Locals, Outbound, Writer};
 
 /// The reading end: cheap to clone, shared by everything that decides.
 #[derive(Clone)]

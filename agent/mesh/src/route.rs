@@ -103,6 +103,17 @@ pub enum RefuseReason {
     Unreadable(Arc<str>),
     /// On demand: the control plane did not answer in time what it knows of the address.
     NotDiscovered(IpAddr),
+    /// `REGISTRY_ONLY`, and the registry has nothing there for the pod.
+    NotRegistered {
+        /// What was dialled.
+        target: SocketAddr,
+        /// The pod's namespace.
+        namespace: Arc<str>,
+        /// A service that has the address, but not the port, or that the pod's namespace may not use.
+        near: Option<NamespacedName>,
+    },
+    /// It was not heard in time whether pods may go where the registry has nothing.
+    OutboundNotKnown(SocketAddr),
 }
 
 impl fmt::Display for RefuseReason {
@@ -135,6 +146,29 @@ impl fmt::Display for RefuseReason {
             Self::NotDiscovered(ip) => write!(
                 f,
                 "the control plane did not say in time what {ip} is; the way might have to be encrypted"
+            ),
+            Self::NotRegistered {
+                target,
+                namespace,
+                near: None,
+            } => write!(
+                f,
+                "{target} is not in the registry, and namespace {namespace} is REGISTRY_ONLY; a ServiceEntry that \
+                 names it, or the name that it was looked up by, opens it"
+            ),
+            Self::NotRegistered {
+                target,
+                namespace,
+                near: Some(service),
+            } => write!(
+                f,
+                "{target} is not in the registry, and namespace {namespace} is REGISTRY_ONLY; {service} has that \
+                 address, but either not this port, or it is not exported to {namespace}"
+            ),
+            Self::OutboundNotKnown(target) => write!(
+                f,
+                "nothing is known of {target}, and it is not known yet whether the mesh is REGISTRY_ONLY: the \
+                 Kubernetes API was not heard from"
             ),
         }
     }

@@ -6,7 +6,10 @@ use std::{
     sync::Arc,
 };
 
-use model::{MeshSettings, NamespacedName, NetworkMode, Policy, Scope, Service, Workload, WorkloadUid, canonical_ip};
+use model::{
+    MeshSettings, NamespacedName, NetworkMode, OutboundTrafficPolicy, Policy, Scope, Service, Workload, WorkloadUid,
+    canonical_ip,
+};
 use policy::{Facts, Reason, Verdict};
 
 use crate::{
@@ -29,6 +32,7 @@ pub struct Snapshot {
     pub(crate) ready: bool,
     pub(crate) network: Arc<str>,
     pub(crate) settings: Arc<MeshSettings>,
+    pub(crate) outbound: Option<Arc<OutboundTrafficPolicy>>,
     pub(crate) workloads: Held<Workload>,
     pub(crate) services: Held<Service>,
     /// Of the services' addresses.
@@ -87,6 +91,7 @@ impl Snapshot {
         Self {
             network: network.into(),
             on_demand: scope == crate::Scope::OnDemand,
+            outbound: Some(Arc::default()),
             ..Self::default()
         }
     }
@@ -255,6 +260,13 @@ impl Snapshot {
         }
         let mut ranges = self.prefixes.around(ip);
         ranges.find_map(|range| Some((range.1, self.services.by_claim.get(&range)?)))
+    }
+
+    /// Every service that has this address, or a range that it is in, in the node's network; the longest range first.
+    pub(crate) fn services_around(&self, ip: IpAddr) -> impl Iterator<Item = &Arc<Service>> {
+        let ip = canonical_ip(ip);
+        let all = std::iter::once((ip, bits(ip))).chain(self.prefixes.around(ip));
+        all.filter_map(|range| self.services.by_claim.get(&range))
     }
 
     /// The healthy endpoints of a service.

@@ -2,7 +2,8 @@
 //! configuration, so that one file can be given to both.
 //!
 //! ```yaml
-//! settings: {trustDomain: cluster.local, nonTcp: Pass}      # not in ztunnel's
+//! settings: {trustDomain: cluster.local, nonTcp: Pass,        # not in ztunnel's
+//!            outboundTrafficPolicy: {mode: REGISTRY_ONLY}}
 //! workloads: [ … model::Workload … ]
 //! services:  [ … model::Service … ]
 //! policies:  [ … model::Policy … ]

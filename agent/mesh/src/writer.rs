@@ -10,7 +10,9 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use model::{MeshSettings, NamespacedName, Policy, Service, Workload, WorkloadUid, canonical_ip};
+use model::{
+    MeshSettings, NamespacedName, OutboundTrafficPolicy, Policy, Service, Workload, WorkloadUid, canonical_ip,
+};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
@@ -62,6 +64,12 @@ pub struct Locals {
     shared: Arc<Shared>,
 }
 
+/// The way in for [`MeshSettings::outbound_traffic_policy`], where it comes from elsewhere than the rest of the mesh.
+#[derive(Clone)]
+pub struct Outbound {
+    shared: Arc<Shared>,
+}
+
 pub(crate) struct Shared {
     current: Arc<ArcSwap<Snapshot>>,
     changed: watch::Sender<u64>,
@@ -74,6 +82,8 @@ struct State {
     workloads: Claims<Workload>,
     services: Claims<Service>,
     locals: BTreeMap<WorkloadUid, Arc<Workload>>,
+    /// [`Outbound`] says where pods may go, not the settings.
+    outbound_apart: bool,
 }
 
 impl Shared {
@@ -91,6 +101,7 @@ impl Shared {
                 workloads: Claims::new(network.clone()),
                 services: Claims::new(network),
                 locals: BTreeMap::new(),
+                outbound_apart: false,
             }),
         }
     }
@@ -122,6 +133,18 @@ impl Writer {
     /// The way in for the node's own pods.
     pub fn locals(&self) -> Locals {
         Locals {
+            shared: self.shared.clone(),
+        }
+    }
+
+    /// The way in for the policy of outbound traffic. From now on the settings' own counts for nothing, and until
+    /// something is set nothing is known of it ([`crate::Exit::NotKnown`]).
+    pub fn outbound(&self) -> Outbound {
+        self.shared.publish(|state, next| {
+            state.outbound_apart = true;
+            next.outbound = None;
+        });
+        Outbound {
             shared: self.shared.clone(),
         }
     }
@@ -187,6 +210,16 @@ impl Locals {
     }
 }
 
+impl Outbound {
+    /// What holds from now on.
+    pub fn set(&self, policy: OutboundTrafficPolicy) {
+        if self.shared.current.load().outbound.as_deref() == Some(&policy) {
+            return;
+        }
+        self.shared.publish(|_, next| next.outbound = Some(Arc::new(policy)));
+    }
+}
+
 impl State {
     fn workload<'a>(&'a self, snapshot: &'a Snapshot, uid: &WorkloadUid) -> Option<&'a Workload> {
         self.workloads.get(&snapshot.workloads, uid).map(|workload| &**workload)
@@ -199,6 +232,9 @@ impl State {
     fn apply(&mut self, next: &mut Snapshot, delta: Delta) -> Vec<Rejected> {
         let mut lost = Lost::default();
         if let Some(settings) = delta.settings {
+            if !self.outbound_apart {
+                next.outbound = Some(Arc::new(settings.outbound_traffic_policy.clone()));
+            }
             next.settings = Arc::new(settings);
         }
         for key in &delta.removed_policies {

@@ -21,7 +21,7 @@ pub use service::{
     AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NetworkAddress, RoutingScope, Service,
     Visibility,
 };
-pub use settings::{MeshSettings, NonTcp};
+pub use settings::{MeshSettings, NonTcp, OutboundMode, OutboundTrafficPolicy};
 pub use sorted::{PortMap, SortedMap};
 pub use workload::{
     ApplicationTunnel, ApplicationTunnelProtocol, HealthStatus, Locality, NetworkMode, TunnelProtocol, Workload,

@@ -19,6 +19,14 @@ impl WorkloadUid {
     }
 }
 
+impl WorkloadUid {
+    /// Whether it is a Kubernetes pod's.
+    pub fn is_pod(&self) -> bool {
+        let mut parts = self.0.split('/').skip(1);
+        (parts.next(), parts.next(), parts.next()) == (Some(""), Some("v1"), Some("Pod"))
+    }
+}
+
 impl fmt::Display for WorkloadUid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -1,0 +1,117 @@
+//! REGISTRY_ONLY at the source: what is refused, what opens it, and what becomes of live connections.
+
+#![allow(clippy::unwrap_used)]
+
+mod lab;
+
+use std::{net::SocketAddr, time::Duration};
+
+use l4::{Config, Proxy};
+use lab::{Lab, LabPod, echo, expect_echo, expect_refused, expect_reset, new_address};
+use model::{LoadBalancing, LoadBalancingMode, OutboundMode, OutboundTrafficPolicy, Service};
+use tokio::net::TcpListener;
+
+/// A client, and somebody outside the mesh.
+async fn out(mode: OutboundMode) -> (Lab, Proxy, LabPod, SocketAddr) {
+    let mut lab = Lab::new();
+    let proxy = lab.proxy();
+    let client = lab.pod(&proxy, "client");
+    lab.contents.settings.outbound_traffic_policy.mode = mode;
+    lab.publish();
+    (lab, proxy, client, outside().await)
+}
+
+async fn outside() -> SocketAddr {
+    let listener = TcpListener::bind(SocketAddr::new(new_address(), 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    echo(listener);
+    address
+}
+
+/// A ServiceEntry without resolution.
+fn entry(address: SocketAddr) -> Service {
+    Service {
+        name: "entry".into(),
+        namespace: "shop".into(),
+        hostname: "api.example".into(),
+        vips: vec![format!("/{}", address.ip()).parse().unwrap()],
+        ports: [(address.port(), address.port())].into(),
+        load_balancing: Some(LoadBalancing {
+            mode: LoadBalancingMode::Passthrough,
+            ..LoadBalancing::default()
+        }),
+        ..Service::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registry_only_refuses_and_an_entry_opens_what_it_names() {
+    let (mut lab, _proxy, client, address) = out(OutboundMode::RegistryOnly).await;
+    expect_refused(client.dial(address).await).await;
+    let line = lab.line(&["outbound", "is not in the registry"]);
+    assert!(
+        line.contains(&address.to_string()) && line.contains("ServiceEntry"),
+        "{line}"
+    );
+
+    lab.contents.services.push(entry(address));
+    lab.publish();
+    let mut socket = client.dial(address).await.unwrap();
+    expect_echo(&mut socket, b"named").await;
+    drop(socket);
+    let line = lab.line(&["outbound", &format!("dst.addr={address}"), "bytes"]);
+    assert!(line.contains("api.example"), "{line}");
+    // Another port of the same address is another destination.
+    let listener = TcpListener::bind(SocketAddr::new(address.ip(), 0)).await.unwrap();
+    expect_refused(client.dial(listener.local_addr().unwrap()).await).await;
+    lab.line(&["shop/api.example has that address"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_registry_no_longer_names_is_cut() {
+    let (mut lab, _proxy, client, named) = out(OutboundMode::AllowAny).await;
+    let other = outside().await;
+    lab.contents.services.push(entry(named));
+    lab.publish();
+    let mut to_named = client.dial(named).await.unwrap();
+    expect_echo(&mut to_named, b"named").await;
+    let mut to_other = client.dial(other).await.unwrap();
+    expect_echo(&mut to_other, b"not named").await;
+
+    lab.contents.settings.outbound_traffic_policy.mode = OutboundMode::RegistryOnly;
+    lab.publish();
+    expect_reset(to_other).await;
+    lab.line(&["closed: no longer in the registry", &other.to_string()]);
+    expect_echo(&mut to_named, b"still named").await;
+
+    lab.contents.services.clear();
+    lab.publish();
+    expect_reset(to_named).await;
+    lab.line(&["closed: no longer in the registry", &named.to_string()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn before_it_is_known_a_connection_waits_and_is_refused() {
+    let mut lab = Lab::new();
+    let outbound = lab.writer.outbound();
+    let proxy = lab.proxy_with(Config {
+        discovery_timeout: Duration::from_millis(100),
+        ..Config::default()
+    });
+    let client = lab.pod(&proxy, "client");
+    let server = lab.pod(&proxy, "server");
+    lab.publish();
+    let address = outside().await;
+    expect_refused(client.dial(address).await).await;
+    lab.line(&["it is not known yet whether the mesh is REGISTRY_ONLY"]);
+    echo(server.listen(8080).await);
+    let mut inside = client.dial(server.at(8080)).await.unwrap();
+    expect_echo(&mut inside, b"inside nothing waits").await;
+
+    let patient = lab.proxy();
+    let client = lab.pod(&patient, "patient");
+    lab.publish();
+    let mut socket = client.dial(address).await.unwrap();
+    outbound.set(OutboundTrafficPolicy::default());
+    expect_echo(&mut socket, b"outside").await;
+}
