@@ -12,7 +12,7 @@
 //! destination that nothing is known of is asked for, and the connection waits (`on_demand_a_connection_waits_to_be_told`).
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -195,7 +195,7 @@ async fn find_way(
     match resolve(connection, dialled, tried)? {
         (_, Route::Unknown { target }) => {
             let within = connection.shard.config.discovery_timeout;
-            let asking = Box::pin(ask(connection, dialled, tried));
+            let asking = Box::pin(ask(connection, dialled, tried, target.ip()));
             let answered = tokio::time::timeout(within, asking).await;
             answered.unwrap_or(Err(Failure::NoRoute(RefuseReason::NotDiscovered(target.ip()))))
         }
@@ -203,17 +203,23 @@ async fn find_way(
     }
 }
 
+/// Asks for what is dialled, and then for the waypoint that this turns out to have.
 async fn ask(
     connection: &Connection,
     dialled: OriginalDst,
     tried: &[WorkloadUid],
+    mut wanted: IpAddr,
 ) -> Result<(Arc<Workload>, Route), Failure> {
     let knowledge = &connection.shard.knowledge;
     let mut changed = knowledge.changed();
     changed.mark_unchanged();
-    knowledge.want(dialled.0.ip()).await;
+    knowledge.want(wanted).await;
     loop {
         match resolve(connection, dialled, tried)? {
+            (_, Route::Unknown { target }) if target.ip() != wanted => {
+                wanted = target.ip();
+                knowledge.want(wanted).await;
+            }
             // The writer is gone: nobody answers, and the wait ends by time.
             (_, Route::Unknown { .. }) if changed.changed().await.is_err() => std::future::pending().await,
             (_, Route::Unknown { .. }) => {}
@@ -245,6 +251,7 @@ fn endpoint_of_service(route: &Route) -> Option<WorkloadUid> {
         Route::Tunnel { workload, service, .. }
         | Route::Plaintext { workload, service, .. }
         | Route::Named { workload, service, .. } => service.as_ref().map(|_| workload.uid.clone()),
+        Route::Waypoint { workload, gateway, .. } => gateway.as_ref().map(|_| workload.uid.clone()),
         Route::Passthrough { .. } | Route::Unknown { .. } | Route::Refused { .. } => None,
     }
 }
@@ -285,9 +292,29 @@ async fn follow(
             hbone,
         } => {
             connection.learn_destination(workload.clone(), service.clone(), Some(target));
-            tunnel(connection, source, &workload, service.as_deref(), target, hbone)
-                .await
-                .map(Upstream::Tunnel)
+            let end = TunnelEnd {
+                workload: &workload,
+                names: service.as_deref(),
+                address: hbone,
+            };
+            let opened = tunnel(connection, source, &end, target, service.as_deref()).await;
+            opened.map(Upstream::Tunnel)
+        }
+        Route::Waypoint {
+            workload,
+            gateway,
+            service,
+            target,
+            hbone,
+        } => {
+            connection.learn_destination(workload.clone(), service.clone(), Some(target));
+            let end = TunnelEnd {
+                workload: &workload,
+                names: gateway.as_deref(),
+                address: hbone,
+            };
+            let opened = tunnel(connection, source, &end, target, service.as_deref()).await;
+            opened.map(Upstream::Tunnel)
         }
     }
 }
@@ -364,18 +391,25 @@ async fn plain(
     Ok(Upstream::Plain(server))
 }
 
+/// Who takes a tunnel, and where.
+struct TunnelEnd<'a> {
+    workload: &'a Workload,
+    /// The service whose names are as good as the workload's identity.
+    names: Option<&'a Service>,
+    address: SocketAddr,
+}
+
 async fn tunnel(
     connection: &Connection,
     source: &Arc<Workload>,
-    destination: &Workload,
-    service: Option<&Service>,
+    end: &TunnelEnd<'_>,
     target: SocketAddr,
-    hbone: SocketAddr,
+    service: Option<&Service>,
 ) -> Result<hbone::ClientStream, Failure> {
-    let (shard, pod) = (&connection.shard, &connection.pod);
+    let (shard, pod, hbone) = (&connection.shard, &connection.pod, end.address);
     let own = source.identity();
     let credentials = credentials(shard, &own).await?;
-    let peer = destination.identity();
+    let peer = end.workload.identity();
     connection.learn_peer(hbone, peer.clone());
     let forwarded = headers::forwarded(connection.client, service.map(|service| &*service.hostname));
     let request = hbone::ConnectRequest {
@@ -386,7 +420,7 @@ async fn tunnel(
             ("traceparent", headers::traceparent(|| shard.random())),
         ],
     };
-    let alternatives = service.into_iter().flat_map(|service| &service.subject_alt_names);
+    let alternatives = end.names.into_iter().flat_map(|service| &service.subject_alt_names);
     let key = hbone::TunnelKey {
         source: own,
         destination: std::iter::once(peer)

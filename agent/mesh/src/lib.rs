@@ -32,6 +32,7 @@ mod standing;
 pub mod static_file;
 mod trie;
 mod unreadable;
+mod waypoint;
 mod writer;
 
 use std::{net::IpAddr, sync::Arc};
@@ -49,6 +50,8 @@ pub use snapshot::{Counts, Snapshot};
 pub use standing::Standing;
 pub use unreadable::Unreadable;
 pub use writer::{Delta, Locals, Outbound, Writer};
+pub use waypoint::WaypointFault;
+pub use writer::{Delta, Locals, Writer};
 
 /// The reading end: cheap to clone, shared by everything that decides.
 #[derive(Clone)]

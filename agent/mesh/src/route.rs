@@ -1,9 +1,8 @@
 //! Where to? From the address that an application dialled to the way there.
 //!
-//! What Istio's model can say and this agent can't do yet is refused by name and never passed around: a waypoint, a
-//! workload of another network, one that speaks HBONE itself or expects a header of its own
-//! (`what_can_not_be_done_yet_is_refused_by_name` in `tests/routes.rs`). As in ztunnel, who dials a service meets the service's waypoint, who
-//! dials a pod the pod's, and a waypoint does not meet itself.
+//! What Istio's model can say and this agent can't do yet is refused by name and never passed around: a workload of
+//! another network, one without an address (`what_can_not_be_done_yet_is_refused_by_name` in `tests/routes.rs`). Who
+//! dials a service meets the service's waypoint, who dials a pod the pod's: see [`crate::waypoint`].
 
 use std::{
     fmt,
@@ -12,11 +11,14 @@ use std::{
 };
 
 use model::{
-    GatewayAddress, GatewayDestination, LoadBalancingMode, NamespacedName, OriginalDst, Service, TunnelProtocol,
-    Workload, WorkloadUid,
+    GatewayAddress, LoadBalancingMode, NamespacedName, OriginalDst, Service, TunnelProtocol, Workload, WorkloadUid,
 };
 
-use crate::{Snapshot, choice::Choice};
+use crate::{
+    Snapshot,
+    choice::Choice,
+    waypoint::{Behind, HandOff, WaypointFault, name_of},
+};
 
 /// The port of every HBONE listener.
 pub const HBONE_PORT: u16 = 15008;
@@ -33,6 +35,19 @@ pub enum Route {
         /// The workload's address and the application's port: the CONNECT's authority.
         target: SocketAddr,
         /// Where the workload's HBONE listener is.
+        hbone: SocketAddr,
+    },
+    /// Through HBONE to a waypoint, which takes it from there.
+    Waypoint {
+        /// The replica of the waypoint.
+        workload: Arc<Workload>,
+        /// The waypoint's service, if it is reached by one: its names are as good as the replica's own.
+        gateway: Option<Arc<Service>>,
+        /// The service that was dialled, if it was one.
+        service: Option<Arc<Service>>,
+        /// The CONNECT's authority: what was dialled; or, of a service that has no waypoint, the endpoint that has one.
+        target: SocketAddr,
+        /// Where the replica's HBONE listener is.
         hbone: SocketAddr,
     },
     /// In plaintext to a workload that is known and not in the mesh.
@@ -81,12 +96,14 @@ pub enum RefuseReason {
     NoSuchPort(NamespacedName, u16),
     /// The service has no healthy endpoint (left) with an address that can be reached.
     NoHealthyEndpoint(NamespacedName),
-    /// It has to go through a waypoint.
+    /// It has to go through a waypoint, and that can't be.
     Waypoint {
-        /// What was dialled: a service or a workload.
+        /// What has the waypoint: a service or a workload.
         destination: String,
         /// The waypoint.
         waypoint: GatewayAddress,
+        /// What is wrong with it.
+        why: WaypointFault,
     },
     /// The workload is in another network.
     OtherNetwork {
@@ -95,10 +112,6 @@ pub enum RefuseReason {
         /// Its network.
         network: Arc<str>,
     },
-    /// The workload speaks HBONE itself.
-    NativeTunnel(WorkloadUid),
-    /// The workload wants what arrives in a tunnel of its own.
-    ApplicationTunnel(WorkloadUid),
     /// The mesh has something of this name there that could not be read, and has no last good version of.
     Unreadable(Arc<str>),
     /// On demand: the control plane did not answer in time what it knows of the address.
@@ -122,21 +135,18 @@ impl fmt::Display for RefuseReason {
             Self::NoKnowledge => f.write_str("nothing is known of the mesh yet"),
             Self::NoSuchPort(service, port) => write!(f, "service {service} has no port {port}"),
             Self::NoHealthyEndpoint(service) => write!(f, "service {service} has no healthy endpoint"),
-            Self::Waypoint { destination, waypoint } => write!(
+            Self::Waypoint {
+                destination,
+                waypoint,
+                why,
+            } => write!(
                 f,
-                "{destination} is behind waypoint {waypoint}, and this agent can not hand traffic to waypoints yet"
+                "{destination} has to be reached through {}, which can't be used: {why}",
+                name_of(waypoint)
             ),
             Self::OtherNetwork { workload, network } => write!(
                 f,
                 "workload {workload} is in network {network:?}, and this agent can not reach other networks yet"
-            ),
-            Self::NativeTunnel(workload) => write!(
-                f,
-                "workload {workload} speaks HBONE itself (native tunnel), which this agent can not use yet"
-            ),
-            Self::ApplicationTunnel(workload) => write!(
-                f,
-                "workload {workload} asks for an application tunnel, which this agent can not make yet"
             ),
             Self::Unreadable(name) => write!(
                 f,
@@ -183,13 +193,9 @@ impl Snapshot {
         }
         let target = model::canonical_socket(dialled.0);
         if let Some(workload) = self.workload_by_ip(target.ip()) {
-            return match self
-                .waypoint_of_workload(source, workload)
-                .and_then(|()| self.reachable(workload))
-            {
-                Ok(()) => to_workload(workload.clone(), None, target),
-                Err(reason) => refused(reason),
-            };
+            return self
+                .to_pod(source, workload, target, random, tried)
+                .unwrap_or_else(refused);
         }
         let service = self.service_and_length(target.ip());
         if let Some((length, name)) = self.closed.at(target.ip())
@@ -216,15 +222,16 @@ impl Snapshot {
         random: u64,
         tried: &[WorkloadUid],
     ) -> Result<Route, RefuseReason> {
-        if let Some(waypoint) = service
-            .waypoint
-            .as_ref()
-            .filter(|waypoint| !self.is_at(source, waypoint))
-        {
-            return Err(RefuseReason::Waypoint {
-                destination: format!("service {}", service.key()),
-                waypoint: waypoint.clone(),
-            });
+        if let Some(waypoint) = self.waypoint_of_service(source, service, random)? {
+            let hand_off = HandOff {
+                snapshot: self,
+                source,
+                behind: Behind::Service(service),
+                waypoint,
+                target: dialled,
+                tried,
+            };
+            return hand_off.route(random);
         }
         let balancing = service.load_balancing.as_ref();
         if balancing.is_some_and(|balancing| balancing.mode == LoadBalancingMode::Passthrough) {
@@ -242,7 +249,41 @@ impl Snapshot {
             return Err(RefuseReason::NoSuchPort(choice.key, dialled.port()));
         }
         let (workload, target) = choice.choose(random)?;
+        if let Some(waypoint) = self.waypoint_of_workload(source, workload) {
+            let hand_off = HandOff {
+                snapshot: self,
+                source,
+                behind: Behind::Workload(workload, Some(service)),
+                waypoint,
+                target,
+                tried,
+            };
+            return hand_off.route(random);
+        }
         Ok(to_workload(workload.clone(), Some(service.clone()), target))
+    }
+
+    fn to_pod(
+        &self,
+        source: &Workload,
+        workload: &Arc<Workload>,
+        dialled: SocketAddr,
+        random: u64,
+        tried: &[WorkloadUid],
+    ) -> Result<Route, RefuseReason> {
+        if let Some(waypoint) = self.waypoint_of_workload(source, workload) {
+            let hand_off = HandOff {
+                snapshot: self,
+                source,
+                behind: Behind::Workload(workload, None),
+                waypoint,
+                target: dialled,
+                tried,
+            };
+            return hand_off.route(random);
+        }
+        self.reachable(workload)?;
+        Ok(to_workload(workload.clone(), None, dialled))
     }
 
     /// Whether it can be reached at all by what this agent can do.
@@ -253,36 +294,7 @@ impl Snapshot {
                 network: workload.network.clone(),
             });
         }
-        if workload.native_tunnel {
-            return Err(RefuseReason::NativeTunnel(workload.uid.clone()));
-        }
-        if workload.application_tunnel.is_some() {
-            return Err(RefuseReason::ApplicationTunnel(workload.uid.clone()));
-        }
         Ok(())
-    }
-
-    fn waypoint_of_workload(&self, source: &Workload, workload: &Workload) -> Result<(), RefuseReason> {
-        match &workload.waypoint {
-            Some(waypoint) if !self.is_at(source, waypoint) => Err(RefuseReason::Waypoint {
-                destination: format!("workload {}", workload.uid),
-                waypoint: waypoint.clone(),
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether a workload is what stands at this address.
-    fn is_at(&self, workload: &Workload, gateway: &GatewayAddress) -> bool {
-        match &gateway.destination {
-            GatewayDestination::Hostname(service) => workload.services.contains_key(service),
-            GatewayDestination::Address(address) if address.network == self.network => {
-                let of_service = self.service_by_vip(address.address);
-                workload.workload_ips.contains(&address.address)
-                    || of_service.is_some_and(|service| workload.services.contains_key(&service.key()))
-            }
-            GatewayDestination::Address(_) => false,
-        }
     }
 }
 

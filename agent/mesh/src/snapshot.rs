@@ -308,7 +308,7 @@ impl Snapshot {
     }
 
     /// Whether a connection to this workload may be, and what decided. A pod of this node that the mesh has not
-    /// announced takes none, since its policies are not known.
+    /// announced takes none, since its policies are not known; one with a waypoint takes only what came through it.
     pub fn verdict(&self, facts: &Facts, workload: &Workload) -> Verdict {
         if !self.ready() {
             return Verdict::deny(Reason::NoKnowledge);
@@ -316,7 +316,10 @@ impl Snapshot {
         if self.unannounced(&workload.uid).is_some() {
             return Verdict::deny(Reason::NotAnnounced);
         }
-        policy::decide(facts, self.policies_for(workload))
+        match self.past_waypoint(facts, workload) {
+            Some(reason) => Verdict::deny(reason),
+            None => policy::decide(facts, self.policies_for(workload)),
+        }
     }
 }
 

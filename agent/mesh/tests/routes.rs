@@ -112,18 +112,6 @@ fn refusal(file: &str, source: &str, dialled: &str) -> String {
 #[test]
 fn what_can_not_be_done_yet_is_refused_by_name() {
     const SOURCE: &str = "{uid: source, name: s, namespace: n}";
-    let pod = |more: &str| {
-        let pod = format!("uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], protocol: HBONE, {more}");
-        refusal(&format!("workloads: [{{{pod}}}]"), SOURCE, "10.0.0.1:80")
-    };
-    let waypoint = pod("waypoint: {destination: n/way.example}");
-    assert!(
-        waypoint.starts_with("workload u is behind waypoint n/way.example:15008,"),
-        "{waypoint}"
-    );
-    assert!(pod("nativeTunnel: true").contains("native tunnel"));
-    assert!(pod("applicationTunnel: {protocol: Proxy}").contains("application tunnel"));
-
     let service = |pod: &str, more: &str| {
         let file = format!(
             "workloads: [{{uid: u, name: a, namespace: n, services: {{n/h: {{80: 81}}}}, {pod}}}]\n\
@@ -131,14 +119,6 @@ fn what_can_not_be_done_yet_is_refused_by_name() {
         );
         refusal(&file, SOURCE, "10.9.0.1:80")
     };
-    let waypoint = service(
-        "workloadIps: [10.0.0.1]",
-        "waypoint: {destination: /10.0.0.9, hboneMtlsPort: 1}",
-    );
-    assert!(
-        waypoint.starts_with("service n/h is behind waypoint /10.0.0.9:1,"),
-        "{waypoint}"
-    );
     let elsewhere = service("workloadIps: [10.0.0.1], network: far", "");
     assert!(
         elsewhere.starts_with("workload u is in network \"far\","),
@@ -163,22 +143,6 @@ fn a_workload_with_a_name_alone_is_reached_by_it() {
         };
         assert_eq!(target.to_string(), "192.0.2.7:81");
         assert_eq!(&*service.unwrap().hostname, "h");
-    }
-}
-
-#[test]
-fn a_waypoint_reaches_what_is_behind_it() {
-    const FILE: &str = "workloads:\n- {uid: u, name: a, namespace: n, workloadIps: [10.0.0.1], \
-                            waypoint: {destination: n/way}, services: {n/h: {80: 81}}}\n\
-                            - {uid: w, name: w, namespace: n, workloadIps: [10.0.0.9], services: {n/way: {}}}\n\
-                            services:\n- {name: h, namespace: n, hostname: h, vips: [10.9.0.1], ports: {80: 80}, \
-                            waypoint: {destination: /10.9.0.9}}\n\
-                            - {name: way, namespace: n, hostname: way, vips: [10.9.0.9]}";
-    const WAYPOINT: &str = "{uid: w, name: w, namespace: n, workloadIps: [10.0.0.9], services: {n/way: {}}}";
-    const OTHER: &str = "{uid: o, name: o, namespace: n, workloadIps: [10.0.0.8]}";
-    for dialled in ["10.0.0.1:81", "10.9.0.1:80"] {
-        assert!(refusal(FILE, WAYPOINT, dialled).starts_with("not refused"));
-        assert!(refusal(FILE, OTHER, dialled).contains("is behind waypoint"));
     }
 }
 

@@ -14,7 +14,7 @@ mod sorted;
 mod workload;
 
 pub use address::{Authority, AuthorityError, OriginalDst, PeerAddr, canonical_ip, canonical_socket};
-pub use gateway::{GatewayAddress, GatewayDestination};
+pub use gateway::{GatewayAddress, GatewayDestination, Unusable, WeightedWaypoint};
 pub use identity::{Identity, IdentityError, NamespacedName, TrustDomain};
 pub use policy::{Action, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch};
 pub use service::{

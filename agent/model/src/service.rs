@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{GatewayAddress, NamespacedName, PortMap};
+use crate::{GatewayAddress, NamespacedName, PortMap, WeightedWaypoint};
 
 /// An address or a range in a network, written `network/address` or `network/address/length`; the default network is
 /// the empty name.
@@ -193,6 +193,9 @@ pub struct Service {
     /// The waypoint that its traffic goes through.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waypoint: Option<GatewayAddress>,
+    /// Several waypoints that share its connections, in place of `waypoint`; empty where there is one or none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weighted_waypoints: Vec<WeightedWaypoint>,
     /// How connections are spread; none: over all healthy endpoints alike.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub load_balancing: Option<LoadBalancing>,
@@ -211,6 +214,13 @@ pub struct Service {
 }
 
 impl Service {
+    /// Every waypoint that its connections may be handed to.
+    pub fn waypoints(&self) -> impl Iterator<Item = &GatewayAddress> {
+        let weighted = self.weighted_waypoints.iter().map(|one| &one.destination);
+        let only = self.waypoint.iter().filter(|_| self.weighted_waypoints.is_empty());
+        weighted.chain(only)
+    }
+
     /// `namespace/hostname`, its key everywhere.
     pub fn key(&self) -> NamespacedName {
         NamespacedName {

@@ -38,6 +38,8 @@ pub enum Reason {
     NoKnowledge,
     /// The pod runs here and the mesh has not announced it as it is (yet), so that its policies are not known.
     NotAnnounced,
+    /// The workload has this waypoint, and the peer is not it.
+    PastWaypoint(Arc<str>, Peer),
 }
 
 /// The object that a person wrote and that led to a policy; where one of its rules decided, that rule.
@@ -137,6 +139,10 @@ impl fmt::Display for Reason {
                     "denied: the workload is under AuthorizationPolicy {name}, which is not known here yet"
                 )
             }
+            Self::PastWaypoint(waypoint, peer) => write!(
+                f,
+                "denied: the workload is behind {waypoint} and takes only what comes through it: {peer}"
+            ),
             Self::NoKnowledge => f.write_str("denied: nothing is known of this workload yet"),
             Self::NotAnnounced => {
                 f.write_str("denied: the control plane has not announced this pod yet, so its policies are not known")

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use k8s::{Effect, Problem, live};
 use model::{
     AppProtocol, ApplicationTunnel, ApplicationTunnelProtocol, GatewayAddress, GatewayDestination, NamespacedName,
-    NetworkAddress, Visibility,
+    NetworkAddress, Unusable, Visibility,
 };
 
 use super::{
@@ -204,9 +204,9 @@ impl Gateway {
             .iter()
             .find(|address| !address.value.is_empty());
         let address = match first {
-            _ if !is_waypoint => Err("it has no HBONE listener"),
-            _ if !gateway.is_programmed() => Err("it is not programmed yet"),
-            None => Err("it has no address yet"),
+            _ if !is_waypoint => Err(Unusable::NoHboneListener),
+            _ if !gateway.is_programmed() => Err(Unusable::NotProgrammed),
+            None => Err(Unusable::NoAddress),
             Some(address) => Ok(GatewayAddress {
                 destination: destination(address, &metadata.namespace, network, names),
                 hbone_mtls_port: port.unwrap_or(HBONE),

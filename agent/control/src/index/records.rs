@@ -7,7 +7,7 @@ use k8s::{
     Metadata,
     live::{self, WorkloadKind},
 };
-use model::{ApplicationTunnel, GatewayAddress, Locality, Visibility};
+use model::{ApplicationTunnel, GatewayAddress, Locality, Unusable, Visibility};
 
 use super::{
     labels,
@@ -262,7 +262,7 @@ pub(super) enum Allowed {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Gateway {
     /// Where it is, or why it can't be used.
-    pub address: Result<GatewayAddress, &'static str>,
+    pub address: Result<GatewayAddress, Unusable>,
     pub for_services: bool,
     pub for_workloads: bool,
     pub allowed: Allowed,

@@ -5,14 +5,14 @@
 //!
 //! **Unlike istiod**, which leaves the waypoint out while its Gateway is missing, not ready, or closed to the namespace,
 //! and so lets traffic pass around every policy that it enforces: here the resource names a waypoint that nobody can
-//! resolve (`<name>.<namespace>.waypoint.invalid`, RFC 2606), and agents refuse, saying so; and the object whose label
+//! resolve (`<why>.<name>.<namespace>.waypoint.invalid`, [`GatewayAddress::unusable`]), and agents refuse, saying so; and the object whose label
 //! it is has a finding (`a_missing_waypoint_closes`). What a Gateway that is not there would be for is not known, so
 //! until it is there both are closed: what was dialled by a service's address, and by a workload's.
 
 use std::sync::Arc;
 
 use k8s::{Effect, Problem};
-use model::{GatewayAddress, GatewayDestination, NamespacedName};
+use model::{GatewayAddress, NamespacedName, Unusable};
 
 use super::{entries::Note, labels, names::Labels, records::Allowed, tables::Tables};
 
@@ -60,7 +60,7 @@ impl Tables {
                 if own {
                     notes.push(note(&name, why));
                 }
-                Some(closed(&name))
+                Some(GatewayAddress::unusable(&name, why))
             }
         }
     }
@@ -83,8 +83,8 @@ impl Tables {
         name: &NamespacedName,
         namespace: &Arc<str>,
         traffic: Traffic,
-    ) -> Result<Option<GatewayAddress>, &'static str> {
-        let gateway = self.gateways.get(name).ok_or("it is not there")?;
+    ) -> Result<Option<GatewayAddress>, Unusable> {
+        let gateway = self.gateways.get(name).ok_or(Unusable::NotThere)?;
         let wanted = match traffic {
             Traffic::Services => gateway.for_services,
             Traffic::Workloads => gateway.for_workloads,
@@ -100,23 +100,13 @@ impl Tables {
             Allowed::Nobody => false,
         };
         if !allowed {
-            return Err("its listener does not allow this namespace");
+            return Err(Unusable::NotAllowed);
         }
         gateway.address.clone().map(Some)
     }
 }
 
-fn closed(name: &NamespacedName) -> GatewayAddress {
-    GatewayAddress {
-        destination: GatewayDestination::Hostname(NamespacedName {
-            namespace: name.namespace.clone(),
-            name: format!("{}.{}.waypoint.invalid", name.name, name.namespace).into(),
-        }),
-        hbone_mtls_port: 15008,
-    }
-}
-
-fn note(name: &NamespacedName, why: &str) -> Note {
+fn note(name: &NamespacedName, why: Unusable) -> Note {
     (
         format!("metadata.labels[{}]", labels::USE_WAYPOINT),
         Problem::Invalid(format!("waypoint {name}: {why}; what would go through it is refused")),

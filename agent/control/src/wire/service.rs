@@ -22,6 +22,14 @@ pub(super) fn message(service: &Service) -> wire::Service {
         ports: ports.collect(),
         subject_alt_names: service.subject_alt_names.iter().map(ToString::to_string).collect(),
         waypoint: service.waypoint.as_ref().map(gateway),
+        weighted_waypoints: service
+            .weighted_waypoints
+            .iter()
+            .map(|one| wire::WeightedWaypoint {
+                destination: Some(gateway(&one.destination)),
+                weight: one.weight,
+            })
+            .collect(),
         load_balancing: service.load_balancing.as_ref().map(load_balancing),
         ip_families: match service.ip_families {
             IpFamilies::Automatic => wire::IpFamilies::Automatic,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use model::{
     AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, RoutingScope, Service, Visibility,
+    WeightedWaypoint,
 };
 use proto::workload as wire;
 
@@ -15,15 +16,15 @@ pub(super) fn read(read: wire::Service, interner: &mut Interner) -> Result<Servi
         .iter()
         .map(|address| network_address("addresses", address, interner));
     let vips = vips.collect::<Result<_, _>>()?;
-    // One of several waypoints is a waypoint: what matters here is that traffic has to go through one.
-    let weighted = read
-        .weighted_waypoints
-        .into_iter()
-        .find_map(|waypoint| waypoint.destination);
-    let waypoint = read
-        .waypoint
-        .or(weighted)
-        .map(|address| gateway("waypoint", address, interner));
+    let waypoint = read.waypoint.map(|address| gateway("waypoint", address, interner));
+    let mut weighted_waypoints = Vec::with_capacity(read.weighted_waypoints.len());
+    for weighted in read.weighted_waypoints {
+        let address = weighted.destination.unwrap_or_default();
+        weighted_waypoints.push(WeightedWaypoint {
+            destination: gateway("weighted_waypoints", address, interner)?,
+            weight: weighted.weight,
+        });
+    }
     let mut ports = Vec::with_capacity(read.ports.len());
     let mut app_protocols = BTreeMap::new();
     for mapped in &read.ports {
@@ -42,6 +43,7 @@ pub(super) fn read(read: wire::Service, interner: &mut Interner) -> Result<Servi
         ports: ports.into_iter().collect(),
         subject_alt_names: read.subject_alt_names.iter().map(|name| interner.get(name)).collect(),
         waypoint: waypoint.transpose()?,
+        weighted_waypoints,
         load_balancing: read.load_balancing.map(load_balancing).transpose()?,
         ip_families: match known("ip_families", read.ip_families)? {
             wire::IpFamilies::Automatic => IpFamilies::Automatic,

@@ -94,7 +94,7 @@ fn what_is_left_out_means_what_istio_says() {
 }
 
 #[test]
-fn one_of_several_waypoints_is_a_waypoint() {
+fn several_waypoints_are_read_with_their_weights() {
     let Ok(Object::Service(read)) = read_service(|service| {
         let hostname = gateway_address::Destination::Hostname(wire::NamespacedHostname {
             namespace: "n".to_owned(),
@@ -105,12 +105,15 @@ fn one_of_several_waypoints_is_a_waypoint() {
                 hbone_mtls_port: 15008,
                 destination: Some(hostname),
             }),
-            weight: 1,
+            weight: 7,
         }];
     }) else {
         panic!("not a service")
     };
-    assert_eq!(read.waypoint.as_ref().unwrap().to_string(), "n/way:15008");
+    let [one] = &read.weighted_waypoints[..] else {
+        panic!("{read:?}")
+    };
+    assert_eq!((one.destination.to_string().as_str(), one.weight), ("n/way:15008", 7));
 }
 
 /// What the refusal begins with, and the change that leads to it.

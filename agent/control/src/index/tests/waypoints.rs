@@ -39,7 +39,7 @@ fn shop(labels: Value) -> Vec<Value> {
 }
 
 const THERE: &str = "[10, 96, 1, 1]";
-const CLOSED: &str = "wp.shop.waypoint.invalid";
+const CLOSED: &str = "not-there.wp.shop.waypoint.invalid";
 
 #[test]
 fn a_waypoint_is_for_services_or_workloads() {
@@ -66,13 +66,16 @@ fn a_missing_waypoint_closes() {
         mesh.found(Kind::Pod, "shop", "web").is_empty(),
         "it is the namespace's author's to mend"
     );
-    for not_ready in [
-        json!({"status": {"conditions": [{"type": "Programmed", "status": "False"}]}}),
-        json!({"status": {"addresses": []}}),
-        json!({"spec": {"listeners": []}}),
+    for (not_ready, why) in [
+        (
+            json!({"status": {"conditions": [{"type": "Programmed", "status": "False"}]}}),
+            "not-programmed",
+        ),
+        (json!({"status": {"addresses": []}}), "no-address"),
+        (json!({"spec": {"listeners": []}}), "no-hbone-listener"),
     ] {
         mesh.put(gateway("shop", "service", not_ready));
-        assert_eq!(waypoints(&mesh), [CLOSED, "-"]);
+        assert_eq!(waypoints(&mesh), [&*format!("{why}.wp.shop.waypoint.invalid"), "-"]);
         assert_eq!(mesh.found(Kind::Namespace, "", "shop").len(), 1);
     }
     mesh.put(gateway("shop", "service", json!({})));
@@ -99,7 +102,7 @@ fn the_objects_label_is_over_its_namespaces() {
         "10.0.0.1",
         json!({"metadata": {"labels": uses("other")}}),
     ));
-    assert_eq!(waypoints(&mesh), ["-", "other.shop.waypoint.invalid"]);
+    assert_eq!(waypoints(&mesh), ["-", "not-there.other.shop.waypoint.invalid"]);
     assert_eq!(mesh.found(Kind::Pod, "shop", "web").len(), 1);
     mesh.put(namespace("shop", uses("none")));
     mesh.put(pod("shop", "web", "10.0.0.1", json!({})));
@@ -114,7 +117,7 @@ fn a_waypoint_elsewhere_has_to_allow_it() {
         gateway("far", "all", json!({"spec": {"listeners": listener}}))
     };
     let mut mesh = Mesh::with(shop(labels));
-    let closed = "wp.far.waypoint.invalid";
+    let closed = "not-allowed.wp.far.waypoint.invalid";
     for (namespaces, expected) in [
         (json!({"from": "All"}), THERE),
         (json!({"from": "Same"}), closed),
