@@ -74,6 +74,22 @@ pub enum Failure {
     /// The CONNECT is for a port that this pod does not have.
     #[error("the peer asked for {0}, which this pod does not serve")]
     NotServed(Authority),
+    /// The CONNECT is for something that is not behind this waypoint.
+    #[error(
+        "the peer asked this waypoint for {0}, which is not behind it as far as is known here: refused, since it would be \
+         reached with the waypoint's identity"
+    )]
+    NotBehind(Authority),
+    /// A waypoint that the agent can't hand anything to.
+    #[error(
+        "the peer asked this waypoint for {0}: its pod is captured, so it has to speak HBONE itself \
+         (networking.istio.io/tunnel: http, outside the mesh) or its Gateway has to say where it takes a PROXY header \
+         (ambient.istio.io/waypoint-inbound-binding)"
+    )]
+    NoBinding(Authority),
+    /// Plaintext for the port that believes what a header says.
+    #[error("{0} takes PROXY headers from the mesh alone: refused, since whoever reaches it could claim any identity")]
+    ProxyPort(SocketAddr),
     /// One end of the relay failed.
     #[error("{0}")]
     Relay(String),
@@ -169,7 +185,12 @@ impl Failure {
             Self::NoLongerAllowed(_) | Self::NoLongerRegistered(_) => FailureKind::NoLongerAllowed,
             Self::Connect(_) | Self::Lookup(_) => FailureKind::Connect,
             Self::Open(_) | Self::Tunnel(_) | Self::Relay(_) => FailureKind::Tunnel,
-            Self::BadRequest(_) | Self::NotThisPod { .. } | Self::NotServed(_) => FailureKind::BadRequest,
+            Self::BadRequest(_)
+            | Self::NotThisPod { .. }
+            | Self::NotServed(_)
+            | Self::NotBehind(_)
+            | Self::NoBinding(_)
+            | Self::ProxyPort(_) => FailureKind::BadRequest,
             Self::Reset(_) | Self::GivenUp => FailureKind::Reset,
             Self::Stream(hbone::RelayError::ApplicationReset | hbone::RelayError::PeerReset { .. }) => {
                 FailureKind::Reset

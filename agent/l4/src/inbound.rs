@@ -31,7 +31,7 @@ use crate::{
     connection::Connection,
     counters::increment,
     failure::Failure,
-    headers,
+    handed, headers,
     outbound::credentials,
     pod::is_own_port,
     relay::relay_plain,
@@ -80,6 +80,7 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
     let workload = own_workload(connection, &snapshot)?.clone();
     connection.learn_source(&snapshot);
     connection.learn_destination(workload.clone(), None, None);
+    handed::refuse_proxy_port(&workload, target)?;
     let facts = Facts {
         identity: None,
         aliases: Arc::new([]),
@@ -261,10 +262,12 @@ impl Handler {
         authority: Result<Authority, AuthorityError>,
     ) -> Result<TcpStream, Failure> {
         let authority = authority.map_err(|error| Failure::BadRequest(error.to_string()))?;
+        let own = canonical_socket(tunnel.local_address);
+        handed::wait_until_behind(connection, own.ip(), &authority).await?;
         let snapshot = connection.shard.knowledge.snapshot();
         let workload = own_workload(connection, &snapshot)?.clone();
         connection.learn_source(&snapshot);
-        let target = target_of(&authority, canonical_socket(tunnel.local_address), &snapshot, &workload)?;
+        let target = target_of(&authority, own, &snapshot, &workload)?;
         connection.learn_destination(workload.clone(), None, Some(target));
         if is_own_port(target.port()) {
             return Err(Failure::NotServed(authority));
@@ -278,12 +281,15 @@ impl Handler {
         };
         admit(connection, &snapshot, &workload, facts)?;
         drop(snapshot);
-        dial_application(connection, target).await
+        match workload.application_tunnel {
+            Some(way) => handed::dial(connection, &workload, way, target, own.ip(), &tunnel.peer).await,
+            None => dial_application(connection, target).await,
+        }
     }
 }
 
-/// The pod's address and port that an authority means: the address must be the one that the tunnel came to, a host name
-/// that of a service with this pod as an endpoint.
+/// What an authority means: the address must be the one that the tunnel came to, or for a waypoint that of something
+/// behind it; a host name that of a service with this pod as an endpoint.
 fn target_of(
     authority: &Authority,
     own: SocketAddr,
@@ -292,6 +298,13 @@ fn target_of(
 ) -> Result<SocketAddr, Failure> {
     match authority {
         Authority::Address(asked) if asked.ip() == own.ip() => Ok(*asked),
+        Authority::Address(asked) if snapshot.is_waypoint_for(workload, authority) => {
+            match workload.application_tunnel {
+                Some(_) => Ok(*asked),
+                None => Err(Failure::NoBinding(authority.clone())),
+            }
+        }
+        Authority::Address(_) if workload.application_tunnel.is_some() => Err(Failure::NotBehind(authority.clone())),
         Authority::Address(_) => Err(Failure::NotThisPod {
             asked: authority.clone(),
             own,
@@ -313,7 +326,7 @@ fn target_of(
 /// ztunnel's status for a CONNECT that failed.
 fn status_of(failure: &Failure) -> u16 {
     match failure {
-        Failure::BadRequest(_) | Failure::NotThisPod { .. } => 400,
+        Failure::BadRequest(_) | Failure::NotThisPod { .. } | Failure::NotBehind(_) | Failure::NoBinding(_) => 400,
         Failure::Denied(_) | Failure::NoLongerAllowed(_) => 401,
         _ => 503,
     }

@@ -282,6 +282,12 @@ impl Snapshot {
         }
     }
 
+    /// On demand: whether nothing is known of an address, not even that there is nothing to know.
+    pub fn has_to_be_asked_for(&self, ip: std::net::IpAddr) -> bool {
+        let known = || self.workload_by_ip(ip).is_some() || self.service_by_vip(ip).is_some();
+        self.on_demand && self.absent.get(&ip).is_none() && !known()
+    }
+
     /// Whether a workload is what stands at this address: a replica of the waypoint.
     pub(crate) fn is_at(&self, workload: &Workload, waypoint: &GatewayAddress) -> bool {
         if waypoint.why_unusable().is_some() {

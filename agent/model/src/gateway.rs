@@ -30,18 +30,21 @@ pub enum Unusable {
     NoHboneListener,
     /// The Gateway's listener does not allow the namespace.
     NotAllowed,
+    /// What the Gateway, or its class, says that it is for means nothing.
+    WrongPurpose,
 }
 
 /// The names of waypoints that can't be used end so: nobody has an address for them (RFC 2606).
 const INVALID: &str = ".waypoint.invalid";
 
 impl Unusable {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::NotThere,
         Self::NotProgrammed,
         Self::NoAddress,
         Self::NoHboneListener,
         Self::NotAllowed,
+        Self::WrongPurpose,
     ];
 
     /// As a label of a host name.
@@ -52,6 +55,7 @@ impl Unusable {
             Self::NoAddress => "no-address",
             Self::NoHboneListener => "no-hbone-listener",
             Self::NotAllowed => "not-allowed",
+            Self::WrongPurpose => "wrong-purpose",
         }
     }
 }
@@ -64,6 +68,9 @@ impl fmt::Display for Unusable {
             Self::NoAddress => "it has no address yet",
             Self::NoHboneListener => "it has no HBONE listener",
             Self::NotAllowed => "its listener does not allow this namespace",
+            Self::WrongPurpose => {
+                "its label istio.io/waypoint-for, or its class's, is none of service, workload, all and none"
+            }
         })
     }
 }

@@ -12,7 +12,7 @@ use model::{
 use super::{
     labels,
     names::Names,
-    records::{Age, Allowed, Endpoint, Gateway, Host, ServiceEntry},
+    records::{Age, Allowed, Endpoint, Gateway, Host, ServiceEntry, UsedFor},
     service_records::{ServicePort, visibility},
 };
 
@@ -212,16 +212,26 @@ impl Gateway {
                 hbone_mtls_port: port.unwrap_or(HBONE),
             }),
         };
-        let used_for = metadata.label(labels::WAYPOINT_FOR).unwrap_or("service");
         let listener = listener.or(gateway.spec.listeners.first());
         Self {
             address,
-            for_services: matches!(used_for, "service" | "all"),
-            for_workloads: matches!(used_for, "workload" | "all"),
+            class: names.text(&gateway.spec.gateway_class_name),
+            used_for: used_for(metadata),
             allowed: allowed(listener, names),
             binding,
         }
     }
+}
+
+/// What the label of a Gateway or a GatewayClass says.
+pub(super) fn used_for(metadata: &k8s::Metadata) -> Option<UsedFor> {
+    Some(match metadata.label(labels::WAYPOINT_FOR)? {
+        "service" => UsedFor::Services,
+        "workload" => UsedFor::Workloads,
+        "all" => UsedFor::All,
+        "none" => UsedFor::Nothing,
+        _ => UsedFor::Unreadable,
+    })
 }
 
 fn destination(

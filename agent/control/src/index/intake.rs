@@ -10,7 +10,7 @@ use model::{NamespacedName, TrustDomain};
 
 use super::{
     Config, Index, Settings,
-    entries::Note,
+    entries::{Note, used_for},
     finding,
     parts::Source,
     records::{Age, Endpoint, Entry, Gateway, Namespace, Node, Pod, ServiceEntry},
@@ -70,6 +70,7 @@ impl Index {
                 let record = Gateway::new(&read, &self.config.network, &mut tables.names);
                 tables.put_gateway(name, Some(record));
             }
+            Object::GatewayClass(read) => tables.put_gateway_class(&name.name, Some(used_for(&read.metadata))),
             Object::AuthorizationPolicy(read) => {
                 let sent = read.l4(&self.settings.root_namespace).0.is_some();
                 let record = Policy {
@@ -164,6 +165,7 @@ impl Index {
             Kind::WorkloadEntry => tables.put_entry(name, None),
             Kind::ServiceEntry => tables.put_service_entry(name, None),
             Kind::Gateway => tables.put_gateway(name, None),
+            Kind::GatewayClass => tables.put_gateway_class(&name.name, None),
             Kind::AuthorizationPolicy => tables.put_policy(name, None),
             Kind::PeerAuthentication => tables.put_authentication(name, None),
             Kind::ServiceAccount | Kind::ConfigMap => {}

@@ -302,6 +302,6 @@ fn parts_of(kind: Kind) -> &'static [PartKind] {
         Kind::AuthorizationPolicy => &[PartKind::Policy],
         Kind::PeerAuthentication => &[PartKind::PeerAuthentication],
         Kind::Namespace => &[PartKind::Namespace],
-        Kind::Node | Kind::ServiceAccount | Kind::ConfigMap | Kind::Gateway => &[],
+        Kind::Node | Kind::ServiceAccount | Kind::ConfigMap | Kind::Gateway | Kind::GatewayClass => &[],
     }
 }

@@ -258,13 +258,26 @@ pub(super) enum Allowed {
     Nobody,
 }
 
+/// What a waypoint takes (`istio.io/waypoint-for`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum UsedFor {
+    Services,
+    Workloads,
+    All,
+    Nothing,
+    /// What is written means nothing.
+    Unreadable,
+}
+
 /// A Gateway, as a waypoint.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Gateway {
     /// Where it is, or why it can't be used.
     pub address: Result<GatewayAddress, Unusable>,
-    pub for_services: bool,
-    pub for_workloads: bool,
+    /// The GatewayClass.
+    pub class: Arc<str>,
+    /// For what; none: as its class says.
+    pub used_for: Option<UsedFor>,
     pub allowed: Allowed,
     /// How what arrives by HBONE is handed to its pods.
     pub binding: Option<ApplicationTunnel>,

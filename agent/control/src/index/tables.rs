@@ -19,7 +19,7 @@ use super::{
     labels,
     names::{Labels, Names},
     parts::{Address, Claims, Part, PartKind, Source},
-    records::{Allowed, Entry, Gateway, Namespace, Node, Pod, ServiceEntry},
+    records::{Allowed, Entry, Gateway, Namespace, Node, Pod, ServiceEntry, UsedFor},
     service_records::{Service, Slice},
     waypoints,
 };
@@ -59,6 +59,8 @@ pub(super) struct Tables {
     pub entries: BTreeMap<NamespacedName, Entry>,
     pub service_entries: BTreeMap<NamespacedName, ServiceEntry>,
     pub gateways: BTreeMap<NamespacedName, Gateway>,
+    /// GatewayClasses: what the waypoints of each are for.
+    pub gateway_classes: BTreeMap<Arc<str>, Option<UsedFor>>,
     pub policies: BTreeMap<NamespacedName, Policy>,
     pub authentications: BTreeMap<NamespacedName, Authentication>,
     /// Node, pod.
@@ -300,9 +302,21 @@ impl Tables {
     }
 
     pub fn put_gateway(&mut self, name: &NamespacedName, new: Option<Gateway>) {
-        if exchange(&mut self.gateways, name, new).is_none() {
+        if exchange(&mut self.gateways, name, new).is_some() {
+            self.mark_users_of(name);
+        }
+    }
+
+    pub fn put_gateway_class(&mut self, name: &Arc<str>, new: Option<Option<UsedFor>>) {
+        if exchange(&mut self.gateway_classes, name, new).is_none() {
             return;
         }
+        let of_class = self.gateways.iter().filter(|(_, gateway)| gateway.class == *name);
+        let of_class: Vec<_> = of_class.map(|(gateway, _)| gateway.clone()).collect();
+        of_class.iter().for_each(|gateway| self.mark_users_of(gateway));
+    }
+
+    fn mark_users_of(&mut self, name: &NamespacedName) {
         let from = Source {
             kind: Kind::Namespace,
             name: NamespacedName::new("", ""),

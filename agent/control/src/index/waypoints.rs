@@ -1,7 +1,8 @@
 //! Which waypoint an object's traffic goes through.
 //!
 //! The object's label over its namespace's; `none` is none. Whether the waypoint is for this traffic is the Gateway's
-//! label `istio.io/waypoint-for`.
+//! label `istio.io/waypoint-for`, else its GatewayClass's, else it is for services. A value that means nothing closes
+//! both.
 //!
 //! **Unlike istiod**, which leaves the waypoint out while its Gateway is missing, not ready, or closed to the namespace,
 //! and so lets traffic pass around every policy that it enforces: here the resource names a waypoint that nobody can
@@ -14,7 +15,13 @@ use std::sync::Arc;
 use k8s::{Effect, Problem};
 use model::{GatewayAddress, NamespacedName, Unusable};
 
-use super::{entries::Note, labels, names::Labels, records::Allowed, tables::Tables};
+use super::{
+    entries::Note,
+    labels,
+    names::Labels,
+    records::{Allowed, UsedFor},
+    tables::Tables,
+};
 
 /// What is sent to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,12 +92,11 @@ impl Tables {
         traffic: Traffic,
     ) -> Result<Option<GatewayAddress>, Unusable> {
         let gateway = self.gateways.get(name).ok_or(Unusable::NotThere)?;
-        let wanted = match traffic {
-            Traffic::Services => gateway.for_services,
-            Traffic::Workloads => gateway.for_workloads,
-        };
-        if !wanted {
-            return Ok(None);
+        let of_class = || self.gateway_classes.get(&gateway.class).copied().flatten();
+        match (gateway.used_for.or_else(of_class).unwrap_or(UsedFor::Services), traffic) {
+            (UsedFor::Unreadable, _) => return Err(Unusable::WrongPurpose),
+            (UsedFor::All, _) | (UsedFor::Services, Traffic::Services) | (UsedFor::Workloads, Traffic::Workloads) => {}
+            _ => return Ok(None),
         }
         let labels = self.namespaces.get(namespace).map(|record| &record.labels);
         let allowed = match &gateway.allowed {

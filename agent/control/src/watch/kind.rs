@@ -38,7 +38,7 @@ pub trait Follow: Send {
 fn versions(kind: Kind) -> &'static [&'static str] {
     match kind {
         Kind::ServiceEntry | Kind::WorkloadEntry => &["v1", "v1beta1", "v1alpha3"],
-        Kind::PeerAuthentication | Kind::AuthorizationPolicy | Kind::Gateway => &["v1", "v1beta1"],
+        Kind::PeerAuthentication | Kind::AuthorizationPolicy | Kind::Gateway | Kind::GatewayClass => &["v1", "v1beta1"],
         _ => &["v1"],
     }
 }
@@ -58,6 +58,7 @@ pub fn resource(kind: Kind, version: &str) -> ApiResource {
         Kind::PeerAuthentication => "peerauthentications",
         Kind::AuthorizationPolicy => "authorizationpolicies",
         Kind::Gateway => "gateways",
+        Kind::GatewayClass => "gatewayclasses",
     };
     ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(kind.group(), version, kind.name()), plural)
 }

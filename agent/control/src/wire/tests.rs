@@ -3,7 +3,8 @@
 use model::{
     Action, AppProtocol, GatewayAddress, GatewayDestination, HealthPolicy, HealthStatus, IpFamilies, LoadBalancing,
     LoadBalancingMode, Locality, Match, NamespacedName, NetworkAddress, NetworkMode, Policy, RoutingScope, Scope,
-    Service, ServiceAccountMatch, StringMatch, TrustDomain, TunnelProtocol, Visibility, Workload, WorkloadUid,
+    Service, ServiceAccountMatch, StringMatch, TrustDomain, TunnelProtocol, Visibility, WeightedWaypoint, Workload,
+    WorkloadUid,
 };
 
 use super::*;
@@ -165,6 +166,10 @@ fn a_services_bytes() {
         ports: [(80, 0)].into(),
         app_protocols: [(80, AppProtocol::Grpc)].into(),
         subject_alt_names: vec!["s".into()],
+        weighted_waypoints: vec![WeightedWaypoint {
+            destination: waypoint(),
+            weight: 3,
+        }],
         waypoint: Some(GatewayAddress {
             destination: GatewayDestination::Address(vip("/10.0.0.2")),
             hbone_mtls_port: 15008,
@@ -192,6 +197,7 @@ fn a_services_bytes() {
         (8, message(&[(1, Raw(vec![6, 1, 2])), (2, Number(2)), (3, Number(1))])),
         (9, Number(3)),
         (11, Number(1)),
+        (13, message(&[(1, waypoint_field()), (2, Number(3))])),
         (14, Number(1)),
     ];
     assert_eq!(&resource.message[..], encoded(&[(2, message(&fields))]));

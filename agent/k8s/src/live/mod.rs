@@ -20,9 +20,9 @@ use serde_json::Value;
 
 pub use mesh_config::MeshConfig;
 pub use service::{
-    AllottedAddress, AllowedNamespaces, AllowedRoutes, EndpointSlice, EntryPort, EntrySelector, Gateway, GatewaySpec,
-    GatewayStatus, GatewayStatusAddress, LabelSelector, Listener, ServiceEntry, ServiceEntrySpec, ServiceEntryStatus,
-    SliceConditions, SliceEndpoint, SlicePort, TargetRef,
+    AllottedAddress, AllowedNamespaces, AllowedRoutes, EndpointSlice, EntryPort, EntrySelector, Gateway, GatewayClass,
+    GatewaySpec, GatewayStatus, GatewayStatusAddress, LabelSelector, Listener, ServiceEntry, ServiceEntrySpec,
+    ServiceEntryStatus, SliceConditions, SliceEndpoint, SlicePort, TargetRef,
 };
 pub use workload::{
     Condition, ContainerPorts, Endpoint, Node, NodeAddress, NodeStatus, Pod, PodIp, PodSpec, PodStatus, WorkloadEntry,
@@ -61,11 +61,13 @@ pub enum Kind {
     AuthorizationPolicy,
     /// `gateway.networking.k8s.io`
     Gateway,
+    /// `gateway.networking.k8s.io`
+    GatewayClass,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Namespace,
         Self::Node,
         Self::Pod,
@@ -78,6 +80,7 @@ impl Kind {
         Self::PeerAuthentication,
         Self::AuthorizationPolicy,
         Self::Gateway,
+        Self::GatewayClass,
     ];
 
     /// Its name, such as `Pod`.
@@ -95,6 +98,7 @@ impl Kind {
             Self::PeerAuthentication => "PeerAuthentication",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
             Self::Gateway => "Gateway",
+            Self::GatewayClass => "GatewayClass",
         }
     }
 
@@ -105,7 +109,7 @@ impl Kind {
             Self::EndpointSlice => "discovery.k8s.io",
             Self::ServiceEntry | Self::WorkloadEntry => "networking.istio.io",
             Self::PeerAuthentication | Self::AuthorizationPolicy => "security.istio.io",
-            Self::Gateway => "gateway.networking.k8s.io",
+            Self::Gateway | Self::GatewayClass => "gateway.networking.k8s.io",
         }
     }
 
@@ -122,7 +126,7 @@ impl Kind {
 
     /// Whether its objects have a namespace.
     pub const fn is_namespaced(self) -> bool {
-        !matches!(self, Self::Namespace | Self::Node)
+        !matches!(self, Self::Namespace | Self::Node | Self::GatewayClass)
     }
 
     /// Whether an object of it that can't be read must close something.
@@ -156,6 +160,7 @@ pub enum Object {
     PeerAuthentication(PeerAuthentication),
     AuthorizationPolicy(AuthorizationPolicy),
     Gateway(Gateway),
+    GatewayClass(GatewayClass),
     /// An object that is there and can't be read; its findings say why.
     Unreadable(Unreadable),
 }
@@ -196,6 +201,7 @@ impl Object {
             Self::PeerAuthentication(_) => Kind::PeerAuthentication,
             Self::AuthorizationPolicy(_) => Kind::AuthorizationPolicy,
             Self::Gateway(_) => Kind::Gateway,
+            Self::GatewayClass(_) => Kind::GatewayClass,
             Self::Unreadable(unreadable) => unreadable.kind,
         }
     }
@@ -215,6 +221,7 @@ impl Object {
             Self::PeerAuthentication(object) => &object.metadata,
             Self::AuthorizationPolicy(object) => &object.metadata,
             Self::Gateway(object) => &object.metadata,
+            Self::GatewayClass(object) => &object.metadata,
             Self::Unreadable(object) => &object.metadata,
         }
     }
@@ -246,6 +253,7 @@ pub fn read(kind: Kind, value: &Value) -> Read {
         Kind::PeerAuthentication => reader.strict().map(Object::PeerAuthentication),
         Kind::AuthorizationPolicy => reader.strict().map(Object::AuthorizationPolicy),
         Kind::Gateway => reader.lenient().map(Object::Gateway),
+        Kind::GatewayClass => reader.lenient().map(Object::GatewayClass),
     };
     let object = object.unwrap_or_else(|| {
         Object::Unreadable(Unreadable {

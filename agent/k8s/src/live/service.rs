@@ -179,6 +179,13 @@ pub struct Gateway {
     pub status: GatewayStatus,
 }
 
+/// A GatewayClass: what holds for its Gateways, unless they say otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct GatewayClass {
+    /// Name, labels, annotations.
+    pub metadata: Metadata,
+}
+
 /// What a Gateway says.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]

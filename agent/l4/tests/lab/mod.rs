@@ -365,3 +365,46 @@ pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
         .await
         .unwrap_or_else(|_| panic!("never: {what}"));
 }
+
+/// A CONNECT as a peer might make it that knows something else than this lab: the status of the answer.
+pub fn connect_by_hand(
+    lab: &Lab,
+    source: &LabPod,
+    address: SocketAddr,
+    asked: SocketAddr,
+) -> impl Future<Output = u16> + Send + use<> {
+    let (identities, ip, uid) = (lab.identities.clone(), source.ip, source.uid.clone());
+    let workloads = &lab.contents.workloads;
+    let workload = |is: &dyn Fn(&&Workload) -> bool| workloads.iter().find(is).unwrap().identity();
+    let own = workload(&|workload| workload.uid == uid);
+    let peer = workload(&|workload| workload.workload_ips.contains(&address.ip()));
+    let connect = async move || {
+        let credentials = identities.credentials(&own).await.unwrap();
+        let key = hbone::TunnelKey {
+            source: own,
+            destination: vec![peer],
+            address,
+        };
+        let request = hbone::ConnectRequest {
+            authority: model::Authority::Address(asked),
+            headers: Vec::new(),
+        };
+        let pool = hbone::Pool::new(std::rc::Rc::default());
+        match pool
+            .open(&key, &credentials, || socket_from(ip, address), request)
+            .await
+        {
+            Ok(_) => 200,
+            Err(hbone::OpenError::Refused { status, .. }) => status,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    // A tunnel stays on its thread.
+    let run = move || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().build_local(Default::default()).unwrap();
+        runtime.block_on(connect())
+    };
+    let thread = tokio::task::spawn_blocking(run);
+    async move { thread.await.unwrap() }
+}

@@ -166,8 +166,22 @@ fn policies() -> impl Strategy<Value = Value> {
     })
 }
 
+fn used_for_label(used_for: &str) -> Value {
+    match used_for {
+        "" => json!({}),
+        used_for => json!({"istio.io/waypoint-for": used_for}),
+    }
+}
+
+fn gateway_classes() -> impl Strategy<Value = Value> {
+    one(&["workload", "all", ""]).prop_map(|used_for| {
+        let labels = used_for_label(used_for);
+        json!({"kind": "GatewayClass", "metadata": {"name": "class", "labels": labels}})
+    })
+}
+
 fn gateways() -> impl Strategy<Value = Value> {
-    let used_for = one(&["service", "workload", "all", "none"]);
+    let used_for = one(&["service", "workload", "all", "none", "typo", ""]);
     let from = one(&[
         json!({"from": "All"}),
         json!({"from": "Same"}),
@@ -179,8 +193,9 @@ fn gateways() -> impl Strategy<Value = Value> {
             true => json!({"ambient.istio.io/waypoint-inbound-binding": "PROXY/15088"}),
             false => json!({}),
         };
-        let more = json!({"metadata": {"labels": {"istio.io/waypoint-for": used_for}, "annotations": annotations},
-            "spec": {"listeners": [{"port": 15008, "protocol": "HBONE", "allowedRoutes": {"namespaces": from}}]},
+        let labels = used_for_label(used_for);
+        let more = json!({"metadata": {"labels": labels, "annotations": annotations},
+            "spec": {"gatewayClassName": "class", "listeners": [{"port": 15008, "protocol": "HBONE", "allowedRoutes": {"namespaces": from}}]},
             "status": {"addresses": [{"value": "10.0.0.5"}],
                 "conditions": [{"type": "Programmed", "status": if programmed { "True" } else { "False" }}]}});
         object("Gateway", ns, name, more)
@@ -213,6 +228,7 @@ fn objects() -> impl Strategy<Value = Value> {
         3 => service_entries(),
         4 => policies(),
         2 => gateways(),
+        1 => gateway_classes(),
         3 => others(),
     ]
 }

@@ -6,8 +6,13 @@ use serde_json::{Value, json};
 
 use super::{Mesh, merged, namespace, object, pod, service};
 
+/// Of class `istio-waypoint`; without a word of what it is for, without the label.
 fn gateway(namespace: &str, used_for: &str, more: Value) -> Value {
-    let gateway = json!({"metadata": {"labels": {"istio.io/waypoint-for": used_for}},
+    let labels = match used_for {
+        "" => json!({}),
+        used_for => json!({"istio.io/waypoint-for": used_for}),
+    };
+    let gateway = json!({"metadata": {"labels": labels},
         "spec": {"gatewayClassName": "istio-waypoint", "listeners": [{"name": "mesh", "port": 15008, "protocol": "HBONE"}]},
         "status": {"addresses": [{"type": "IPAddress", "value": "10.96.1.1"}],
             "conditions": [{"type": "Programmed", "status": "True"}]}});
@@ -54,6 +59,59 @@ fn a_waypoint_is_for_services_or_workloads() {
         assert_eq!(waypoints(&mesh), expected, "{used_for}");
         assert!(mesh.findings.is_empty());
     }
+}
+
+#[test]
+fn a_gateway_without_the_label_is_for_what_its_class_says() {
+    let class = |labels: Value| {
+        let spec = json!({"metadata": {"labels": labels}, "spec": {"controllerName": "istio.io/mesh-controller"}});
+        object("GatewayClass", "", "istio-waypoint", spec)
+    };
+    let unlabelled = gateway("shop", "", json!({}));
+    let mut mesh = Mesh::with(shop(uses("wp")));
+    mesh.put(unlabelled.clone());
+    assert_eq!(waypoints(&mesh), [THERE, "-"], "without a class it is for services");
+    for (labels, expected) in [
+        (json!({"istio.io/waypoint-for": "workload"}), ["-", THERE]),
+        (json!({"istio.io/waypoint-for": "all"}), [THERE, THERE]),
+        (json!({"istio.io/waypoint-for": "none"}), ["-", "-"]),
+        (json!({}), [THERE, "-"]),
+    ] {
+        mesh.put(class(labels.clone()));
+        assert_eq!(waypoints(&mesh), expected, "{labels}");
+    }
+    mesh.put(class(json!({"istio.io/waypoint-for": "workload"})));
+    mesh.put(gateway("shop", "service", json!({})));
+    assert_eq!(
+        waypoints(&mesh),
+        [THERE, "-"],
+        "the Gateway's label is over its class's"
+    );
+    mesh.put(gateway("shop", "services", json!({})));
+    let closed = "wrong-purpose.wp.shop.waypoint.invalid";
+    assert_eq!(waypoints(&mesh), [closed, closed]);
+    assert!(mesh.found(Kind::Namespace, "", "shop")[0].contains("istio.io/waypoint-for"));
+    mesh.put(unlabelled);
+    mesh.delete(Kind::GatewayClass, "", "istio-waypoint");
+    assert_eq!(waypoints(&mesh), [THERE, "-"]);
+}
+
+#[test]
+fn entries_have_waypoints_as_services_and_pods_do() {
+    let mut mesh = Mesh::with([namespace("shop", json!({})), gateway("shop", "all", json!({}))]);
+    let labels = json!({"metadata": {"labels": uses("wp")}});
+    let spec = json!({"spec": {"hosts": ["db.example"], "addresses": ["10.9.0.1"], "resolution": "STATIC",
+        "ports": [{"number": 80, "name": "http"}], "endpoints": [{"address": "10.8.0.1"}]}});
+    mesh.put(merged(object("ServiceEntry", "shop", "db", spec), labels.clone()));
+    let workload = object("WorkloadEntry", "shop", "vm", json!({"spec": {"address": "10.8.0.2"}}));
+    mesh.put(merged(workload, labels));
+    let is_there = |address: Option<proto::workload::GatewayAddress>| {
+        assert!(matches!(address.unwrap().destination, Some(Destination::Address(_))));
+    };
+    is_there(mesh.service("shop/db.example").waypoint);
+    let waypoint_of = |name: &str| mesh.workload(name).waypoint;
+    is_there(waypoint_of("c/networking.istio.io/WorkloadEntry/shop/vm"));
+    is_there(waypoint_of("c/networking.istio.io/ServiceEntry/shop/db/10.8.0.1"));
 }
 
 #[test]
