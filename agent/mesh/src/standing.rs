@@ -2,11 +2,11 @@
 //!
 //! In a large mesh something changes all the time, and hardly ever for the pods of one node. Objects that did not change
 //! are the same allocation from snapshot to snapshot, so two standings are compared by their addresses, at the price of
-//! the policies that concern one pod (`only_what_concerns_a_pod_changes_its_standing`).
+//! the policies that concern one pod, and the replicas of its waypoint where it has one (`only_what_concerns_a_pod_changes_its_standing`).
 
 use std::sync::Arc;
 
-use model::{NamespacedName, Policy, Workload, WorkloadUid};
+use model::{Identity, NamespacedName, Policy, Workload, WorkloadUid};
 
 use crate::Snapshot;
 
@@ -16,6 +16,8 @@ pub struct Standing {
     known: bool,
     workload: Option<Arc<Workload>>,
     policies: Vec<Result<Arc<Policy>, NamespacedName>>,
+    /// Where it has a waypoint: from whom alone it takes connections.
+    waypoints: Vec<Identity>,
 }
 
 impl Standing {
@@ -37,6 +39,7 @@ impl PartialEq for Standing {
             _ => false,
         };
         self.known == other.known
+            && self.waypoints == other.waypoints
             && same_workload
             && self.policies.len() == other.policies.len()
             && self.policies.iter().zip(&other.policies).all(same)
@@ -51,7 +54,16 @@ impl Snapshot {
             let policies = self.shared_policies_for(workload);
             policies.map(|policy| policy.cloned()).collect()
         });
+        let mut waypoints = Vec::new();
+        if let Some(workload) = workload.filter(|workload| workload.waypoint.is_some()) {
+            self.any_waypoint_identity(workload, |identity| {
+                waypoints.push(identity);
+                false
+            });
+            waypoints.dedup();
+        }
         Standing {
+            waypoints,
             known: self.ready() && self.unannounced(uid).is_none(),
             workload: workload.cloned(),
             policies: policies.unwrap_or_default(),

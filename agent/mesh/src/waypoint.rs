@@ -315,11 +315,7 @@ impl Snapshot {
         let waypoint = workload.waypoint.as_ref()?;
         if let Some(peer) = &facts.identity {
             let is_itself = *peer == workload.identity() && workload.workload_ips.contains(&facts.source);
-            if is_itself
-                || self
-                    .waypoints_before(workload)
-                    .any(|one| self.is_identity_of(peer, one))
-            {
+            if is_itself || self.any_waypoint_identity(workload, |identity| identity == *peer) {
                 return None;
             }
         }
@@ -330,22 +326,20 @@ impl Snapshot {
         Some(Reason::PastWaypoint(name.into(), facts.into()))
     }
 
-    /// Whether this is who a waypoint is: one of its replicas, ready or not, or a name that its service says.
-    fn is_identity_of(&self, peer: &Identity, waypoint: &GatewayAddress) -> bool {
-        let is = |workload: &Arc<Workload>| workload.identity() == *peer;
-        if waypoint.why_unusable().is_some() {
-            return false;
-        }
-        match self.gateway(waypoint) {
-            Some(Gateway::Workload(workload, _)) => is(workload),
-            Some(Gateway::Service(service)) => {
+    /// Who may have sent what arrives at a workload that has a waypoint: those who stand there, ready or not, and the
+    /// names that their service says. Whether one of them is what is looked for.
+    pub(crate) fn any_waypoint_identity(&self, workload: &Workload, mut is: impl FnMut(Identity) -> bool) -> bool {
+        let usable = |waypoint: &&GatewayAddress| waypoint.why_unusable().is_none();
+        let found = |gateway: Gateway<'_>| match gateway {
+            Gateway::Workload(workload, _) => is(workload.identity()),
+            Gateway::Service(service) => {
                 let key = service.key();
-                let named = |name: &Arc<str>| name.parse().is_ok_and(|name: Identity| name == *peer);
-                self.endpoints(&key).iter().any(is)
-                    || self.unhealthy_endpoints(&key).iter().any(is)
-                    || service.subject_alt_names.iter().any(named)
+                let replicas = self.endpoints(&key).iter().chain(self.unhealthy_endpoints(&key).iter());
+                let named = service.subject_alt_names.iter().filter_map(|name| name.parse().ok());
+                replicas.map(|replica| replica.identity()).chain(named).any(&mut is)
             }
-            None => false,
-        }
+        };
+        let waypoints = self.waypoints_before(workload).filter(usable);
+        waypoints.filter_map(|waypoint| self.gateway(waypoint)).any(found)
     }
 }

@@ -210,6 +210,7 @@ fn takes(file: &str, account: Option<&str>, source: &str) -> Result<(), String> 
         identity,
         source: source.parse().unwrap(),
         destination: "10.0.0.1:8080".parse().unwrap(),
+        aliases: Default::default(),
     };
     let verdict = snapshot.verdict(&facts, &workload(&snapshot, "pod"));
     verdict.allowed.then_some(()).ok_or(verdict.reason.to_string())
@@ -290,4 +291,29 @@ fn on_demand_the_waypoints_address_is_asked_for() {
         ..Default::default()
     });
     assert!(told(route()).ends_with("nothing is known of that address"));
+}
+
+#[test]
+fn who_the_waypoint_is_concerns_the_pod_behind_it() {
+    let (mut writer, knowledge) = mesh::new();
+    let (contents, _) = static_file::parse(FILE).unwrap();
+    writer.replace(contents, &[]);
+    let uid = WorkloadUid("pod".into());
+    let before = knowledge.snapshot().standing(&uid);
+    let mut replica = (*workload(&knowledge.snapshot(), "p1")).clone();
+    let apply = |writer: &mut mesh::Writer, replica: &Workload| {
+        writer.apply(mesh::Delta {
+            workloads: vec![Arc::new(replica.clone())],
+            ..Default::default()
+        });
+    };
+    replica.status = model::HealthStatus::Unhealthy;
+    apply(&mut writer, &replica);
+    assert!(
+        knowledge.snapshot().standing(&uid) == before,
+        "a replica that is not ready is still the waypoint"
+    );
+    replica.service_account = "other".into();
+    apply(&mut writer, &replica);
+    assert!(knowledge.snapshot().standing(&uid) != before);
 }
