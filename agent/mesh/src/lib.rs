@@ -49,9 +49,8 @@ pub use route::{RefuseReason, Route};
 pub use snapshot::{Counts, Snapshot};
 pub use standing::Standing;
 pub use unreadable::Unreadable;
-pub use writer::{Delta, Locals, Outbound, Writer};
 pub use waypoint::WaypointFault;
-pub use writer::{Delta, Locals, Writer};
+pub use writer::{Delta, Locals, Outbound, Writer};
 
 /// The reading end: cheap to clone, shared by everything that decides.
 #[derive(Clone)]
