@@ -3,9 +3,10 @@
 //! The destination goes into the socket's storage and is replaced by the pod's *own* address (not loopback, so that
 //! `getsockname` stays true) and a capture port, where `sk_lookup` gives the connection to the agent's listener.
 //! Fails closed: an unknown network namespace, or a pod without an address of the family, may not connect at all.
+//! What the pod's settings exclude goes where it wants, and its socket is marked for the guard to let it out.
 //! A v4-mapped socket, as Java uses, comes only through `connect6`.
 
-use abi::{Address, CAPTURED, Endpoint, Reason, capture_port};
+use abi::{Address, CAPTURED, Dialled, Endpoint, Reason, capture_port};
 use aya_ebpf::{
     helpers::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
@@ -14,7 +15,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 
 use crate::{
-    context,
+    context, exclusion,
     maps::{DIALLED, PODS, agent_cgroup, count},
 };
 
@@ -42,7 +43,7 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
     };
     let destination = Endpoint::new(Address::v4(address), u16::from_be(port as u16));
     match decide(&ctx, &destination) {
-        Decision::Proceed => PROCEED,
+        Decision::Proceed | Decision::Exclude => PROCEED,
         Decision::Refuse(errno) => refuse(errno),
         Decision::Capture(to) => {
             // SAFETY: as above.
@@ -67,7 +68,7 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
     };
     let destination = Endpoint::new(Address::v6(words), u16::from_be(port as u16));
     match decide(&ctx, &destination) {
-        Decision::Proceed => PROCEED,
+        Decision::Proceed | Decision::Exclude => PROCEED,
         Decision::Refuse(errno) => refuse(errno),
         Decision::Capture(to) => {
             // SAFETY: as in `connect4`.
@@ -84,16 +85,18 @@ enum Decision {
     Proceed,
     Refuse(i32),
     Capture(Endpoint),
+    Exclude,
 }
 
 #[inline(always)]
 fn decide(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
     let sock_addr = ctx.sock_addr;
     // SAFETY: as in `connect4`.
-    let (kind, protocol) = unsafe {
+    let (kind, protocol, sk) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*sock_addr).type_),
             core::ptr::read_volatile(&raw const (*sock_addr).protocol),
+            core::ptr::read_volatile(&raw const (*sock_addr).__bindgen_anon_1.sk),
         )
     };
     if kind != SOCK_STREAM || (protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP) {
@@ -105,13 +108,10 @@ fn decide(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
         return Decision::Proceed;
     }
     let decision = decide_for_pod(ctx, destination);
-    if !matches!(decision, Decision::Capture(_)) {
+    if !matches!(decision, Decision::Capture(_) | Decision::Exclude) {
         // Or getpeername would tell the address of an earlier connect of the same socket.
         // SAFETY: the context's socket is valid while the program runs.
-        unsafe {
-            let sk = (*sock_addr).__bindgen_anon_1.sk;
-            let _ = DIALLED.delete(sk);
-        }
+        let _ = unsafe { DIALLED.delete(sk) };
     }
     decision
 }
@@ -130,14 +130,18 @@ fn decide_for_pod(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
         return Decision::Proceed;
     }
     let own = if destination.address.is_v4() { pod.ip4 } else { pod.ip6 };
+    if destination.address.same(&own) {
+        return Decision::Proceed;
+    }
+    let excluded = exclusion::excludes(pod, cookie, destination);
     if own.is_none() {
         count(pod.ifindex, Reason::NoAddressOfFamily);
         return Decision::Refuse(ENETUNREACH);
     }
-    if destination.address.same(&own) {
-        return Decision::Proceed;
-    }
-    let mut dialled = *destination;
+    let mut dialled = Dialled {
+        destination: *destination,
+        excluded: u32::from(excluded),
+    };
     // SAFETY: the context is valid; a returned pointer is to the socket's own storage.
     let stored = unsafe { DIALLED.get_or_insert_ptr_mut(ctx, Some(&mut dialled)) };
     if stored.is_null() {
@@ -145,7 +149,11 @@ fn decide_for_pod(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
         return Decision::Refuse(ENOMEM);
     }
     // SAFETY: not null; an earlier connect of the same socket may have left another destination there.
-    unsafe { *stored = *destination };
+    unsafe { *stored = dialled };
+    if excluded {
+        count(pod.ifindex, Reason::ExcludedOutbound);
+        return Decision::Exclude;
+    }
     count(pod.ifindex, Reason::Captured);
     let port = capture_port(destination);
     debug!(ctx, "connect captured to port {}", port);

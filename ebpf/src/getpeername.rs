@@ -12,8 +12,8 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     unsafe {
         let dialled = DIALLED.get_ptr_mut(&ctx);
         if !dialled.is_null() {
-            (*ctx.sock_addr).user_ip4 = (*dialled).address.words[3];
-            (*ctx.sock_addr).user_port = u32::from((*dialled).port.to_be());
+            (*ctx.sock_addr).user_ip4 = (*dialled).destination.address.words[3];
+            (*ctx.sock_addr).user_port = u32::from((*dialled).destination.port.to_be());
         }
     }
     PROCEED
@@ -25,8 +25,8 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     unsafe {
         let dialled = DIALLED.get_ptr_mut(&ctx);
         if !dialled.is_null() {
-            context::set_words(&raw mut (*ctx.sock_addr).user_ip6, (*dialled).address.words);
-            (*ctx.sock_addr).user_port = u32::from((*dialled).port.to_be());
+            context::set_words(&raw mut (*ctx.sock_addr).user_ip6, (*dialled).destination.address.words);
+            (*ctx.sock_addr).user_port = u32::from((*dialled).destination.port.to_be());
         }
     }
     PROCEED

@@ -6,11 +6,13 @@
 //!   could otherwise rewrite the agent's packets on their way out), and it does not go to the pod itself;
 //! - it belongs to a connection that a process of the host opened (see `proof`), and does not open a new one;
 //! - it belongs to a connection older than the enrolment, and does not open a new one;
+//! - its socket was connected to an excluded destination, and it goes there, or the connection came from outside to an
+//!   excluded port of the pod (see `exclusion`);
 //! - the kernel sent it by itself: a bare RST for a closed port, the last ACK of a connection in TIME_WAIT.
 //!
 //! All other TCP is dropped and counted. What is not TCP passes unless the pod's setting forbids it.
 
-use abi::{Address, FORBID_NON_TCP, Interface, Reason};
+use abi::{Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, Interface, Reason};
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
     helpers::{bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
@@ -21,6 +23,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context,
+    exclusion::{is_own, lets_out},
     maps::{FLOWS, INTERFACES, PROBES, agent_cgroup, count},
     packet::{ACK, Direction, FIN, Packet, RST, SYN, Segment, parse},
 };
@@ -90,6 +93,8 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
         // that the packet gets here. Without that reset the peer would wait in vain; it carries nothing.
         let buried = state == TCP_CLOSE && segment.empty && segment.flags & (RST | SYN | FIN) == RST;
         let untouched = state == TCP_LISTEN || buried || matches_socket(sk, segment);
+        // The agent's connections to the application (and its answers to it) are inside the pod and in clear; a pod that
+        // bends its routes must not get them sent out.
         return if untouched && !is_own(interface, &segment.flow.remote.address) {
             Ok(())
         } else {
@@ -98,6 +103,12 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
     }
     if !segment.opens() && is_recorded(segment) {
         return Ok(());
+    }
+    if interface.flags & (EXCLUDES_OUTBOUND | EXCLUDES_INBOUND | BYPASSES_INBOUND) != 0 {
+        let untouched = !sk.is_null() && matches_socket(sk, segment);
+        if lets_out(interface, sk, segment, untouched) {
+            return Ok(());
+        }
     }
     if segment.empty && is_the_kernels(ctx, sk, segment) {
         return Ok(());
@@ -177,15 +188,4 @@ fn matches_socket(sk: *mut bpf_sock, segment: &Segment) -> bool {
         return ip4 == (pod.address.words[3], remote.address.words[3]);
     }
     family == AF_INET6 && Address::v6(source6).same(&pod.address) && Address::v6(destination6).same(&remote.address)
-}
-
-/// Whether an address is the pod's own. The agent's connections to the application (and its answers to it) are inside
-/// the pod and in clear; a pod that bends its routes must not get them sent out.
-#[inline(always)]
-pub fn is_own(interface: &Interface, address: &Address) -> bool {
-    if address.is_v4() {
-        address.same(&interface.ip4)
-    } else {
-        address.same(&interface.ip6)
-    }
 }

@@ -9,6 +9,8 @@
 //! | `proof` | tcx egress, host side of the pod's veth | proves that a process of the host, such as the kubelet, opened a connection |
 //! | `guard` | tcx ingress, host side of the pod's veth | lets out no TCP but the agent's |
 //!
+//! `exclusion` is what several of them ask: which connections a pod's settings keep out of the mesh.
+//!
 //! The guard alone is the security boundary; the other hooks make what it lets through what the application meant.
 //! Nothing here is global to the machine: every node agent loads its own programs with its own maps.
 #![no_std]
@@ -16,6 +18,7 @@
 
 mod connect;
 mod context;
+mod exclusion;
 mod getpeername;
 mod guard;
 mod maps;

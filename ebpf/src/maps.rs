@@ -1,12 +1,15 @@
 //! Maps and constants, shared by the hooks. All maps are pinned by the agent; the constants are set when it loads.
 
-use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient, Pod, Reason, Restore};
+use abi::{
+    CounterKey, Dialled, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient,
+    Pod, Reason, Restore,
+};
 use aya_ebpf::{
     Global,
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
     btf_maps::SkStorage,
     macros::{btf_map, map},
-    maps::{HashMap, LruHashMap, PerCpuHashMap, SockHash},
+    maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SockHash},
 };
 
 /// The pods of the node, by the cookie of their network namespace. Who is not here may not connect.
@@ -23,7 +26,7 @@ pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(16384, 
 
 /// Where a socket's application wanted to go. Lives and dies with the socket.
 #[btf_map]
-pub static DIALLED: SkStorage<Endpoint> = SkStorage::new();
+pub static DIALLED: SkStorage<Dialled> = SkStorage::new();
 
 /// The same, as the agent can find it when it accepts. It takes the entry; the LRU is for those it never accepts.
 #[map]
@@ -41,6 +44,18 @@ pub static PLAINTEXT: LruHashMap<PlaintextClient, u32> = LruHashMap::with_max_en
 /// Connections that processes of the host opened to a pod.
 #[map]
 pub static PROBES: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(8192, 0);
+
+/// Connections from outside to an excluded port of a pod, until the application's socket has them in its storage.
+#[map]
+pub static EXCLUDED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(32768, 0);
+
+/// Ports that are not captured.
+#[map]
+pub static EXCLUDED_PORTS: HashMap<ExcludedPort, u32> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+
+/// Which destinations are not captured.
+#[map]
+pub static EXCLUDED_RANGES: LpmTrie<ExcludedRange, u32> = LpmTrie::with_max_entries(65536, BPF_F_NO_PREALLOC);
 
 /// Connections that are older than their pod's enrolment.
 #[map]
@@ -85,14 +100,20 @@ pub fn pods_cgroup() -> (u64, i32) {
 /// Counts a decision. `ifindex` is 0 where the hook can't know the pod.
 #[inline(always)]
 pub fn count(ifindex: u32, reason: Reason) {
+    add(ifindex, reason, 1);
+}
+
+/// Counts several.
+#[inline(always)]
+pub fn add(ifindex: u32, reason: Reason, number: u64) {
     let key = CounterKey {
         ifindex,
         reason: reason as u32,
     };
     if let Some(counter) = COUNTERS.get_ptr_mut(&key) {
         // SAFETY: the pointer is to this CPU's value; an interrupt between load and store may lose one count.
-        unsafe { *counter += 1 };
+        unsafe { *counter += number };
     } else {
-        let _ = COUNTERS.insert(&key, &1, u64::from(BPF_ANY));
+        let _ = COUNTERS.insert(&key, &number, u64::from(BPF_ANY));
     }
 }

@@ -5,9 +5,11 @@
 //! survive) nor the agent's, and whose socket belongs to the node's own network namespace. The root cgroup counts as
 //! the host: no pod can be in it, and the kernel's own answers, which have it too, never open a connection.
 //!
+//! A connection that comes from elsewhere to an excluded port of the pod is recorded, too, and reaches the application.
+//!
 //! Packets that lie about belonging to the pod itself, or to a connection of the agent's inside the pod, are dropped.
 
-use abi::{FORBID_NON_TCP, HBONE_PORT, Interface, Reason};
+use abi::{BYPASSES_INBOUND, EXCLUDES_INBOUND, FORBID_NON_TCP, HBONE_PORT, Interface, Reason};
 use aya_ebpf::{
     bindings::{BPF_ANY, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::{bpf_get_netns_cookie, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
@@ -17,8 +19,8 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 
 use crate::{
-    guard::is_own,
-    maps::{ADMITTED, INTERFACES, NODE_COOKIE, PROBES, agent_cgroup, count, pods_cgroup},
+    exclusion::{begins_inbound, is_own},
+    maps::{ADMITTED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, agent_cgroup, count, pods_cgroup},
     packet::{Direction, Packet, Segment, parse},
 };
 
@@ -28,8 +30,7 @@ const DROP: i32 = TC_ACT_SHOT as i32;
 
 #[classifier]
 pub fn proof(ctx: TcContext) -> i32 {
-    // SAFETY: the context is valid.
-    let ifindex = unsafe { core::ptr::read_volatile(&raw const (*ctx.skb.skb).ifindex) };
+    let ifindex = interface_index(&ctx);
     // SAFETY: entries change only when the agent updates a pod.
     let Some(interface) = (unsafe { INTERFACES.get(&ifindex) }) else {
         return PASS;
@@ -53,6 +54,12 @@ pub fn proof(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
+fn interface_index(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is valid.
+    unsafe { core::ptr::read_volatile(&raw const (*ctx.skb.skb).ifindex) }
+}
+
+#[inline(always)]
 fn inspect(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Result<(), Reason> {
     let flow = &segment.flow;
     if is_own(interface, &flow.remote.address) {
@@ -69,6 +76,15 @@ fn inspect(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Result<
         } else {
             // The ports of a probe that is over may be somebody else's now.
             let _ = PROBES.remove(flow);
+            let excluded = begins_inbound(interface, segment);
+            // SAFETY: only the presence matters.
+            if excluded && unsafe { EXCLUDED.get(flow).is_none() } {
+                let _ = EXCLUDED.insert(flow, &0, u64::from(BPF_ANY));
+                count(interface_index(ctx), Reason::ExcludedInbound);
+            } else if !excluded && interface.flags & (EXCLUDES_INBOUND | BYPASSES_INBOUND) != 0 {
+                // It may have been.
+                let _ = EXCLUDED.remove(flow);
+            }
         }
     }
     Ok(())

@@ -5,6 +5,7 @@
 //! from the pod or loopback, to a capture port    -> outbound listener
 //! from the pod itself or loopback                -> as it is
 //! recorded: the agent's own, a host's probe      -> as it is
+//! recorded: to an excluded port                  -> as it is
 //! port 15008                                     -> HBONE listener
 //! anything else                                  -> inbound listener; its local address is the original destination
 //! ```
@@ -21,7 +22,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context,
-    maps::{ADMITTED, LISTENERS, PLAINTEXT, PROBES, count},
+    maps::{ADMITTED, EXCLUDED, LISTENERS, PLAINTEXT, PROBES, count},
 };
 
 const AF_INET: u32 = 2;
@@ -54,6 +55,12 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
         // SAFETY: as above.
         if unsafe { PROBES.get(&flow).is_some() } {
             count(0, Reason::ProbeAdmitted);
+            return sk_action::SK_PASS;
+        }
+        // SAFETY: as above.
+        if unsafe { EXCLUDED.get(&flow).is_some() } {
+            // The agent may have to dial the application for the same client, and must not take this one's port.
+            remember_client(&local.address, &remote.address);
             return sk_action::SK_PASS;
         }
         if local.port == HBONE_PORT {

@@ -5,20 +5,22 @@
 //! On the agent's cgroup: a connection that the agent opens inside a pod to the pod itself, for `sk_lookup` to let
 //! through (`ADMITTED`).
 
-use abi::{Address, CAPTURED, Endpoint, Flow, OriginalKey, is_capture_port};
+use abi::{
+    Address, BYPASSES_INBOUND, CAPTURED, EXCLUDES_INBOUND, Endpoint, Flow, OriginalKey, Reason, is_capture_port,
+};
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
-        BPF_TCP_SYN_SENT, bpf_sock_ops,
+        BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock_ops,
     },
-    helpers::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set},
+    helpers::{bpf_get_netns_cookie, bpf_sock_ops_cb_flags_set},
     macros::sock_ops,
     programs::SockOpsContext,
 };
 
 use crate::{
-    context,
-    maps::{ADMITTED, DIALLED, ORIGINAL, PODS},
+    context, exclusion,
+    maps::{ADMITTED, EXCLUDED, ORIGINAL, PODS, add},
 };
 
 const AF_INET: u32 = 2;
@@ -31,7 +33,8 @@ pub fn sock_ops_pods(ctx: SockOpsContext) -> u32 {
     // SAFETY: the context is valid.
     match unsafe { (*ops).op } {
         BPF_SOCK_OPS_TCP_CONNECT_CB => remember(ops),
-        BPF_SOCK_OPS_STATE_CB => forget(ops),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ops),
+        BPF_SOCK_OPS_STATE_CB => ended(ops),
         _ => {}
     }
     PROCEED
@@ -40,28 +43,85 @@ pub fn sock_ops_pods(ctx: SockOpsContext) -> u32 {
 #[inline(always)]
 fn remember(ops: *mut bpf_sock_ops) {
     let (local, remote) = ends(ops);
-    if !is_capture_port(remote.port) || !(remote.address.same(&local.address) || local.address.is_loopback()) {
-        return;
-    }
+    let to_the_agent =
+        is_capture_port(remote.port) && (remote.address.same(&local.address) || local.address.is_loopback());
     // SAFETY: the context is valid; the socket is checked for null, and so is its storage.
     unsafe {
         let sk = (*ops).__bindgen_anon_2.sk;
         if sk.is_null() {
             return;
         }
-        let dialled = bpf_sk_storage_get(
-            (&raw const DIALLED).cast_mut().cast(),
-            sk.cast(),
-            core::ptr::null_mut(),
-            0,
-        )
-        .cast::<Endpoint>();
+        let dialled = exclusion::storage(sk, core::ptr::null_mut(), 0);
         if dialled.is_null() {
             return;
         }
-        let value = *dialled;
+        let value = (*dialled).destination;
+        if (*dialled).excluded == 1 {
+            // Its bytes are counted when it ends.
+            bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+            return;
+        }
+        if !to_the_agent {
+            return;
+        }
         let _ = ORIGINAL.insert(&original_key(ops, local, remote), &value, u64::from(BPF_ANY));
         bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+    }
+}
+
+/// A connection from outside that the application takes by itself, because its port is excluded: the socket is marked.
+#[inline(always)]
+fn accepted(ops: *mut bpf_sock_ops) {
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_netns_cookie(ops.cast()) };
+    // SAFETY: as in `connect::decide_for_pod`.
+    let Some(pod) = (unsafe { PODS.get(&cookie) }) else {
+        return;
+    };
+    if pod.flags & (EXCLUDES_INBOUND | BYPASSES_INBOUND) == 0 {
+        return;
+    }
+    let (local, remote) = ends(ops);
+    let flow = Flow { pod: local, remote };
+    // SAFETY: only the presence matters.
+    if unsafe { EXCLUDED.get(&flow).is_none() } {
+        return;
+    }
+    // SAFETY: the context is valid; the socket is checked for null.
+    unsafe {
+        let sk = (*ops).__bindgen_anon_2.sk;
+        if !sk.is_null() && exclusion::mark_accepted(sk, &remote) {
+            bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+        }
+    }
+}
+
+#[inline(always)]
+fn ended(ops: *mut bpf_sock_ops) {
+    forget(ops);
+    // SAFETY: the context is valid.
+    let (cookie, bytes, sk) = unsafe {
+        (
+            bpf_get_netns_cookie(ops.cast()),
+            (
+                core::ptr::read_volatile(&raw const (*ops).bytes_acked),
+                core::ptr::read_volatile(&raw const (*ops).bytes_received),
+            ),
+            (*ops).__bindgen_anon_2.sk,
+        )
+    };
+    if states(ops).1 != BPF_TCP_CLOSE || sk.is_null() {
+        return;
+    }
+    // SAFETY: not null.
+    let dialled = unsafe { exclusion::storage(sk, core::ptr::null_mut(), 0) };
+    // SAFETY: checked for null; the entry as in `connect::decide_for_pod`.
+    if !dialled.is_null()
+        && unsafe { (*dialled).excluded } == 1
+        && let Some(pod) = unsafe { PODS.get(&cookie) }
+    {
+        add(pod.ifindex, Reason::ExcludedSent, bytes.0);
+        add(pod.ifindex, Reason::ExcludedReceived, bytes.1);
     }
 }
 

@@ -30,6 +30,7 @@ mod cgroup;
 mod counters;
 mod diag;
 mod error;
+mod exclusions;
 mod interfaces;
 mod iptables;
 mod kernel_log;

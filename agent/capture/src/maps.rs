@@ -6,14 +6,18 @@ use std::{
     sync::Arc,
 };
 
-use abi::{CounterKey, Endpoint, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient, Pod, Reason, Restore};
+use abi::{
+    CounterKey, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient, Pod,
+    Reason, Restore,
+};
 use aya::{
     Ebpf,
-    maps::{HashMap, IterableMap, Map, MapData, MapError, PerCpuHashMap, SockHash},
+    maps::{HashMap, IterableMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, SockHash, lpm_trie::Key},
 };
 
 use crate::{
     error::{CaptureError, Tried, map_error},
+    exclusions::{self, Entries},
     sys,
 };
 
@@ -28,6 +32,9 @@ pub(crate) const PINNED: &[&str] = &[
     "PLAINTEXT",
     "PROBES",
     "FLOWS",
+    "EXCLUDED",
+    "EXCLUDED_PORTS",
+    "EXCLUDED_RANGES",
     "COUNTERS",
     "RESTORE",
 ];
@@ -38,6 +45,9 @@ pub(crate) struct Maps {
     interfaces: HashMap<MapData, u32, Interface>,
     listeners: SockHash<MapData, ListenerKey>,
     flows: HashMap<MapData, Flow, u32>,
+    probes: HashMap<MapData, Flow, u32>,
+    excluded_ports: HashMap<MapData, ExcludedPort, u32>,
+    excluded_ranges: LpmTrie<MapData, ExcludedRange, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
     restore: HashMap<MapData, u64, Restore>,
     lookups: Lookups,
@@ -55,6 +65,9 @@ impl Maps {
             interfaces: map(ebpf, "INTERFACES")?,
             listeners: map(ebpf, "LISTENERS")?,
             flows: map(ebpf, "FLOWS")?,
+            probes: map(ebpf, "PROBES")?,
+            excluded_ports: map(ebpf, "EXCLUDED_PORTS")?,
+            excluded_ranges: map(ebpf, "EXCLUDED_RANGES")?,
             counters: map(ebpf, "COUNTERS")?,
             restore: map(ebpf, "RESTORE")?,
             lookups,
@@ -85,6 +98,10 @@ impl Maps {
         self.interfaces
             .insert(index, interface, 0)
             .map_err(map_error("INTERFACES"))
+    }
+
+    pub(crate) fn interface(&self, index: u32) -> Option<Interface> {
+        self.interfaces.get(&index, 0).ok()
     }
 
     /// Removes the interfaces of a pod, but for those that stay.
@@ -123,6 +140,56 @@ impl Maps {
             Err(error) if !is_there(&error) => Err(map_error("FLOWS")(error)),
             _ => Ok(()),
         }
+    }
+
+    /// Whether a connection is older than the enrolment.
+    pub(crate) fn is_kept(&self, flow: &Flow) -> bool {
+        self.flows.get(flow, 0).is_ok()
+    }
+
+    /// Whether a process of the host opened a connection.
+    pub(crate) fn is_of_host(&self, flow: &Flow) -> bool {
+        self.probes.get(flow, 0).is_ok()
+    }
+
+    /// What is excluded of a pod.
+    pub(crate) fn exclusions(&self, cookie: u64) -> Entries {
+        let ports = self.excluded_ports.keys().filter_map(Result::ok);
+        let ranges = self.excluded_ranges.iter().filter_map(Result::ok);
+        Entries {
+            ports: ports
+                .filter(|key| key.cookie == cookie)
+                .map(|key| (key.port, key.inbound == 1))
+                .collect(),
+            ranges: ranges
+                .filter(|(key, _)| key.data().cookie() == cookie)
+                .map(|(key, excluded)| (exclusions::range_of(key.prefix_len(), &key.data()), excluded == 1))
+                .collect(),
+        }
+    }
+
+    /// Makes it so.
+    pub(crate) fn set_exclusions(&mut self, cookie: u64, wanted: &Entries) -> Result<(), CaptureError> {
+        let before = self.exclusions(cookie);
+        for port in before.ports.difference(&wanted.ports) {
+            let _ = self.excluded_ports.remove(&exclusions::port_key(cookie, *port));
+        }
+        for range in before.ranges.keys().filter(|range| !wanted.ranges.contains_key(range)) {
+            let (bits, key) = exclusions::range_key(cookie, *range);
+            let _ = self.excluded_ranges.remove(&Key::new(bits, key));
+        }
+        for port in wanted.ports.difference(&before.ports) {
+            self.excluded_ports
+                .insert(exclusions::port_key(cookie, *port), 1, 0)
+                .map_err(map_error("EXCLUDED_PORTS"))?;
+        }
+        for (range, excluded) in &wanted.ranges {
+            let (bits, key) = exclusions::range_key(cookie, *range);
+            self.excluded_ranges
+                .insert(&Key::new(bits, key), u32::from(*excluded), 0)
+                .map_err(map_error("EXCLUDED_RANGES"))?;
+        }
+        Ok(())
     }
 
     /// Removes the recorded connections of a pod's addresses that are not wanted.

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use model::{OriginalDst, PeerAddr, WorkloadUid};
+use model::{OriginalDst, PeerAddr, PodSettings, WorkloadUid};
 use socket2::{SockRef, Socket};
 
 use crate::{
@@ -48,10 +48,10 @@ impl Capture {
     }
 
     /// Captures a pod.
-    pub async fn capture(&self, spec: PodSpec, forbid_non_tcp: bool) -> Result<CapturedPod, CaptureError> {
+    pub async fn capture(&self, spec: PodSpec, settings: PodSettings) -> Result<CapturedPod, CaptureError> {
         match self {
-            Self::Ebpf(node) => node.capture(spec, forbid_non_tcp).await.map(CapturedPod::Ebpf),
-            Self::Iptables(node) => node.capture(spec, forbid_non_tcp).await.map(CapturedPod::Iptables),
+            Self::Ebpf(node) => node.capture(spec, settings).await.map(CapturedPod::Ebpf),
+            Self::Iptables(node) => node.capture(spec, settings).await.map(CapturedPod::Iptables),
         }
     }
 

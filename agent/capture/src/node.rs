@@ -17,7 +17,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use model::WorkloadUid;
+use model::{PodSettings, WorkloadUid};
 
 use crate::{
     capabilities,
@@ -143,11 +143,11 @@ impl Node {
     }
 
     /// Captures a pod. Connections that it already has live on; connection attempts under way are aborted, to be tried
-    /// again through the mesh. `forbid_non_tcp` drops what the mesh does not carry.
+    /// again through the mesh.
     ///
     /// Done again it repairs what is not as it should be, and returns the same listeners.
-    pub async fn capture(&self, spec: PodSpec, forbid_non_tcp: bool) -> Result<PodHandle, CaptureError> {
-        self.run(move |inner| inner.capture(&spec, forbid_non_tcp)).await
+    pub async fn capture(&self, spec: PodSpec, settings: PodSettings) -> Result<PodHandle, CaptureError> {
+        self.run(move |inner| inner.capture(&spec, &settings)).await
     }
 
     /// Ends a pod's capture and puts back what was changed in it; the pod stays known. The proxy should have drained

@@ -3,10 +3,12 @@
 use std::net::IpAddr;
 
 use abi::{Address, CAPTURED, FORBID_NON_TCP};
+use model::PodSettings;
 
 use crate::{
     PodSpec,
     error::CaptureError,
+    exclusions,
     interfaces::{Interface, Kind, PodNetwork},
 };
 
@@ -75,7 +77,7 @@ pub(crate) fn plan(
     spec: &PodSpec,
     cookie: u64,
     network: &PodNetwork,
-    forbid_non_tcp: bool,
+    settings: &PodSettings,
 ) -> Result<PodPlan, CaptureError> {
     let addresses = Addresses::of(spec)?;
     let mut guarded: Vec<u32> = Vec::new();
@@ -107,13 +109,13 @@ pub(crate) fn plan(
             None => {}
         }
     }
-    let forbid = if forbid_non_tcp { FORBID_NON_TCP } else { 0 };
-    let pod = addresses.entry(CAPTURED | forbid, guarded[0]);
+    let forbid = if settings.forbid_non_tcp { FORBID_NON_TCP } else { 0 };
+    let pod = addresses.entry(CAPTURED | forbid | exclusions::pod_flags(settings), guarded[0]);
     let interface = abi::Interface {
         ip4: pod.ip4,
         ip6: pod.ip6,
         cookie,
-        flags: CAPTURED | forbid,
+        flags: CAPTURED | forbid | exclusions::interface_flags(settings),
         reserved: 0,
     };
     Ok(PodPlan {
@@ -159,6 +161,13 @@ mod tests {
 
     use super::*;
 
+    fn forbidding() -> PodSettings {
+        PodSettings {
+            forbid_non_tcp: true,
+            ..PodSettings::default()
+        }
+    }
+
     fn spec(addresses: &[&str]) -> PodSpec {
         PodSpec {
             uid: WorkloadUid::of_pod("c", "ns", "pod"),
@@ -197,7 +206,7 @@ mod tests {
             ],
             &[(2, 102), (3, 103)],
         );
-        let plan = plan(&spec(&["10.0.0.1", "fd00::1"]), 7, &network, true).unwrap();
+        let plan = plan(&spec(&["10.0.0.1", "fd00::1"]), 7, &network, &forbidding()).unwrap();
         assert_eq!(
             plan.interfaces.iter().map(|(index, _)| *index).collect::<Vec<_>>(),
             [102, 103]
@@ -210,7 +219,7 @@ mod tests {
     #[test]
     fn a_namespace_without_the_pods_address_is_refused() {
         let network = network(vec![interface(2, Kind::Veth, Some(0), &["10.0.0.2"])], &[(2, 102)]);
-        let error = plan(&spec(&["10.0.0.1"]), 7, &network, false).unwrap_err();
+        let error = plan(&spec(&["10.0.0.1"]), 7, &network, &PodSettings::default()).unwrap_err();
         assert!(matches!(error, CaptureError::AddressNotThere { .. }), "{error}");
     }
 
@@ -224,7 +233,7 @@ mod tests {
                 ],
                 &[(2, 102)],
             );
-            let error = plan(&spec(&["10.0.0.1"]), 7, &network, false).unwrap_err();
+            let error = plan(&spec(&["10.0.0.1"]), 7, &network, &PodSettings::default()).unwrap_err();
             assert!(matches!(error, CaptureError::NoVeth { .. }), "{error}");
         }
     }
@@ -233,7 +242,7 @@ mod tests {
     fn two_addresses_of_a_family_are_refused() {
         let network = network(vec![], &[]);
         for addresses in [&["10.0.0.1", "10.0.0.2"][..], &[]] {
-            let error = plan(&spec(addresses), 7, &network, false).unwrap_err();
+            let error = plan(&spec(addresses), 7, &network, &PodSettings::default()).unwrap_err();
             assert!(matches!(error, CaptureError::Addresses(_)), "{error}");
         }
     }

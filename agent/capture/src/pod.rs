@@ -14,11 +14,12 @@ use std::{
 };
 
 use abi::{Address, Flow, ListenerKey, ListenerKind, Restore};
-use model::WorkloadUid;
+use model::{PodSettings, WorkloadUid};
 
 use crate::{
     diag,
     error::{CaptureError, Tried},
+    exclusions::Entries,
     interfaces,
     netns::Netns,
     node::{Inner, PodSpec},
@@ -40,7 +41,7 @@ pub(crate) struct PodState {
 /// What is there while a pod is captured.
 pub(crate) struct Captured {
     pub(crate) plan: PodPlan,
-    pub(crate) forbid_non_tcp: bool,
+    pub(crate) settings: PodSettings,
     pub(crate) listeners: Arc<Listeners>,
 }
 
@@ -59,25 +60,25 @@ impl PodState {
 }
 
 impl Inner {
-    pub(crate) fn capture(&mut self, spec: &PodSpec, forbid_non_tcp: bool) -> Result<PodHandle, CaptureError> {
+    pub(crate) fn capture(&mut self, spec: &PodSpec, settings: &PodSettings) -> Result<PodHandle, CaptureError> {
         let netns = self.open_netns(spec)?;
         self.refuse_taken_addresses(spec)?;
         self.forget_former_namespace(spec, netns.cookie());
         let network = interfaces::look(&self.home, &netns)
             .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
-        let plan = plan::plan(spec, netns.cookie(), &network, forbid_non_tcp)?;
+        let plan = plan::plan(spec, netns.cookie(), &network, settings)?;
         let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
             Some(captured) => captured.listeners.clone(),
             None => Listeners::open(&netns, plan.ip6)
                 .map(Arc::new)
                 .tried(|| format!("listening in {}", spec.netns.display()))?,
         };
-        let repaired = self.apply(spec, &netns, &plan, &listeners)?;
+        let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
         let handle = PodHandle::new(spec.uid.clone(), netns.clone(), self.maps.lookups(), listeners.clone());
         let captured = Captured {
             plan,
-            forbid_non_tcp,
+            settings: settings.clone(),
             listeners,
         };
         let state = PodState {
@@ -95,6 +96,7 @@ impl Inner {
         spec: &PodSpec,
         netns: &Netns,
         plan: &PodPlan,
+        settings: &PodSettings,
         listeners: &Listeners,
     ) -> Result<Vec<&'static str>, CaptureError> {
         let cookie = netns.cookie();
@@ -109,7 +111,8 @@ impl Inner {
             }
         }
         for (index, interface) in &plan.interfaces {
-            self.maps.set_interface(*index, interface)?;
+            let interface = self.with_former_flags(*index, interface);
+            self.maps.set_interface(*index, &interface)?;
         }
         let directory = self.pins.pod(cookie);
         fs::create_dir_all(&directory).tried(|| format!("creating {}", directory.display()))?;
@@ -121,26 +124,45 @@ impl Inner {
         if attach_steer(&directory, netns, &self.programs)? {
             repaired.push("steer");
         }
-        self.maps.set_pod(cookie, &plan.pod)?;
+        let captured = self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref());
+        let known = captured.is_some_and(|captured| captured.settings == *settings);
+        if self.set_pod_and_exclusions(cookie, &plan.pod, settings, known)? {
+            self.end_former_exclusions(netns, plan, settings)?;
+        }
+        for (index, interface) in &plan.interfaces {
+            self.maps.set_interface(*index, interface)?;
+        }
+        self.attach_guards(&directory, netns, plan, &mut repaired)?;
+        self.drop_former_interfaces(&directory, cookie, plan)?;
+        Ok(repaired)
+    }
+
+    /// The guard, last, and what lives on in spite of it.
+    fn attach_guards(
+        &mut self,
+        directory: &Path,
+        netns: &Netns,
+        plan: &PodPlan,
+        repaired: &mut Vec<&'static str>,
+    ) -> Result<(), CaptureError> {
         if plan
             .interfaces
             .iter()
-            .any(|(index, _)| !Hook::Guard.pin(&directory, *index).exists())
+            .any(|(index, _)| !Hook::Guard.pin(directory, *index).exists())
         {
             self.keep_connections(netns, plan)?;
             for (index, _) in &plan.interfaces {
-                attach_tcx(&directory, Hook::Guard, *index, &self.programs)?;
+                attach_tcx(directory, Hook::Guard, *index, &self.programs)?;
             }
             self.keep_connections(netns, plan)?;
             repaired.push("guard");
         }
         for (index, _) in &plan.interfaces {
-            if attach_tcx(&directory, Hook::Guard, *index, &self.programs)? {
+            if attach_tcx(directory, Hook::Guard, *index, &self.programs)? {
                 repaired.push("guard");
             }
         }
-        self.drop_former_interfaces(&directory, cookie, plan)?;
-        Ok(repaired)
+        Ok(())
     }
 
     /// Remembers, before anything is changed and only then, what is to be put back.
@@ -265,7 +287,7 @@ impl Inner {
             }
         }
         self.maps.remove_interfaces(cookie, &[]);
-        Ok(())
+        self.maps.set_exclusions(cookie, &Entries::default())
     }
 
     /// Puts back the settings of a pod.
@@ -278,14 +300,14 @@ impl Inner {
     }
 
     pub(crate) fn reconcile(&mut self) -> Vec<String> {
-        let captured: Vec<(PodSpec, bool)> = self
+        let captured: Vec<(PodSpec, PodSettings)> = self
             .pods
             .values()
-            .filter_map(|pod| Some((pod.spec.clone(), pod.captured.as_ref()?.forbid_non_tcp)))
+            .filter_map(|pod| Some((pod.spec.clone(), pod.captured.as_ref()?.settings.clone())))
             .collect();
         let mut repaired = Vec::new();
-        for (spec, forbid_non_tcp) in captured {
-            match self.reconcile_pod(&spec, forbid_non_tcp) {
+        for (spec, settings) in captured {
+            match self.reconcile_pod(&spec, &settings) {
                 Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),
                 Err(error) => tracing::warn!(%error, pod = %spec.uid, "reconciling"),
             }
@@ -293,7 +315,7 @@ impl Inner {
         repaired
     }
 
-    fn reconcile_pod(&mut self, spec: &PodSpec, forbid_non_tcp: bool) -> Result<Vec<&'static str>, CaptureError> {
+    fn reconcile_pod(&mut self, spec: &PodSpec, settings: &PodSettings) -> Result<Vec<&'static str>, CaptureError> {
         let Some(state) = self.pods.get(&spec.uid) else {
             return Ok(Vec::new());
         };
@@ -303,8 +325,8 @@ impl Inner {
         let (netns, listeners) = (state.netns.clone(), captured.listeners.clone());
         let network = interfaces::look(&self.home, &netns)
             .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
-        let plan = plan::plan(spec, netns.cookie(), &network, forbid_non_tcp)?;
-        let repaired = self.apply(spec, &netns, &plan, &listeners)?;
+        let plan = plan::plan(spec, netns.cookie(), &network, settings)?;
+        let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         let alive = netns
             .enter(|| diag::list(diag::state::CONNECTED))
             .and_then(|result| result)

@@ -7,7 +7,8 @@ mod lab;
 use std::net::SocketAddr;
 
 use capture::{Node, Reason};
-use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, until};
+use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, forbidding, until};
+use model::PodSettings;
 
 /// What a pod's process knows how to send by hand. `MARKER` is in the payload of everything that must not get out.
 const FORGE: &str = r#"
@@ -451,7 +452,7 @@ fn what_is_not_tcp_passes_until_it_is_forbidden() {
             assert!(outside.must("u.recvfrom(99)").contains("hello"));
             assert!(!has_ping || ping(&mut app, there) == "0");
         }
-        node.capture(pod.spec.clone(), true).await.unwrap();
+        node.capture(pod.spec.clone(), forbidding()).await.unwrap();
         for (socket, there) in [("u4", OUTSIDE4), ("u6", OUTSIDE6)] {
             let before = node.counters().of_pod(pod.uid(), Reason::NonTcpForbidden);
             app.must(&format!("{socket}.sendto(b'hello', ('{there}', 9))"));
@@ -467,7 +468,7 @@ fn what_is_not_tcp_passes_until_it_is_forbidden() {
         for own in [pod.ip4(), pod.ip6()] {
             kubelet.must(&format!("socket.create_connection(('{own}', 8080))"));
         }
-        node.capture(pod.spec.clone(), false).await.unwrap();
+        node.capture(pod.spec.clone(), PodSettings::default()).await.unwrap();
         app.must("u4.sendto(b'again', ('10.78.0.2', 9))");
         assert!(outside.must("u.recvfrom(99)").contains("again"));
     });

@@ -11,8 +11,8 @@ use std::{
 };
 
 use capture::{CaptureError, IptablesNode, IptablesPodHandle, PodListeners};
-use lab::{Lab, OUTSIDE4, OUTSIDE6, PATIENCE, TestPod, accept, connect, nobody_came};
-use model::{OriginalDst, PeerAddr};
+use lab::{Lab, OUTSIDE4, OUTSIDE6, PATIENCE, TestPod, accept, connect, forbidding, nobody_came};
+use model::{OriginalDst, PeerAddr, PodSettings};
 use socket2::SockRef;
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
@@ -22,7 +22,7 @@ fn start(lab: &Lab) -> IptablesNode {
 }
 
 async fn captured(node: &IptablesNode, pod: &TestPod) -> (IptablesPodHandle, PodListeners) {
-    let handle = node.capture(pod.spec.clone(), false).await;
+    let handle = node.capture(pod.spec.clone(), PodSettings::default()).await;
     let handle = handle.unwrap_or_else(|error| panic!("{error}"));
     let listeners = handle.listeners().unwrap();
     (handle, listeners)
@@ -390,7 +390,7 @@ fn non_tcp_can_be_forbidden() {
     lab::test("non_tcp_can_be_forbidden", |lab| async move {
         let node = start(&lab);
         let pod = lab.pod("a", 2);
-        node.capture(pod.spec.clone(), true).await.unwrap();
+        node.capture(pod.spec.clone(), forbidding()).await.unwrap();
         let mut app = lab.in_pod(&pod);
         for (family, there) in [("AF_INET", OUTSIDE4), ("AF_INET6", OUTSIDE6)] {
             let send = format!("socket.socket(socket.{family}, socket.SOCK_DGRAM).sendto(b'x', ('{there}', 9))");
@@ -398,7 +398,7 @@ fn non_tcp_can_be_forbidden() {
             // The neighbour can still be found.
             app.must(&format!("socket.create_connection(('{there}', 8080))"));
         }
-        node.capture(pod.spec.clone(), false).await.unwrap();
+        node.capture(pod.spec.clone(), PodSettings::default()).await.unwrap();
         app.must(&format!(
             "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('{OUTSIDE4}', 9))"
         ));
@@ -412,12 +412,15 @@ fn a_pod_that_cannot_be_captured_says_why() {
         let pod = lab.pod("a", 2);
         let mut app = lab.in_pod(&pod);
         app.must("thief = socket.create_server(('0.0.0.0', 15006))");
-        let error = node.capture(pod.spec.clone(), false).await.unwrap_err();
+        let error = node
+            .capture(pod.spec.clone(), PodSettings::default())
+            .await
+            .unwrap_err();
         assert!(matches!(error, CaptureError::PortTaken { port: 15006, .. }), "{error}");
         app.must("thief.close()");
         let mut wrong = pod.spec.clone();
         wrong.addresses = vec!["10.77.1.9".parse().unwrap()];
-        let error = node.capture(wrong, false).await.unwrap_err();
+        let error = node.capture(wrong, PodSettings::default()).await.unwrap_err();
         assert!(matches!(error, CaptureError::AddressNotThere { .. }), "{error}");
         assert_eq!(rules(&lab, Some("a")), "");
         captured(&node, &pod).await;

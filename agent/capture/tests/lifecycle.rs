@@ -11,6 +11,7 @@ use std::{
 
 use capture::{CaptureError, Node, Reason};
 use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, connect, until};
+use model::PodSettings;
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
 
@@ -237,17 +238,17 @@ fn mix_ups_are_refused() {
         let (a, b) = (lab.pod("a", 2), lab.pod("b", 3));
         let mut mixed = a.spec.clone();
         mixed.netns.clone_from(&b.spec.netns);
-        let error = node.capture(mixed, false).await.unwrap_err();
+        let error = node.capture(mixed, PodSettings::default()).await.unwrap_err();
         assert!(matches!(error, CaptureError::AddressNotThere { .. }), "{error}");
         captured(&node, &a).await;
         lab.run(Some("b"), "ip addr add 10.77.1.2/32 dev eth0");
         let mut stolen = b.spec.clone();
         stolen.addresses = vec![a.ip4()];
-        let error = node.capture(stolen, false).await.unwrap_err();
+        let error = node.capture(stolen, PodSettings::default()).await.unwrap_err();
         assert!(matches!(error, CaptureError::AddressTaken { .. }), "{error}");
         let mut host = b.spec.clone();
         host.netns = "/proc/self/ns/net".into();
-        let error = node.capture(host, false).await.unwrap_err();
+        let error = node.capture(host, PodSettings::default()).await.unwrap_err();
         assert!(matches!(error, CaptureError::HostNetwork(_)), "{error}");
     });
 }

@@ -6,8 +6,8 @@ use crate::{Metadata, Pod};
 
 const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 const NON_TCP: &str = "undercurrent.io/non-tcp-traffic";
-/// Namespaces whose pods are never in the mesh: a mesh must not sit below what it runs on.
-const EXCLUDED_NAMESPACES: [&str; 1] = ["kube-system"];
+/// Namespaces whose pods are never in the mesh where nobody says otherwise: it must not sit below what it runs on.
+pub const EXCLUDED_NAMESPACES: [&str; 1] = ["kube-system"];
 
 /// Whether a pod is in the mesh, and why not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,11 +26,16 @@ pub enum Enablement {
 
 /// Whether a pod is in the mesh: its label over its namespace's, never with the host's network.
 pub fn enablement(pod: &Pod, namespace: Option<&Metadata>) -> Enablement {
-    enablement_of(&pod.metadata, pod.spec.host_network, namespace)
+    enablement_of(&pod.metadata, pod.spec.host_network, namespace, &EXCLUDED_NAMESPACES)
 }
 
-/// Likewise, of what decides it: a pod's metadata and whose network it has.
-pub fn enablement_of(pod: &Metadata, host_network: bool, namespace: Option<&Metadata>) -> Enablement {
+/// Likewise, of what decides it: a pod's metadata and whose network it has; and which namespaces are excluded.
+pub fn enablement_of(
+    pod: &Metadata,
+    host_network: bool,
+    namespace: Option<&Metadata>,
+    excluded: &[impl AsRef<str>],
+) -> Enablement {
     let mode = |metadata: &Metadata| metadata.labels.get(DATAPLANE_MODE).cloned();
     let of_namespace = namespace.and_then(mode);
     let asked = match mode(pod).as_deref() {
@@ -40,7 +45,7 @@ pub fn enablement_of(pod: &Metadata, host_network: bool, namespace: Option<&Meta
     };
     if !asked {
         Enablement::NotAsked
-    } else if EXCLUDED_NAMESPACES.contains(&pod.namespace.as_str()) {
+    } else if excluded.iter().any(|name| name.as_ref() == pod.namespace) {
         Enablement::ExcludedNamespace
     } else if host_network {
         Enablement::HostNetwork

@@ -21,6 +21,7 @@
 
 mod authorization_policy;
 mod authorization_rules;
+mod capture;
 mod enablement;
 mod finding;
 pub mod live;
@@ -33,7 +34,8 @@ mod service;
 mod translate;
 
 pub use authorization_policy::{AuthorizationPolicy, closing};
-pub use enablement::{Enablement, enablement, enablement_of, non_tcp_of};
+pub use capture::{PERMISSION as EXCLUSIONS_PERMISSION, Permission as ExclusionsPermission, capture_of};
+pub use enablement::{EXCLUDED_NAMESPACES, Enablement, enablement, enablement_of, non_tcp_of};
 pub use finding::{Effect, Finding, ObjectRef, Place, Problem};
 pub use live::validate;
 pub use meta::{IntOrString, Metadata, OwnerReference, Selector};

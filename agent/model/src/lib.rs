@@ -7,6 +7,7 @@
 mod address;
 mod gateway;
 mod identity;
+mod pod_settings;
 mod policy;
 mod service;
 mod settings;
@@ -16,6 +17,7 @@ mod workload;
 pub use address::{Authority, AuthorityError, OriginalDst, PeerAddr, canonical_ip, canonical_socket};
 pub use gateway::{GatewayAddress, GatewayDestination, Unusable, WeightedWaypoint};
 pub use identity::{Identity, IdentityError, NamespacedName, TrustDomain};
+pub use pod_settings::{Exclusions, PodSettings};
 pub use policy::{Action, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch};
 pub use service::{
     AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NetworkAddress, RoutingScope, Service,

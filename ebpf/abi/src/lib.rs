@@ -11,7 +11,7 @@ pub use address::{Address, Endpoint};
 pub use reason::Reason;
 
 /// The version of every layout in this crate; maps are pinned under it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// A number that changes with the size of any layout, for those who forget to raise [`VERSION`].
 pub const SIZES: u32 = {
@@ -25,6 +25,9 @@ pub const SIZES: u32 = {
         size_of::<PlaintextClient>(),
         size_of::<CounterKey>(),
         size_of::<Restore>(),
+        size_of::<Dialled>(),
+        size_of::<ExcludedPort>(),
+        size_of::<ExcludedRange>(),
     ];
     let mut number: u32 = 0;
     let mut index = 0;
@@ -82,6 +85,24 @@ pub const CAPTURED: u32 = 1;
 /// [`Pod::flags`], [`Interface::flags`]: traffic that is not TCP is dropped.
 pub const FORBID_NON_TCP: u32 = 2;
 
+/// [`Pod::flags`]: some destination ports are excluded: see `EXCLUDED_PORTS`.
+pub const EXCLUDES_PORTS: u32 = 1 << 2;
+
+/// [`Pod::flags`]: some destination ranges are excluded, or captured alone: see `EXCLUDED_RANGES`.
+pub const EXCLUDES_RANGES: u32 = 1 << 3;
+
+/// [`Pod::flags`]: what no range holds is excluded.
+pub const EXCLUDES_THE_REST: u32 = 1 << 4;
+
+/// [`Interface::flags`]: sockets of the pod may talk to what `connect` excluded for them.
+pub const EXCLUDES_OUTBOUND: u32 = 1 << 5;
+
+/// [`Pod::flags`], [`Interface::flags`]: some of the pod's own ports are excluded: see `EXCLUDED_PORTS`.
+pub const EXCLUDES_INBOUND: u32 = 1 << 6;
+
+/// [`Pod::flags`], [`Interface::flags`]: all of them are, but HBONE's.
+pub const BYPASSES_INBOUND: u32 = 1 << 7;
+
 /// The one entry of the map `CONFIG`: what tells the node's processes apart.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,7 +127,7 @@ pub struct Pod {
     pub ip4: Address,
     /// Its IPv6 address; [`Address::NONE`] where it has none.
     pub ip6: Address,
-    /// [`CAPTURED`], [`FORBID_NON_TCP`].
+    /// [`CAPTURED`], [`FORBID_NON_TCP`], [`EXCLUDES_PORTS`] and what follows it.
     pub flags: u32,
     /// The host side of its veth, under which it is counted.
     pub ifindex: u32,
@@ -122,13 +143,82 @@ pub struct Interface {
     pub ip6: Address,
     /// The cookie of the pod's network namespace.
     pub cookie: u64,
-    /// [`FORBID_NON_TCP`].
+    /// [`FORBID_NON_TCP`], [`EXCLUDES_OUTBOUND`] and what follows it.
     pub flags: u32,
     /// Always 0.
     pub reserved: u32,
 }
 
-/// A TCP connection seen from a pod: the key of `ADMITTED`, `PROBES` and `FLOWS`.
+/// Where a socket's application wanted to go, in the sockets' storage `DIALLED`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Dialled {
+    /// Where to.
+    pub destination: Endpoint,
+    /// 1: the connection goes there by itself, past the agent. 0: it is captured.
+    pub excluded: u32,
+}
+
+/// A port that is not captured, in the map `EXCLUDED_PORTS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ExcludedPort {
+    /// The cookie of the pod's network namespace.
+    pub cookie: u64,
+    /// The port, as a number.
+    pub port: u16,
+    /// 1: of the pod; 0: of destinations.
+    pub inbound: u16,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+impl ExcludedPort {
+    /// A port of a pod, or of the destinations of a pod.
+    #[inline(always)]
+    pub const fn new(cookie: u64, port: u16, inbound: bool) -> Self {
+        Self {
+            cookie,
+            port,
+            inbound: inbound as u16,
+            reserved: 0,
+        }
+    }
+}
+
+/// A pod's destinations, in the map `EXCLUDED_RANGES`, by longest prefix; the value is 1 where they are excluded, and 0
+/// where they are captured.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ExcludedRange {
+    /// The cookie of the pod's network namespace, in two words so that nothing needs more than their alignment.
+    pub cookie: [u32; 2],
+    /// The address, v4-mapped if IPv4.
+    pub address: Address,
+}
+
+impl ExcludedRange {
+    /// The bits before the address: no prefix is shorter.
+    pub const COOKIE_BITS: u32 = 64;
+    /// The length of a whole key.
+    pub const BITS: u32 = Self::COOKIE_BITS + 128;
+
+    /// A destination of a pod.
+    #[inline(always)]
+    pub const fn new(cookie: u64, address: Address) -> Self {
+        Self {
+            cookie: [cookie as u32, (cookie >> 32) as u32],
+            address,
+        }
+    }
+
+    /// Whose it is.
+    pub const fn cookie(&self) -> u64 {
+        self.cookie[0] as u64 | (self.cookie[1] as u64) << 32
+    }
+}
+
+/// A TCP connection seen from a pod: the key of `ADMITTED`, `PROBES`, `EXCLUDED` and `FLOWS`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Flow {
@@ -236,7 +326,10 @@ mod user {
         ListenerKey,
         PlaintextClient,
         CounterKey,
-        Restore
+        Restore,
+        Dialled,
+        ExcludedPort,
+        ExcludedRange
     );
 }
 
@@ -254,6 +347,10 @@ mod tests {
         assert_eq!(size_of::<OriginalKey>(), 8 + 20 + 4);
         assert_eq!(size_of::<ListenerKey>(), 16 + 4);
         assert_eq!(size_of::<Restore>(), 240 + 4 * 4);
+        assert_eq!(size_of::<Dialled>(), 20 + 4);
+        assert_eq!(size_of::<ExcludedPort>(), 8 + 2 * 2 + 4);
+        assert_eq!(size_of::<ExcludedRange>() * 8, ExcludedRange::BITS as usize);
+        assert_eq!(ExcludedRange::new(u64::MAX - 1, Address::NONE).cookie(), u64::MAX - 1);
     }
 
     #[test]

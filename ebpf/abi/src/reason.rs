@@ -63,4 +63,12 @@ reasons! {
     Impersonation = 18, "impersonated_flow";
     /// guard: the interface is not in the map (the agent is half-way through enrolling or releasing).
     UnknownInterface = 19, "unknown_interface";
+    /// connect: not captured, because the destination is excluded.
+    ExcludedOutbound = 20, "excluded_outbound";
+    /// host side: a connection to an excluded port of the pod began; it reaches the application directly.
+    ExcludedInbound = 21, "excluded_inbound";
+    /// Bytes that excluded connections sent, when they have ended.
+    ExcludedSent = 22, "excluded_bytes_sent";
+    /// Bytes that they received, likewise.
+    ExcludedReceived = 23, "excluded_bytes_received";
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use abi::{Address, CAPTURE_PORTS, INBOUND_PORT};
-use model::WorkloadUid;
+use model::{PodSettings, WorkloadUid};
 
 use super::{
     plan::{Family, Rules, Saved},
@@ -56,7 +56,7 @@ struct PodState {
 }
 
 struct Captured {
-    forbid_non_tcp: bool,
+    settings: PodSettings,
     listeners: Arc<PodListeners>,
 }
 
@@ -103,8 +103,8 @@ impl IptablesNode {
     /// Captures a pod. Connections that it already has live on.
     ///
     /// Done again it repairs what is not as it should be, and returns the same listeners.
-    pub async fn capture(&self, spec: PodSpec, forbid_non_tcp: bool) -> Result<IptablesPodHandle, CaptureError> {
-        self.run(move |inner| inner.capture(&spec, forbid_non_tcp)).await
+    pub async fn capture(&self, spec: PodSpec, settings: PodSettings) -> Result<IptablesPodHandle, CaptureError> {
+        self.run(move |inner| inner.capture(&spec, &settings)).await
     }
 
     /// Ends a pod's capture and removes what was put into it; the pod stays known. Connections that the agent carries go
@@ -241,7 +241,7 @@ impl Inner {
         Ok(())
     }
 
-    fn capture(&mut self, spec: &PodSpec, forbid_non_tcp: bool) -> Result<IptablesPodHandle, CaptureError> {
+    fn capture(&mut self, spec: &PodSpec, settings: &PodSettings) -> Result<IptablesPodHandle, CaptureError> {
         let netns = self.open_netns(spec)?;
         self.forget_former_namespace(spec, netns.cookie())?;
         let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
@@ -252,14 +252,14 @@ impl Inner {
         self.check_addresses(spec, &netns)?;
         self.probed.extend(&addresses);
         self.apply_to_node()?;
-        let repaired = self.apply(spec, &netns, forbid_non_tcp)?;
+        let repaired = self.apply(spec, &netns, settings)?;
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
         let handle = IptablesPodHandle::new(spec.uid.clone(), netns.clone(), addresses, listeners.clone());
         let state = PodState {
             spec: spec.clone(),
             netns,
             captured: Some(Captured {
-                forbid_non_tcp,
+                settings: settings.clone(),
                 listeners,
             }),
             is_draining: false,
@@ -283,7 +283,7 @@ impl Inner {
         &mut self,
         spec: &PodSpec,
         netns: &Netns,
-        forbid_non_tcp: bool,
+        settings: &PodSettings,
     ) -> Result<Vec<&'static str>, CaptureError> {
         let addresses = Addresses::of(spec)?;
         let mut repaired = netns
@@ -291,7 +291,7 @@ impl Inner {
             .and_then(|result| result)
             .tried(|| format!("setting up the routes of {}", spec.netns.display()))?;
         for family in families(netns) {
-            if self.apply_rules(netns, family, None, &Rules::of_pod(family, forbid_non_tcp))? {
+            if self.apply_rules(netns, family, None, &Rules::of_pod(family, settings))? {
                 repaired.push("rules");
             }
         }
@@ -399,14 +399,14 @@ impl Inner {
     }
 
     fn reconcile(&mut self) -> Result<Vec<String>, CaptureError> {
-        let captured: Vec<(PodSpec, Netns, bool)> = self
+        let captured: Vec<(PodSpec, Netns, PodSettings)> = self
             .pods
             .values()
             .filter_map(|pod| {
                 Some((
                     pod.spec.clone(),
                     pod.netns.clone(),
-                    pod.captured.as_ref()?.forbid_non_tcp,
+                    pod.captured.as_ref()?.settings.clone(),
                 ))
             })
             .collect();
@@ -414,9 +414,9 @@ impl Inner {
         if self.apply_to_node()? {
             repaired.push("the node's rules for probes".to_owned());
         }
-        for (spec, netns, forbid_non_tcp) in captured {
+        for (spec, netns, settings) in captured {
             let checked = self.check_addresses(&spec, &netns);
-            match checked.and_then(|()| self.apply(&spec, &netns, forbid_non_tcp)) {
+            match checked.and_then(|()| self.apply(&spec, &netns, &settings)) {
                 Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),
                 Err(error) => tracing::warn!(%error, pod = %spec.uid, "reconciling"),
             }

@@ -8,6 +8,9 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use ipnet::IpNet;
+use model::PodSettings;
+
 /// Our chains begin with this; nothing else is touched.
 const OURS: &str = "UNDERCURRENT_";
 
@@ -60,6 +63,65 @@ fn host(address: IpAddr) -> String {
     format!("{address}/{length}")
 }
 
+/// What becomes of connections that come into a pod: nat PREROUTING.
+fn inbound(family: Family, settings: &PodSettings) -> Vec<String> {
+    let (loopback, probe) = (family.loopback(), host(family.probe_source()));
+    let mut rules = Vec::new();
+    for interface in &settings.virtual_interfaces {
+        rules.push(format!(
+            "-i {interface} -p tcp -m tcp {OPENS} -j REDIRECT --to-ports 15001"
+        ));
+        rules.push(format!("-i {interface} -p tcp -j RETURN"));
+    }
+    if settings.bypass_inbound {
+        return rules;
+    }
+    rules.push(format!("-s {probe} -p tcp -j ACCEPT"));
+    let excluded = settings.exclusions.inbound_ports.iter();
+    rules.extend(excluded.map(|port| format!("-p tcp -m tcp --dport {port} {NOT_OURS} -j ACCEPT")));
+    rules.push(format!(
+        "! -d {loopback} -p tcp -m tcp ! --dport 15008 {OPENS} {NOT_OURS} -j REDIRECT --to-ports 15006"
+    ));
+    rules
+}
+
+/// What becomes of connections that a pod opens: nat OUTPUT.
+fn outbound(family: Family, settings: &PodSettings) -> Vec<String> {
+    let (loopback, probe) = (family.loopback(), host(family.probe_source()));
+    let mut rules = vec![
+        format!("-d {probe} -p tcp -j ACCEPT"),
+        "-p tcp -m mark --mark 0x111/0xfff -j ACCEPT".to_owned(),
+        format!("! -d {loopback} -o lo -j ACCEPT"),
+    ];
+    let exclusions = &settings.exclusions;
+    let ports = exclusions.outbound_ports.iter();
+    rules.extend(ports.map(|port| format!("-p tcp -m tcp --dport {port} {NOT_OURS} -j ACCEPT")));
+    let of_family = |ranges: &[IpNet]| -> Vec<IpNet> {
+        let same = |range: &&IpNet| Family::of(range.addr()) == family;
+        ranges.iter().filter(same).copied().collect()
+    };
+    // A range of everything is printed as no range.
+    let to = |range: &IpNet| match range.prefix_len() {
+        0 => String::new(),
+        _ => format!("-d {range} "),
+    };
+    let ranges = of_family(&exclusions.outbound_ranges);
+    rules.extend(
+        ranges
+            .iter()
+            .map(|range| format!("{}-p tcp {NOT_OURS} -j ACCEPT", to(range))),
+    );
+    let redirect = format!("-p tcp -m tcp {OPENS} {NOT_OURS} -j REDIRECT --to-ports 15001");
+    match exclusions.only_outbound_ranges.as_deref().map(of_family) {
+        Some(only) if only.iter().all(|range| range.prefix_len() > 0) => {
+            rules.push(format!("-d {loopback} -j ACCEPT"));
+            rules.extend(only.iter().map(|range| format!("{}{redirect}", to(range))));
+        }
+        _ => rules.push(format!("! -d {loopback} {redirect}")),
+    }
+    rules
+}
+
 /// The rules that a namespace should have, of one family.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Rules(Vec<Table>);
@@ -83,60 +145,34 @@ struct Chain {
 
 impl Rules {
     /// Those of a captured pod.
-    pub(crate) fn of_pod(family: Family, forbid_non_tcp: bool) -> Self {
-        let (loopback, probe) = (family.loopback(), host(family.probe_source()));
+    pub(crate) fn of_pod(family: Family, settings: &PodSettings) -> Self {
         let chain = |name, from, rules| Chain {
             name,
             from,
             first: true,
             rules,
         };
+        let keeps_mark = "-m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff".to_owned();
+        let restores_mark =
+            "-m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
+                .to_owned();
         let mut tables = vec![
             Table {
                 name: "mangle",
                 chains: vec![
-                    chain(
-                        PREROUTING,
-                        "PREROUTING",
-                        vec!["-m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff".to_owned()],
-                    ),
-                    chain(
-                        OUTPUT,
-                        "OUTPUT",
-                        vec![
-                            "-m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
-                                .to_owned(),
-                        ],
-                    ),
+                    chain(PREROUTING, "PREROUTING", vec![keeps_mark]),
+                    chain(OUTPUT, "OUTPUT", vec![restores_mark]),
                 ],
             },
             Table {
                 name: "nat",
                 chains: vec![
-                    chain(
-                        PREROUTING,
-                        "PREROUTING",
-                        vec![
-                            format!("-s {probe} -p tcp -j ACCEPT"),
-                            format!(
-                                "! -d {loopback} -p tcp -m tcp ! --dport 15008 {OPENS} {NOT_OURS} -j REDIRECT --to-ports 15006"
-                            ),
-                        ],
-                    ),
-                    chain(
-                        OUTPUT,
-                        "OUTPUT",
-                        vec![
-                            format!("-d {probe} -p tcp -j ACCEPT"),
-                            "-p tcp -m mark --mark 0x111/0xfff -j ACCEPT".to_owned(),
-                            format!("! -d {loopback} -o lo -j ACCEPT"),
-                            format!("! -d {loopback} -p tcp -m tcp {OPENS} {NOT_OURS} -j REDIRECT --to-ports 15001"),
-                        ],
-                    ),
+                    chain(PREROUTING, "PREROUTING", inbound(family, settings)),
+                    chain(OUTPUT, "OUTPUT", outbound(family, settings)),
                 ],
             },
         ];
-        if forbid_non_tcp {
+        if settings.forbid_non_tcp {
             let mut rules = Vec::new();
             if family == Family::Ip6 {
                 // Without neighbour discovery there is no TCP either.
@@ -333,6 +369,8 @@ mod tests {
 
     const POD_4: &str = include_str!("golden/pod-4.rules");
     const POD_6: &str = include_str!("golden/pod-6.rules");
+    const EXCLUDING_4: &str = include_str!("golden/excluding-4.rules");
+    const EXCLUDING_6: &str = include_str!("golden/excluding-6.rules");
     const NODE_4: &str = include_str!("golden/node-4.rules");
 
     /// Regenerated by `UPDATE_GOLDEN=1 cargo test -p capture golden`.
@@ -344,6 +382,27 @@ mod tests {
             std::fs::write(path, found).unwrap();
         } else {
             assert_eq!(found, expected, "{name}");
+        }
+    }
+
+    fn forbidding() -> PodSettings {
+        PodSettings {
+            forbid_non_tcp: true,
+            ..PodSettings::default()
+        }
+    }
+
+    fn excluding() -> PodSettings {
+        let range = |text: &str| text.parse::<IpNet>().unwrap();
+        PodSettings {
+            virtual_interfaces: vec!["docker0".to_owned()],
+            exclusions: model::Exclusions {
+                outbound_ranges: vec![range("10.9.0.0/16"), range("fd09::/16")],
+                only_outbound_ranges: Some(vec![range("10.0.0.0/8"), range("::/0")]),
+                outbound_ports: vec![5432],
+                inbound_ports: vec![9090],
+            },
+            ..PodSettings::default()
         }
     }
 
@@ -386,14 +445,27 @@ mod tests {
     fn golden_rules_of_a_pod_and_of_the_node() {
         let nothing = Saved::default();
         let text = |rules: Rules| rules.changes(&nothing).unwrap();
-        golden("pod-4.rules", POD_4, &text(Rules::of_pod(Family::Ip4, false)));
-        golden("pod-6.rules", POD_6, &text(Rules::of_pod(Family::Ip6, true)));
+        golden(
+            "pod-4.rules",
+            POD_4,
+            &text(Rules::of_pod(Family::Ip4, &PodSettings::default())),
+        );
+        golden("pod-6.rules", POD_6, &text(Rules::of_pod(Family::Ip6, &forbidding())));
+        for (name, family, expected) in [
+            ("excluding-4.rules", Family::Ip4, EXCLUDING_4),
+            ("excluding-6.rules", Family::Ip6, EXCLUDING_6),
+        ] {
+            golden(name, expected, &text(Rules::of_pod(family, &excluding())));
+        }
         golden("node-4.rules", NODE_4, &text(Rules::of_node(Family::Ip4, pods())));
     }
 
     #[test]
     fn what_is_as_it_should_be_is_not_changed() {
-        for rules in [Rules::of_pod(Family::Ip4, true), Rules::of_node(Family::Ip6, pods())] {
+        for rules in [
+            Rules::of_pod(Family::Ip4, &forbidding()),
+            Rules::of_node(Family::Ip6, pods()),
+        ] {
             let nothing = Saved::default();
             let saved = restored(&nothing, &rules.changes(&nothing).unwrap());
             assert_eq!(rules.changes(&saved), None);
@@ -402,7 +474,7 @@ mod tests {
 
     #[test]
     fn a_spoiled_chain_is_made_again_in_one_table_only() {
-        let rules = Rules::of_pod(Family::Ip4, false);
+        let rules = Rules::of_pod(Family::Ip4, &PodSettings::default());
         let nothing = Saved::default();
         let good = restored(&nothing, &rules.changes(&nothing).unwrap());
         let spoil = |change: fn(&mut BTreeMap<String, Vec<String>>)| {
@@ -428,7 +500,7 @@ mod tests {
                       -A OUTPUT -d 10.1.1.1/32 -j THEIRS\n-A THEIRS -j ACCEPT\nCOMMIT\n";
         let before = Saved::parse(others);
         assert_eq!(before.removal(), None);
-        let rules = Rules::of_pod(Family::Ip4, true);
+        let rules = Rules::of_pod(Family::Ip4, &forbidding());
         let captured = restored(&before, &rules.changes(&before).unwrap());
         let after = restored(&captured, &captured.removal().unwrap());
         assert_eq!(after.removal(), None);
@@ -439,9 +511,11 @@ mod tests {
     #[test]
     fn what_is_not_needed_any_more_goes() {
         let nothing = Saved::default();
-        let forbidding = Rules::of_pod(Family::Ip4, true);
+        let forbidding = Rules::of_pod(Family::Ip4, &forbidding());
         let saved = restored(&nothing, &forbidding.changes(&nothing).unwrap());
-        let changes = Rules::of_pod(Family::Ip4, false).changes(&saved).unwrap();
+        let changes = Rules::of_pod(Family::Ip4, &PodSettings::default())
+            .changes(&saved)
+            .unwrap();
         assert!(
             changes.starts_with("*filter\n-D OUTPUT -j UNDERCURRENT_OUTPUT\n"),
             "{changes}"

@@ -5,6 +5,7 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -24,9 +25,12 @@ impl Boxes {
 
     pub fn make(test: &str) -> Self {
         clear_stale();
-        let short: String = test.chars().take(24).collect();
+        // Names of tests may begin alike.
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let short: String = test.chars().take(22).collect();
         let boxes = Self {
-            id: format!("{PREFIX}{}-{short}", std::process::id()),
+            id: format!("{PREFIX}{}-{number}-{short}", std::process::id()),
             owner: true,
         };
         boxes.clear();

@@ -26,7 +26,7 @@ use std::{
 pub use actor::Actor;
 use boxes::Boxes;
 use capture::{Node, NodeConfig, PodHandle, PodSpec};
-use model::WorkloadUid;
+use model::{PodSettings, WorkloadUid};
 
 /// How long anything may take before a test fails.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -246,10 +246,18 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// What forbids a pod all that is not TCP.
+pub fn forbidding() -> PodSettings {
+    PodSettings {
+        forbid_non_tcp: true,
+        ..PodSettings::default()
+    }
+}
+
 /// Captures a pod and returns its handle and listeners.
 pub async fn captured(node: &Node, pod: &TestPod) -> (PodHandle, capture::PodListeners) {
     let handle = node
-        .capture(pod.spec.clone(), false)
+        .capture(pod.spec.clone(), PodSettings::default())
         .await
         .unwrap_or_else(|error| panic!("{error}"));
     let listeners = handle.listeners().unwrap();

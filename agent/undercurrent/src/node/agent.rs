@@ -45,7 +45,9 @@ impl NodeAgent {
             addresses: pod.addresses,
             captured: pod.captured,
             redirection: self.source.redirection(&pod.pod),
-            problem: pod.problem,
+            problem: pod
+                .problem
+                .or_else(|| (!pod.notes.is_empty()).then(|| pod.notes.join("; "))),
             identity: pod.identity.map(|identity| identity.to_string()),
             certificate,
             counters: counters.pods.get(&pod.uid).map(named).unwrap_or_default(),

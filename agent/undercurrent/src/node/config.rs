@@ -37,6 +37,24 @@ pub struct NodeArgs {
         default_value = "/sys/fs/cgroup/kubepods.slice"
     )]
     pub pods_cgroup: PathBuf,
+    /// Namespaces whose pods are never captured.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_EXCLUDE_NAMESPACES",
+        value_name = "NAME",
+        value_delimiter = ',',
+        default_values = k8s::EXCLUDED_NAMESPACES
+    )]
+    pub exclude_namespaces: Vec<String>,
+    /// What pods may ask to be left out of the mesh by annotation, where their namespace's annotation
+    /// undercurrent.io/traffic-exclusions does not say: inbound, outbound, all, or none.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_ALLOW_EXCLUSIONS",
+        value_name = "WHICH",
+        default_value = "none"
+    )]
+    pub allow_exclusions: k8s::ExclusionsPermission,
     /// How traffic is captured.
     #[arg(long, env = "UNDERCURRENT_CAPTURE", value_enum, default_value_t = CaptureMode::Ebpf)]
     pub capture: CaptureMode,

@@ -29,7 +29,7 @@ use kube::{
         watcher::{self, watcher},
     },
 };
-use model::{NamespacedName, NonTcp};
+use model::{NamespacedName, NonTcp, PodSettings};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::Instant};
 
@@ -51,6 +51,12 @@ pub struct ApiPod {
     pub in_mesh: bool,
     /// What becomes of its traffic that is not TCP.
     pub non_tcp: NonTcp,
+    /// How it is captured.
+    #[serde(default)]
+    pub settings: PodSettings,
+    /// What of its annotations is not done, and why.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 /// A pod of the table, with what others need to know of it.
@@ -72,8 +78,18 @@ pub struct Cluster(Arc<Inner>);
 struct Inner {
     client: Client,
     node: String,
+    rules: Rules,
     table: Mutex<Table>,
     changed: watch::Sender<u64>,
+}
+
+/// What this node's agent was told of which pods to capture, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    /// Namespaces whose pods are never captured.
+    pub excluded_namespaces: Vec<String>,
+    /// What pods may ask to be left out of the mesh, where their namespace does not say.
+    pub exclusions: k8s::ExclusionsPermission,
 }
 
 #[derive(Default)]
@@ -141,20 +157,30 @@ impl<T: PartialEq> Watched<T> {
 
 impl Table {
     /// Only with its namespace, whose label may be what enrols it.
-    fn pod(&self, name: &NamespacedName) -> Option<ApiPod> {
+    fn pod(&self, name: &NamespacedName, rules: &Rules) -> Option<ApiPod> {
         let pod = self.pods.objects.get(name)?;
         let namespace = self.namespaces.objects.get(&cluster_wide(&name.namespace))?;
-        Some(api_pod(pod, namespace))
+        Some(rules.api_pod(pod, namespace))
     }
 }
 
-fn api_pod(pod: &ListedPod, namespace: &k8s::Metadata) -> ApiPod {
-    let enablement = k8s::enablement_of(&pod.metadata, pod.host_network, Some(namespace));
-    ApiPod {
-        uid: pod.metadata.uid.clone(),
-        service_account: pod.service_account.clone(),
-        in_mesh: enablement == Enablement::Captured,
-        non_tcp: k8s::non_tcp_of(&pod.metadata, Some(namespace)).0,
+impl Rules {
+    fn enablement(&self, pod: &ListedPod, namespace: Option<&k8s::Metadata>) -> Enablement {
+        k8s::enablement_of(&pod.metadata, pod.host_network, namespace, &self.excluded_namespaces)
+    }
+
+    fn api_pod(&self, pod: &ListedPod, namespace: &k8s::Metadata) -> ApiPod {
+        let (settings, problems) = k8s::capture_of(&pod.metadata, Some(namespace), self.exclusions);
+        let in_mesh = self.enablement(pod, Some(namespace)) == Enablement::Captured;
+        ApiPod {
+            uid: pod.metadata.uid.clone(),
+            service_account: pod.service_account.clone(),
+            in_mesh,
+            non_tcp: k8s::non_tcp_of(&pod.metadata, Some(namespace)).0,
+            settings,
+            // Of a pod that is not captured there is nothing to exclude.
+            problems: if in_mesh { problems } else { Vec::new() },
+        }
     }
 }
 
@@ -164,10 +190,11 @@ fn cluster_wide(name: &str) -> NamespacedName {
 
 impl Cluster {
     /// Nothing is asked before [`Cluster::run`] or [`Cluster::resolve`].
-    pub fn new(client: Client, node: &str) -> Self {
+    pub fn new(client: Client, node: &str, rules: Rules) -> Self {
         Self(Arc::new(Inner {
             client,
             node: node.to_owned(),
+            rules,
             table: Mutex::default(),
             changed: watch::Sender::new(0),
         }))
@@ -202,19 +229,20 @@ impl Cluster {
 
     /// A pod of this node as the API vouches for it, if that is known.
     pub fn pod(&self, name: &NamespacedName) -> Option<ApiPod> {
-        self.table().pod(name)
+        self.table().pod(name, &self.0.rules)
     }
 
     /// The pods of this node with what enrols them; none before all are known.
-    pub fn listed(&self) -> Option<Vec<(ListedPod, Enablement)>> {
+    pub fn listed(&self) -> Option<Vec<(ListedPod, Enablement, Vec<String>)>> {
         let table = self.table();
         if !table.pods.synced || !table.namespaces.synced {
             return None;
         }
         let listed = table.pods.objects.iter().map(|(name, pod)| {
             let namespace = table.namespaces.objects.get(&cluster_wide(&name.namespace));
-            let enablement = k8s::enablement_of(&pod.metadata, pod.host_network, namespace);
-            (pod.clone(), enablement)
+            let enablement = self.0.rules.enablement(pod, namespace);
+            let api = namespace.map(|namespace| self.0.rules.api_pod(pod, namespace));
+            (pod.clone(), enablement, api.map(|api| api.problems).unwrap_or_default())
         });
         Some(listed.collect())
     }
@@ -254,7 +282,7 @@ impl Cluster {
             let table = self.table();
             let listed = &table.pods.objects.get(name)?.addresses;
             let same = listed.is_empty() || listed.iter().any(|ip| addresses.contains(ip));
-            let pod = table.pod(name)?;
+            let pod = table.pod(name, &self.0.rules)?;
             (if uid.is_empty() { same } else { pod.uid == uid }).then_some(pod)
         };
         if let Some(pod) = known().filter(|_| !uid.is_empty()) {
@@ -302,7 +330,7 @@ impl Cluster {
                 listed_namespace(namespace).1
             }
         };
-        Ok(api_pod(&listed_pod(pod).1, &namespace))
+        Ok(self.0.rules.api_pod(&listed_pod(pod).1, &namespace))
     }
 
     /// For the status.

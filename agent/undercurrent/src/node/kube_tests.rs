@@ -19,7 +19,7 @@ use model::NamespacedName;
 use serde_json::{Value, json};
 
 use super::{
-    kube_source::{Cluster, REDIRECTION},
+    kube_source::{Cluster, REDIRECTION, Rules},
     redirection::{self, Board, Wish, Wishes},
     source::client_of,
 };
@@ -52,7 +52,7 @@ impl Lab {
         let client = client_of(kube::config::Kubeconfig::from_yaml(&kubeconfig).unwrap())
             .await
             .unwrap();
-        let cluster = Cluster::new(client.clone(), "n1");
+        let cluster = Cluster::new(client.clone(), "n1", Rules::default());
         let namespaces = Api::<Namespace>::all(client.clone());
         let shop = serde_json::from_value(json!({"metadata": {"name": "shop"}})).unwrap();
         namespaces.create(&PostParams::default(), &shop).await.unwrap();

@@ -34,6 +34,12 @@ const PATCH_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_millis(500);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 
+/// The Event's reason for a pod that is captured, but not as its annotations ask.
+const IN_PART: &str = "AnnotationIgnored";
+
+/// A pod, what enrols it, and what of its annotations is not done.
+type Listed = (ListedPod, Enablement, Vec<String>);
+
 /// What a pod's annotation is to say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wish {
@@ -106,9 +112,9 @@ struct Difference {
 }
 
 /// What has to be written so that the API says what is wished.
-fn differences(wishes: &Wishes, listed: &[(ListedPod, Enablement)]) -> Vec<Difference> {
+fn differences(wishes: &Wishes, listed: &[Listed]) -> Vec<Difference> {
     let mut differences = Vec::new();
-    for (pod, _) in listed {
+    for (pod, _, _) in listed {
         let name = name_of(pod);
         let wish = match wishes.pods.get(&name) {
             Some((uid, wish)) if *uid == pod.metadata.uid => *wish,
@@ -203,7 +209,7 @@ struct Writer {
     /// When to try again, by pod uid.
     failed: BTreeMap<String, (Instant, Backoff)>,
     /// Complaints made, by pod uid.
-    said: BTreeSet<(String, &'static str)>,
+    said: BTreeSet<(String, &'static str, String)>,
     writing: BTreeSet<String>,
     running: JoinSet<Written>,
 }
@@ -212,9 +218,16 @@ impl Writer {
     /// Starts what is to be done now; answers when to look again even if nothing changes.
     fn look(&mut self, wishes: &Wishes) -> Option<Instant> {
         let listed = self.cluster.listed()?;
-        let there: BTreeSet<_> = listed.iter().map(|(pod, _)| pod.metadata.uid.clone()).collect();
+        let there: BTreeSet<_> = listed.iter().map(|(pod, _, _)| pod.metadata.uid.clone()).collect();
         self.failed.retain(|uid, _| there.contains(uid));
-        self.said.retain(|(uid, _)| there.contains(uid));
+        let stands = |(uid, reason, note): &(String, &str, String)| {
+            let said = |(pod, _, problems): &Listed| {
+                pod.metadata.uid == *uid && (*reason != IN_PART || problems.contains(note))
+            };
+            listed.iter().any(said)
+        };
+        // What is mended and spoiled again is said again.
+        self.said.retain(stands);
         let (now, mut next) = (Instant::now(), None);
         for difference in differences(wishes, &listed) {
             if let Some((when, _)) = self.failed.get(&difference.uid).filter(|(when, _)| *when > now) {
@@ -223,12 +236,14 @@ impl Writer {
                 self.running.spawn(write(self.cluster.clone(), difference));
             }
         }
-        for (pod, enablement) in &listed {
-            if let Some((reason, note)) = complaint(pod, *enablement, wishes)
-                && self.said.insert((pod.metadata.uid.clone(), reason))
-            {
-                tracing::warn!(pod = %name_of(pod), reason, "{note}");
-                tokio::spawn(complain(self.recorder.clone(), reference(pod), reason, note));
+        for (pod, enablement, problems) in &listed {
+            let not_captured = complaint(pod, *enablement, wishes).map(|(reason, note)| (reason, note.to_owned()));
+            let in_part = problems.iter().map(|problem| (IN_PART, problem.clone()));
+            for (reason, note) in not_captured.into_iter().chain(in_part) {
+                if self.said.insert((pod.metadata.uid.clone(), reason, note.clone())) {
+                    tracing::warn!(pod = %name_of(pod), reason, "{note}");
+                    tokio::spawn(complain(self.recorder.clone(), reference(pod), reason, note));
+                }
             }
         }
         next
@@ -289,11 +304,12 @@ fn reference(pod: &ListedPod) -> ObjectReference {
     }
 }
 
-async fn complain(recorder: Recorder, pod: ObjectReference, reason: &'static str, note: &'static str) {
+async fn complain(recorder: Recorder, pod: ObjectReference, reason: &'static str, note: String) {
     let event = Event {
         type_: EventType::Warning,
         reason: reason.to_owned(),
-        note: Some(note.to_owned()),
+        // The API takes 1 kB.
+        note: Some(note.chars().take(1000).collect()),
         action: "Capture".to_owned(),
         secondary: None,
     };
@@ -307,7 +323,7 @@ async fn complain(recorder: Recorder, pod: ObjectReference, reason: &'static str
 mod tests {
     use super::*;
 
-    fn pod(name: &str, uid: &str, annotation: Option<&str>) -> (ListedPod, Enablement) {
+    fn pod(name: &str, uid: &str, annotation: Option<&str>) -> Listed {
         let mut metadata = k8s::Metadata {
             name: name.to_owned(),
             namespace: "shop".to_owned(),
@@ -324,7 +340,7 @@ mod tests {
             running: true,
             ended: false,
         };
-        (pod, Enablement::Captured)
+        (pod, Enablement::Captured, Vec::new())
     }
 
     fn wishes(complete: bool, wish: Wish) -> Wishes {
@@ -361,7 +377,7 @@ mod tests {
 
     #[test]
     fn a_pod_that_cannot_be_captured_is_complained_of() {
-        let (mut listed, _) = pod("b", "u2", None);
+        let (mut listed, _, _) = pod("b", "u2", None);
         let complete = wishes(true, Wish::Enabled);
         let reason =
             |pod: &ListedPod, enablement, wishes: &Wishes| complaint(pod, enablement, wishes).map(|said| said.0);

@@ -22,7 +22,7 @@ use model::{MeshSettings, NamespacedName};
 
 use super::{
     config::{ControlArgs, NodeArgs},
-    kube_source::Cluster,
+    kube_source::{Cluster, Rules},
     pods::{Oracle, PodsOfCluster},
     redirection::{self, Board},
     static_source::{self, Problems},
@@ -120,7 +120,11 @@ fn start_static(args: &NodeArgs, file: &Path, cert: &Path, key: &Path) -> anyhow
 
 async fn start_control(args: &NodeArgs, control: &ControlArgs) -> anyhow::Result<Sources> {
     let client = kube_client(control.kubeconfig.as_deref()).await?;
-    let cluster = Cluster::new(client, &args.node);
+    let rules = Rules {
+        excluded_namespaces: args.exclude_namespaces.clone(),
+        exclusions: args.allow_exclusions,
+    };
+    let cluster = Cluster::new(client, &args.node, rules);
     let scope = if control.xds_on_demand {
         mesh::Scope::OnDemand
     } else {

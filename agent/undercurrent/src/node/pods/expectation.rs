@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use mesh::{Knowledge, Locals, Snapshot};
-use model::{Identity, NetworkMode, TrustDomain, TunnelProtocol, Workload, WorkloadUid};
+use model::{Identity, NetworkMode, PodSettings, TrustDomain, TunnelProtocol, Workload, WorkloadUid};
 
 use super::super::{
     kube_source::{ApiPod, Cluster},
@@ -23,7 +23,7 @@ pub enum Expected {
     Captured {
         uid: WorkloadUid,
         identity: Identity,
-        non_tcp_forbidden: bool,
+        settings: PodSettings,
     },
 }
 
@@ -112,7 +112,10 @@ fn of_mesh(record: &PodRecord, snapshot: &Snapshot, node: &Arc<str>) -> Result<E
     Ok(Expected::Captured {
         uid: workload.uid.clone(),
         identity: workload.identity(),
-        non_tcp_forbidden: workload.non_tcp.is_forbidden(snapshot.settings().non_tcp),
+        settings: PodSettings {
+            forbid_non_tcp: workload.non_tcp.is_forbidden(snapshot.settings().non_tcp),
+            ..PodSettings::default()
+        },
     })
 }
 
@@ -129,7 +132,10 @@ impl PodsOfCluster {
         Ok(Expected::Captured {
             identity: workload.identity(),
             uid: workload.uid,
-            non_tcp_forbidden: api.non_tcp.is_forbidden(snapshot.settings().non_tcp),
+            settings: PodSettings {
+                forbid_non_tcp: api.non_tcp.is_forbidden(snapshot.settings().non_tcp),
+                ..api.settings.clone()
+            },
         })
     }
 
@@ -173,6 +179,7 @@ impl PodsOfCluster {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::kube_source::Rules;
     use model::{NamespacedName, NonTcp};
 
     fn record(api: Option<ApiPod>) -> PodRecord {
@@ -218,7 +225,7 @@ mod tests {
         let (writer, knowledge) = mesh::new();
         let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
         let pods = PodsOfCluster {
-            cluster: Cluster::new(kube::Client::try_from(config).unwrap(), "n1"),
+            cluster: Cluster::new(kube::Client::try_from(config).unwrap(), "n1", Rules::default()),
             locals: writer.locals(),
             cluster_id: "c1".into(),
             network: "".into(),
@@ -230,6 +237,8 @@ mod tests {
             service_account: "checkout".into(),
             in_mesh: true,
             non_tcp: NonTcp::Forbid,
+            settings: PodSettings::default(),
+            problems: Vec::new(),
         };
         let record = record(Some(api.clone()));
         pods.tell(std::iter::once(&record));
@@ -243,7 +252,10 @@ mod tests {
             Ok(Expected::Captured {
                 uid: uid.clone(),
                 identity: "spiffe://cluster.local/ns/shop/sa/checkout".parse().unwrap(),
-                non_tcp_forbidden: true,
+                settings: PodSettings {
+                    forbid_non_tcp: true,
+                    ..PodSettings::default()
+                },
             })
         );
         let local = knowledge

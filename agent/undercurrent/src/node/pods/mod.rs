@@ -44,7 +44,7 @@ type Outcome = Result<(), String>;
 
 enum Event {
     /// With who waits for its capture, and until when.
-    Added(PodRecord, oneshot::Sender<Outcome>, Instant),
+    Added(Box<PodRecord>, oneshot::Sender<Outcome>, Instant),
     /// With its sandbox, where that was said.
     Removed(NamespacedName, String, oneshot::Sender<Outcome>),
     /// The sandboxes that there are.
@@ -79,7 +79,7 @@ impl Pods {
             container_id: event.container_id,
             api,
         };
-        self.ask(|answer| Event::Added(record, answer, until)).await
+        self.ask(|answer| Event::Added(Box::new(record), answer, until)).await
     }
 
     /// Resolves once nothing of the pod is left.
@@ -120,6 +120,8 @@ pub struct PodView {
     pub captured: bool,
     pub identity: Option<Identity>,
     pub problem: Option<String>,
+    /// What of its annotations is not done; it is captured all the same.
+    pub notes: Vec<String>,
 }
 
 impl View {

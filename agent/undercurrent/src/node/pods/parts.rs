@@ -8,7 +8,7 @@ use std::{
 use capture::{CapturedPod, PodSpec};
 use identity::Identities;
 use mesh::Knowledge;
-use model::{Identity, NamespacedName, OriginalDst, PeerAddr, WorkloadUid};
+use model::{Identity, NamespacedName, OriginalDst, PeerAddr, PodSettings, WorkloadUid};
 use socket2::SockRef;
 
 use super::expectation::{Oracle, Trouble};
@@ -65,10 +65,14 @@ impl Parts {
         &self,
         record: &PodRecord,
         uid: &WorkloadUid,
-        forbid: bool,
+        settings: PodSettings,
         served: bool,
     ) -> Result<(), Trouble> {
-        let handle = self.capture.capture(spec(record, uid), forbid).await.map_err(failed)?;
+        let handle = self
+            .capture
+            .capture(spec(record, uid), settings)
+            .await
+            .map_err(failed)?;
         if served {
             return Ok(());
         }

@@ -169,7 +169,7 @@ impl Reconciler {
 
     async fn handle(&mut self, event: Event) {
         match event {
-            Event::Added(record, answer, until) => self.add(record, answer, until).await,
+            Event::Added(record, answer, until) => self.add(*record, answer, until).await,
             Event::Removed(pod, container_id, answer) => {
                 let successor = self.pods.get(&pod).is_some_and(|known| {
                     let other = &known.record.container_id;
@@ -386,7 +386,7 @@ impl Reconciler {
             Expected::Captured {
                 uid,
                 identity,
-                non_tcp_forbidden,
+                settings,
             } => {
                 pod.leaving = None;
                 if !pod.restored {
@@ -394,7 +394,7 @@ impl Reconciler {
                 }
                 self.parts.identities.want(identity);
                 let served = matches!(&pod.state, State::Told(Expected::Captured { uid: served, .. }) if served == uid);
-                self.parts.capture(&pod.record, uid, *non_tcp_forbidden, served).await
+                self.parts.capture(&pod.record, uid, settings.clone(), served).await
             }
         }
     }
@@ -413,6 +413,12 @@ impl Reconciler {
                 captured,
                 identity: pod.captured_as().cloned(),
                 problem: pod.trouble.as_ref().map(|trouble| trouble.text().to_owned()),
+                notes: pod
+                    .record
+                    .api
+                    .as_ref()
+                    .map(|api| api.problems.clone())
+                    .unwrap_or_default(),
             }
         };
         let pods = self.pods.values().map(view).collect();
