@@ -129,14 +129,21 @@ impl Source {
             ("notRequestPrincipals", &self.not_request_principals),
             ("remoteIpBlocks", &self.remote_ip_blocks),
             ("notRemoteIpBlocks", &self.not_remote_ip_blocks),
-            ("trustDomains", &self.trust_domains),
-            ("notTrustDomains", &self.not_trust_domains),
         ];
         needs_http(&http, at, flaws);
         let mut read = Reader { at, flaws };
+        let mut principals = read.patterns("principals", &self.principals);
+        let mut not_principals = read.patterns("notPrincipals", &self.not_principals);
+        not_principals.extend(read.trust_domains("notTrustDomains", &self.not_trust_domains));
+        if principals.is_empty() {
+            principals = read.trust_domains("trustDomains", &self.trust_domains);
+        } else if !self.trust_domains.is_empty() {
+            // Both have to hold, and what is sent has one list for the two.
+            read.flaws.push(Flaw::NeedsHttp(format!("{at}.trustDomains")));
+        }
         Match {
-            principals: read.patterns("principals", &self.principals),
-            not_principals: read.patterns("notPrincipals", &self.not_principals),
+            principals,
+            not_principals,
             namespaces: read.patterns("namespaces", &self.namespaces),
             not_namespaces: read.patterns("notNamespaces", &self.not_namespaces),
             service_accounts: read.service_accounts("serviceAccounts", &self.service_accounts),
@@ -204,6 +211,10 @@ impl When {
                 found.service_accounts = read.service_accounts("values", yes);
                 found.not_service_accounts = read.service_accounts("notValues", no);
             }
+            "source.trustDomain" => {
+                found.principals = read.trust_domains("values", yes);
+                found.not_principals = read.trust_domains("notValues", no);
+            }
             "destination.ip" => {
                 found.destination_ips = read.blocks("values", yes);
                 found.not_destination_ips = read.blocks("notValues", no);
@@ -251,9 +262,29 @@ impl Reader<'_> {
     fn blocks(&mut self, name: &str, texts: &Texts) -> Vec<IpNet> {
         self.each(name, texts, |text| {
             let address = || text.parse::<std::net::IpAddr>().map(IpNet::from).ok();
-            let block = text.parse::<IpNet>().ok().or_else(address);
+            let block = text.parse::<IpNet>().ok().or_else(address).map(canonical);
             block.ok_or_else(|| format!("{text:?} is neither an address nor a block of them"))
         })
+    }
+
+    /// As principals: everybody of such a domain. A suffix can't be said so.
+    fn trust_domains(&mut self, name: &str, texts: &Texts) -> Vec<StringMatch> {
+        let patterns = self.patterns(name, texts);
+        let mut principals = Vec::with_capacity(patterns.len());
+        for (index, pattern) in patterns.into_iter().enumerate() {
+            match pattern {
+                StringMatch::Exact(domain) => principals.push(StringMatch::Prefix(format!("{domain}/").into())),
+                // With a slash it would reach into what follows the domain, and no domain has one.
+                StringMatch::Prefix(text) if text.contains('/') => {
+                    let why = format!("{text:?} is no trust domain");
+                    self.flaws
+                        .push(Flaw::Invalid(format!("{}.{name}[{index}]", self.at), why));
+                }
+                StringMatch::Prefix(_) | StringMatch::Presence => principals.push(pattern),
+                StringMatch::Suffix(_) => self.flaws.push(Flaw::NeedsHttp(format!("{}.{name}[{index}]", self.at))),
+            }
+        }
+        principals
     }
 
     fn ports(&mut self, name: &str, texts: &Texts) -> Vec<u16> {
@@ -277,6 +308,18 @@ impl Reader<'_> {
                 service_account: service_account.into(),
             })
         })
+    }
+}
+
+/// A block of v4-mapped addresses is one of IPv4, which is what connections are judged by.
+fn canonical(block: IpNet) -> IpNet {
+    let mapped = |block: &ipnet::Ipv6Net| Some((block.addr().to_ipv4_mapped()?, block.prefix_len().checked_sub(96)?));
+    match block {
+        IpNet::V6(v6) => match mapped(&v6) {
+            Some((ip, length)) => ipnet::Ipv4Net::new(ip, length).map_or(block, IpNet::V4),
+            None => block,
+        },
+        IpNet::V4(_) => block,
     }
 }
 

@@ -80,6 +80,8 @@ pub enum Problem {
 pub enum Effect {
     /// The object works; the field has no meaning here.
     Note,
+    /// Nothing here acts upon the object: it is another's to enforce.
+    Elsewhere,
     /// The object works in part, and what is left is the stricter part.
     Narrowed,
     /// The object has no effect.
@@ -92,6 +94,7 @@ impl fmt::Display for Effect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Note => "note",
+            Self::Elsewhere => "elsewhere",
             Self::Narrowed => "narrowed",
             Self::Refused => "refused",
             Self::Closed => "closed",

@@ -2,7 +2,9 @@
 //!
 //! Scopes, the narrower first: workload (with a selector), namespace, mesh (in the root namespace). UNSET asks the next
 //! wider one; nothing said anywhere is PERMISSIVE. Inside a scope the oldest wins. DISABLE is PERMISSIVE: there is
-//! nothing to disable on the accepting side. <https://istio.io/latest/docs/reference/config/security/peer_authentication/>
+//! nothing to disable on the accepting side. Ports are the workload's own. What can't be said where it stands never opens:
+//! `portLevelMtls` without a selector has no meaning, but a STRICT in it holds, for every port
+//! (`a_strict_port_that_can_not_be_is_every_port`). <https://istio.io/latest/docs/reference/config/security/peer_authentication/>
 
 use std::collections::BTreeMap;
 
@@ -97,9 +99,14 @@ impl<'a> PeerAuthentications<'a> {
                 .selector
                 .as_ref()
                 .is_some_and(|selector| !selector.match_labels.is_empty());
-            if !selects && !policy.spec.port_level_mtls.is_empty() {
-                let why = "needs a selector".to_owned();
-                find("spec.portLevelMtls", Problem::Invalid(why), Effect::Refused);
+            for (field, problem, effect) in policy.remarks(selects) {
+                find(field, problem, effect);
+            }
+            let twin = |other: &&&PeerAuthentication| {
+                selects && other.metadata.namespace == namespace && other.spec.selector == policy.spec.selector
+            };
+            if let Some(older) = scopes.workloads.iter().find(twin) {
+                find("spec.selector", Problem::Conflict(older.object()), Effect::Refused);
             }
             if selects && namespace == root {
                 let why = format!("a selector in the root namespace {root}");
@@ -137,10 +144,8 @@ impl<'a> PeerAuthentications<'a> {
         let (mode, said_by) = [workload, wider[0], wider[1]]
             .into_iter()
             .flatten()
-            .find(|policy| policy.spec.mtls.mode != TlsMode::Unset)
-            .map_or((TlsMode::Permissive, None), |policy| {
-                (policy.spec.mtls.mode, Some(policy))
-            });
+            .find(|policy| policy.mode() != TlsMode::Unset)
+            .map_or((TlsMode::Permissive, None), |policy| (policy.mode(), Some(policy)));
         match workload.filter(|policy| !policy.spec.port_level_mtls.is_empty()) {
             Some(policy) => policy.deny(mode, &policy.spec.port_level_mtls),
             None => said_by?.deny(mode, &BTreeMap::new()),
@@ -156,8 +161,8 @@ impl<'a> PeerAuthentications<'a> {
         let wider = [self.namespaces.get(namespace).copied(), self.mesh];
         if self.workloads.iter().any(is) {
             let said = [Some(policy), wider[0], wider[1]].into_iter().flatten();
-            let said: Vec<_> = said.filter(|policy| policy.spec.mtls.mode != TlsMode::Unset).collect();
-            let mode = said.first().map_or(TlsMode::Permissive, |policy| policy.spec.mtls.mode);
+            let said: Vec<_> = said.filter(|policy| policy.mode() != TlsMode::Unset).collect();
+            let mode = said.first().map_or(TlsMode::Permissive, |policy| policy.mode());
             return match policy.spec.port_level_mtls.is_empty() {
                 false => policy.deny(mode, &policy.spec.port_level_mtls),
                 true if said.first().is_some_and(is) => policy.deny(mode, &BTreeMap::new()),
@@ -165,7 +170,7 @@ impl<'a> PeerAuthentications<'a> {
             };
         }
         wider.iter().flatten().find(|other| is(other))?;
-        policy.deny(policy.spec.mtls.mode, &BTreeMap::new())
+        policy.deny(policy.mode(), &BTreeMap::new())
     }
 }
 
@@ -184,6 +189,39 @@ impl PeerAuthentication {
             namespace: self.metadata.namespace.clone(),
             name: self.metadata.name.clone(),
         }
+    }
+
+    /// The mode of every port that nothing narrower is said of. Without a selector a port has no mode of its own, and so a
+    /// STRICT one makes all of them so.
+    fn mode(&self) -> TlsMode {
+        let strict_port = self
+            .spec
+            .port_level_mtls
+            .values()
+            .any(|tls| tls.mode == TlsMode::Strict);
+        match self.selector().is_none() && strict_port {
+            true => TlsMode::Strict,
+            false => self.spec.mtls.mode,
+        }
+    }
+
+    /// What the author is to know, whatever else there is.
+    fn remarks(&self, selects: bool) -> Vec<(&'static str, Problem, Effect)> {
+        let mut remarks = Vec::new();
+        let ports = &self.spec.port_level_mtls;
+        if !selects && !ports.is_empty() {
+            let (why, effect) = match self.mode() == TlsMode::Strict {
+                true => ("needs a selector; so its STRICT holds for every port", Effect::Narrowed),
+                false => ("needs a selector; so it says nothing", Effect::Narrowed),
+            };
+            remarks.push(("spec.portLevelMtls", Problem::Invalid(why.to_owned()), effect));
+        }
+        let disabled = |tls: &MutualTls| tls.mode == TlsMode::Disable;
+        if disabled(&self.spec.mtls) || ports.values().any(disabled) {
+            let why = "DISABLE is as PERMISSIVE: between captured pods everything stays encrypted";
+            remarks.push(("spec.mtls", Problem::Invalid(why.to_owned()), Effect::Note));
+        }
+        remarks
     }
 
     /// DENY what has no identity: on every port but the exceptions, or on the strict ports alone.

@@ -299,6 +299,128 @@ fn what_l4_cannot_check_never_opens() {
 }
 
 #[test]
+fn rules_keep_their_places() {
+    let of = |spec: &str| {
+        mesh(&policy("AuthorizationPolicy", "shop", "p", spec)).1.policies[0]
+            .rules
+            .clone()
+    };
+    let (get, port) = (
+        "to: [{operation: {methods: [GET]}}]",
+        "to: [{operation: {ports: ['80']}}]",
+    );
+    let rules = of(&format!("{{rules: [{{{get}}}, {{{port}}}, {{{get}}}]}}"));
+    let never = vec![vec![model::Match::default()]];
+    assert_eq!((rules.len(), &rules[0]), (2, &never), "what comes behind is not needed");
+    assert_eq!(rules[1][0][0].destination_ports, [80]);
+}
+
+#[test]
+fn a_dry_run_is_one_and_closes_nothing() {
+    let annotated = |value: &str, spec: &str| {
+        let text = [
+            pod("shop", "web", ""),
+            format!(
+                "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{namespace: shop, name: p, \
+                 annotations: {{istio.io/dry-run: \"{value}\"}}}}\nspec: {spec}\n"
+            ),
+        ]
+        .concat();
+        let (_, mesh) = mesh(&text);
+        let dry_run = mesh.policies.first().map(|policy| policy.dry_run);
+        let effects: Vec<_> = mesh
+            .findings
+            .iter()
+            .filter(|finding| finding.object.kind == "AuthorizationPolicy")
+            .collect();
+        let effects: Vec<_> = effects.iter().map(|finding| finding.effect).collect();
+        (dry_run, effects, workload(&mesh, "web").authorization_policies.len())
+    };
+    for yes in ["true", "1", "T"] {
+        assert_eq!(
+            annotated(yes, "{rules: [{}]}"),
+            (Some(true), vec![Effect::Note], 0),
+            "{yes}"
+        );
+    }
+    assert_eq!(annotated("false", "{rules: [{}]}"), (Some(false), vec![], 0));
+    assert_eq!(
+        annotated("yes", "{rules: [{}]}"),
+        (Some(false), vec![Effect::Narrowed], 0),
+        "in force, and said"
+    );
+    let custom = "{action: CUSTOM, provider: {name: x}, rules: [{}]}";
+    assert_eq!(
+        annotated("true", custom),
+        (None, vec![Effect::Refused], 0),
+        "a rehearsal closes nothing"
+    );
+    assert_eq!(annotated("false", custom), (None, vec![Effect::Closed], 1));
+}
+
+#[test]
+fn a_strict_port_that_can_not_be_is_every_port() {
+    let text = [
+        pod("shop", "web", ""),
+        policy(
+            "PeerAuthentication",
+            "shop",
+            "p",
+            "{mtls: {mode: PERMISSIVE}, portLevelMtls: {8080: {mode: STRICT}}}",
+        ),
+    ]
+    .concat();
+    let (_, found) = mesh(&text);
+    assert_eq!(found.policies[0].rules[0].len(), 1, "whatever the port");
+    assert!(
+        findings(&text)
+            .iter()
+            .any(|finding| finding.contains("its STRICT holds for every port"))
+    );
+    let open = text.replace("{8080: {mode: STRICT}}", "{8080: {mode: DISABLE}}");
+    assert!(mesh(&open).1.policies.is_empty());
+}
+
+#[test]
+fn two_that_select_the_same_are_in_conflict() {
+    let spec = |mode: &str| format!("{{selector: {{matchLabels: {{app: web}}}}, mtls: {{mode: {mode}}}}}");
+    let text = [
+        pod("shop", "web", ""),
+        policy("PeerAuthentication", "shop", "b", &spec("PERMISSIVE")),
+        policy("PeerAuthentication", "shop", "a", &spec("STRICT")),
+    ]
+    .concat();
+    let conflict = "PeerAuthentication shop/b: spec.selector: PeerAuthentication shop/a is older and wins";
+    assert!(findings(&text).iter().any(|finding| finding.contains(conflict)));
+}
+
+#[test]
+fn trust_domains_and_mapped_addresses() {
+    let of = |spec: &str| {
+        mesh(&policy("AuthorizationPolicy", "shop", "p", spec)).1.policies[0]
+            .rules
+            .clone()
+    };
+    let rules = of(
+        "{rules: [{from: [{source: {trustDomains: [td, 'a*'], notTrustDomains: [old], ipBlocks: ['::ffff:10.0.0.0/104']}}]}]}",
+    );
+    let one = &rules[0][0][0];
+    assert_eq!(
+        one.principals,
+        [StringMatch::Prefix("td/".into()), StringMatch::Prefix("a".into())]
+    );
+    assert_eq!(one.not_principals, [StringMatch::Prefix("old/".into())]);
+    assert_eq!(one.source_ips, ["10.0.0.0/8".parse().unwrap()]);
+    // Both have to hold, which can't be said.
+    assert!(of("{rules: [{from: [{source: {trustDomains: [td], principals: [x]}}]}]}").is_empty());
+    assert_eq!(
+        of("{action: DENY, rules: [{from: [{source: {trustDomains: [td], principals: [x]}}]}]}")[0].len(),
+        1
+    );
+    assert!(of("{rules: [{when: [{key: source.trustDomain, values: ['*d']}]}]}").is_empty());
+}
+
+#[test]
 fn an_unreadable_policy_closes_its_workloads() {
     for bad in [
         "{rules: [{from: [{source: {ipBlocks: [nowhere]}}]}]}",

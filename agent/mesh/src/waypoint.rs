@@ -70,6 +70,7 @@ impl fmt::Display for WaypointFault {
 /// A waypoint in words: the Gateway, where the address tells of one.
 pub(crate) fn name_of(waypoint: &GatewayAddress) -> String {
     match waypoint.why_unusable() {
+        Some((policy, Unusable::PolicyAlone)) => format!("the waypoint that AuthorizationPolicy {policy} needs"),
         Some((gateway, _)) => format!("Gateway {gateway}"),
         None => format!("waypoint {waypoint}"),
     }

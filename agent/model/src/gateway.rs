@@ -32,19 +32,22 @@ pub enum Unusable {
     NotAllowed,
     /// What the Gateway, or its class, says that it is for means nothing.
     WrongPurpose,
+    /// There is none, and the AuthorizationPolicy that the name is of can be enforced by a waypoint alone.
+    PolicyAlone,
 }
 
 /// The names of waypoints that can't be used end so: nobody has an address for them (RFC 2606).
 const INVALID: &str = ".waypoint.invalid";
 
 impl Unusable {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::NotThere,
         Self::NotProgrammed,
         Self::NoAddress,
         Self::NoHboneListener,
         Self::NotAllowed,
         Self::WrongPurpose,
+        Self::PolicyAlone,
     ];
 
     /// As a label of a host name.
@@ -56,6 +59,7 @@ impl Unusable {
             Self::NoHboneListener => "no-hbone-listener",
             Self::NotAllowed => "not-allowed",
             Self::WrongPurpose => "wrong-purpose",
+            Self::PolicyAlone => "policy-alone",
         }
     }
 }
@@ -71,6 +75,7 @@ impl fmt::Display for Unusable {
             Self::WrongPurpose => {
                 "its label istio.io/waypoint-for, or its class's, is none of service, workload, all and none"
             }
+            Self::PolicyAlone => "there is none, and nothing else can enforce a policy with targetRefs",
         })
     }
 }

@@ -259,7 +259,7 @@ fn report(progress: &Progress, findings: &[Finding]) {
         let colour = stderr().is_terminal();
         progress.say(&match finding.effect {
             _ if !colour => text,
-            Effect::Note => text.dimmed().to_string(),
+            Effect::Note | Effect::Elsewhere => text.dimmed().to_string(),
             Effect::Narrowed => text.yellow().to_string(),
             _ => text.red().to_string(),
         });

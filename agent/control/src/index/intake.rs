@@ -127,7 +127,8 @@ impl Index {
                 let record = Policy {
                     written: None,
                     selector,
-                    sent: true,
+                    // A dry run closes nothing.
+                    sent: !read.metadata.is_dry_run(),
                 };
                 self.tables.put_policy(&source.name, Some(record));
             }

@@ -32,6 +32,7 @@ mod records;
 mod service_records;
 mod services;
 mod tables;
+mod targets;
 #[cfg(test)]
 mod tests;
 mod waypoints;

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use k8s::{Finding, PeerAuthentication, PeerAuthentications, Place, closing};
+use k8s::{Effect, Finding, PeerAuthentication, PeerAuthentications, Place, closing};
 use model::{NamespacedName, Policy};
 
 use super::{
@@ -58,9 +58,15 @@ impl Tables {
     /// An AuthorizationPolicy.
     pub(super) fn authorization(&self, part: &Part, findings: &mut Vec<Finding>) -> Option<Policy> {
         let record = self.policies.get(&part.of)?;
+        if record.written.is_none() && !record.sent {
+            return None;
+        }
         match &record.written {
             Some(written) => {
-                let (policy, found) = written.l4(&self.root_namespace);
+                let (policy, mut found) = written.l4(&self.root_namespace);
+                if found.iter().any(|finding| finding.effect == Effect::Elsewhere) {
+                    found = self.targeted(part, written);
+                }
                 findings.extend(found);
                 policy
             }

@@ -12,7 +12,6 @@ use super::{
     records::Namespace,
     service_records::ServicePort,
     tables::Tables,
-    waypoints::Traffic,
     workloads::taken,
 };
 
@@ -39,7 +38,7 @@ impl Tables {
             hostname: service.hostname.clone(),
             vips,
             subject_alt_names: self.decoration(part, &service.hostname),
-            waypoint: self.waypoint(&service.labels, &name.namespace, Traffic::Services, notes),
+            waypoint: self.waypoint_of_service(part, &service.labels, notes),
             load_balancing: match (service.node_local, service.not_ready_too) {
                 (true, not_ready) => balanced(vec![RoutingScope::Node], LoadBalancingMode::Strict, not_ready),
                 (false, not_ready) => distributed(distribution, not_ready),
@@ -78,7 +77,7 @@ impl Tables {
             hostname: host.hostname.clone(),
             vips,
             subject_alt_names: entry.subject_alt_names.to_vec(),
-            waypoint: self.waypoint(&entry.labels, &name.namespace, Traffic::Services, notes),
+            waypoint: self.waypoint_of_service(part, &entry.labels, notes),
             load_balancing: match entry.passthrough {
                 true => balanced(Vec::new(), LoadBalancingMode::Passthrough, false),
                 false => distributed(distribution, false),

@@ -72,6 +72,8 @@ pub(super) struct Tables {
     pub selecting: BTreeMap<NamespacedName, ()>,
     /// Gateway, and who names it.
     gateway_users: BTreeSet<(NamespacedName, Source)>,
+    /// The policies that have targets.
+    pub(super) targeting: BTreeSet<NamespacedName>,
     pub addresses: Claims<Address>,
     pub hostnames: Claims<Arc<str>>,
     /// What has to be made anew.
@@ -106,6 +108,7 @@ impl Tables {
         let Some(old) = exchange(&mut self.namespaces, name, new) else {
             return;
         };
+        self.mark_targeting(Some(name));
         let new = self.namespaces.get(name).cloned();
         let source = Source {
             kind: Kind::Namespace,
@@ -172,6 +175,7 @@ impl Tables {
         let Some(old) = exchange(&mut self.services, name, new) else {
             return;
         };
+        self.mark_targeting(Some(&name.namespace));
         let new = self.services.get(name).cloned();
         let part = Part::new(PartKind::Service, name);
         let ends = |record: &Option<Service>| {
@@ -268,6 +272,7 @@ impl Tables {
         let Some(old) = exchange(&mut self.service_entries, name, new) else {
             return;
         };
+        self.mark_targeting(Some(&name.namespace));
         let new = self.service_entries.get(name).cloned();
         for (record, put) in [(old, false), (new, true)] {
             let Some(entry) = record else { continue };
@@ -317,6 +322,7 @@ impl Tables {
     }
 
     fn mark_users_of(&mut self, name: &NamespacedName) {
+        self.mark_targeting(None);
         let from = Source {
             kind: Kind::Namespace,
             name: NamespacedName::new("", ""),
@@ -333,6 +339,19 @@ impl Tables {
         };
         self.dirty.insert(Part::new(PartKind::Policy, name));
         let new = self.policies.get(name).cloned();
+        let has_targets = |record: &Policy| {
+            record
+                .written
+                .as_ref()
+                .is_some_and(|written| written.targets().next().is_some())
+        };
+        match new.as_ref().is_some_and(has_targets) {
+            true => self.targeting.insert(name.clone()),
+            false => self.targeting.remove(name),
+        };
+        for record in old.iter().chain(&new) {
+            self.mark_targets(name, record);
+        }
         let listed = |record: &Option<Policy>| {
             let record = record.as_ref().filter(|record| record.sent);
             record.and_then(|record| record.selector.clone())

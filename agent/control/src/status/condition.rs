@@ -101,7 +101,7 @@ pub fn describe(findings: &[Finding]) -> String {
     sorted.sort_by_key(|finding| std::cmp::Reverse(finding.effect));
     let texts = sorted.iter().map(|finding| {
         let consequence = match finding.effect {
-            Effect::Note => "",
+            Effect::Note | Effect::Elsewhere => "",
             Effect::Narrowed => " (what is left of it is stricter)",
             Effect::Refused => " (it has no effect)",
             Effect::Closed => " (what it selects is closed until this is mended)",

@@ -340,7 +340,7 @@ impl Reader<'_> {
             None => Some(read),
             Some(field) => {
                 let problem = Problem::Invalid("no such field".to_owned());
-                self.find(&field, problem, Effect::Closed);
+                self.find(&field, problem, self.unreadable());
                 None
             }
         }
@@ -350,13 +350,18 @@ impl Reader<'_> {
         match deserialize(self.value) {
             Ok(read) => Some(read),
             Err((field, why)) => {
-                let effect = match self.kind.is_policy() {
-                    true => Effect::Closed,
-                    false => Effect::Refused,
-                };
-                self.find(&field, Problem::Invalid(why), effect);
+                self.find(&field, Problem::Invalid(why), self.unreadable());
                 None
             }
+        }
+    }
+
+    /// What follows when the object can't be read: a policy closes, unless it was only to say what it would do.
+    fn unreadable(&self) -> Effect {
+        let rehearsed = self.kind == Kind::AuthorizationPolicy && self.metadata().is_dry_run();
+        match self.kind.is_policy() && !rehearsed {
+            true => Effect::Closed,
+            false => Effect::Refused,
         }
     }
 

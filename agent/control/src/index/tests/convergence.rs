@@ -147,7 +147,9 @@ fn policies() -> impl Strategy<Value = Value> {
         json!({"action": "AUDIT"}),
         json!({"action": "CUSTOM"}),
         json!({"rules": 1}),
-        json!({"targetRefs": [{"kind": "Service"}]}),
+        json!({"targetRefs": [{"kind": "Service", "name": "x"}, {"kind": "Service", "name": "y"}]}),
+        json!({"targetRefs": [{"group": "networking.istio.io", "kind": "ServiceEntry", "name": "x"}]}),
+        json!({"targetRefs": [{"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "x"}], "action": "AUDIT"}),
     ]);
     let authentication = one(&[
         json!({"mtls": {"mode": "STRICT"}}),

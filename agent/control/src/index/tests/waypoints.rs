@@ -234,3 +234,82 @@ fn a_host_name_for_an_address() {
         ["wp.shop.svc.cluster.local", "wp.shop.svc.cluster.local"]
     );
 }
+
+#[test]
+fn a_policy_for_a_waypoint_closes_a_target_without_one() {
+    let mut mesh = Mesh::with(shop(json!({})));
+    let policy = |action: &str, target: Value, more: Value| {
+        let spec = json!({"spec": {"action": action, "rules": [{}], "targetRefs": [target]}});
+        merged(object("AuthorizationPolicy", "shop", "p", spec), more)
+    };
+    let web = || json!({"kind": "Service", "name": "web"});
+    let found = |mesh: &Mesh| mesh.found(Kind::AuthorizationPolicy, "shop", "p").join("\n");
+    let orphaned = "policy-alone.p.shop.waypoint.invalid";
+    mesh.put(policy("DENY", web(), json!({})));
+    assert_eq!(waypoints(&mesh), [orphaned, "-"]);
+    assert!(mesh.policy("shop/p").is_none(), "it is not for agents");
+    assert!(found(&mesh).starts_with("closed: ") && found(&mesh).contains("Service shop/web has no waypoint"));
+    let service_told = mesh.found(Kind::Service, "shop", "web");
+    assert!(
+        service_told[0].contains("AuthorizationPolicy shop/p is for its waypoint"),
+        "{service_told:?}"
+    );
+
+    // One that is only to be looked at closes nothing.
+    for (action, more) in [
+        ("AUDIT", json!({})),
+        (
+            "DENY",
+            json!({"metadata": {"annotations": {"istio.io/dry-run": "true"}}}),
+        ),
+    ] {
+        mesh.put(policy(action, web(), more));
+        assert_eq!(waypoints(&mesh), ["-", "-"]);
+        assert!(found(&mesh).starts_with("refused: "), "{}", found(&mesh));
+    }
+    mesh.put(policy("DENY", web(), json!({})));
+    assert_eq!(waypoints(&mesh)[0], orphaned);
+
+    // With a waypoint it is that one's business, whether it is for services, and ready.
+    mesh.put(namespace("shop", uses("wp")));
+    assert_eq!(waypoints(&mesh)[0], CLOSED);
+    mesh.put(gateway("shop", "service", json!({})));
+    assert_eq!(waypoints(&mesh)[0], THERE);
+    assert!(found(&mesh).contains("waypoint shop/wp, which Service shop/web goes through, has to enforce it"));
+    mesh.put(gateway("shop", "workload", json!({})));
+    assert_eq!(waypoints(&mesh)[0], orphaned);
+    mesh.put(gateway("shop", "all", json!({})));
+    assert_eq!(waypoints(&mesh)[0], THERE);
+
+    let target = |group: &str, kind: &str, name: &str| json!({"group": group, "kind": kind, "name": name});
+    let gateways = "gateway.networking.k8s.io";
+    for (target, words) in [
+        (
+            target("", "Service", "gone"),
+            "refused: AuthorizationPolicy shop/p: spec.targetRefs[0]: Service shop/gone is not there",
+        ),
+        (target(gateways, "Gateway", "wp"), "Gateway shop/wp has to enforce it"),
+        (target(gateways, "Gateway", "gone"), "Gateway shop/gone is not there"),
+        (
+            target(gateways, "GatewayClass", "istio-waypoint"),
+            "only in the root namespace istio-system",
+        ),
+        (target("apps", "Deployment", "web"), "can be a target"),
+        (
+            json!({"kind": "Service", "name": "web", "namespace": "far"}),
+            "targets of its own namespace",
+        ),
+    ] {
+        mesh.put(policy("DENY", target, json!({})));
+        assert!(found(&mesh).contains(words), "{}", found(&mesh));
+    }
+    // A policy without its service is told when that comes, and the service is open when the policy goes.
+    mesh.put(namespace("shop", json!({})));
+    mesh.put(policy("DENY", json!({"kind": "Service", "name": "late"}), json!({})));
+    mesh.put(service("shop", "late", "10.96.0.7", json!({})));
+    assert!(found(&mesh).starts_with("closed: "), "{}", found(&mesh));
+    mesh.delete(Kind::AuthorizationPolicy, "shop", "p");
+    assert!(mesh.service("shop/late.shop.svc.cluster.local").waypoint.is_none());
+    assert!(mesh.findings.is_empty());
+    mesh.check();
+}
