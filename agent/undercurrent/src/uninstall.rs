@@ -8,7 +8,7 @@ use std::{fs, io, path::PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 
-use crate::node::{CERTIFICATES, KNOWLEDGE, Records};
+use crate::node::{CERTIFICATES, KNOWLEDGE, OUTBOUND, Records};
 
 /// Options of `undercurrent uninstall`.
 #[derive(Args, Clone, Debug)]
@@ -56,6 +56,7 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<()> {
         fs::remove_dir_all(&pods),
         fs::remove_dir_all(&certificates),
         fs::remove_dir_all(args.state_dir.join(KNOWLEDGE)),
+        fs::remove_file(args.state_dir.join(OUTBOUND)),
     ] {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

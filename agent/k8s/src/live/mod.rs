@@ -18,7 +18,7 @@ mod workload;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-pub use mesh_config::MeshConfig;
+pub use mesh_config::{MeshConfig, Sidecar};
 pub use service::{
     AllottedAddress, AllowedNamespaces, AllowedRoutes, EndpointSlice, EntryPort, EntrySelector, Gateway, GatewayClass,
     GatewaySpec, GatewayStatus, GatewayStatusAddress, LabelSelector, Listener, ServiceEntry, ServiceEntrySpec,

@@ -165,6 +165,17 @@ pub struct ControlArgs {
     /// Learn only of what this node's pods talk to, when they do.
     #[arg(long, env = "XDS_ON_DEMAND", value_parser = FalseyValueParser::new())]
     pub xds_on_demand: bool,
+    /// The namespace of the mesh configuration (`outboundTrafficPolicy`) and of the Sidecar for every namespace.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_ROOT_NAMESPACE",
+        value_name = "NAMESPACE",
+        default_value = "istio-system"
+    )]
+    pub root_namespace: String,
+    /// The ConfigMap of the mesh configuration; with a revision of istiod, istio-REVISION.
+    #[arg(long, env = "UNDERCURRENT_MESH_CONFIG", value_name = "NAME", default_value = "istio")]
+    pub mesh_config: String,
     /// How to reach the Kubernetes API, which names this node's pods [default: as a pod of the cluster does].
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,

@@ -16,6 +16,9 @@ mod kube_source;
 #[cfg(test)]
 mod kube_tests;
 pub mod logging;
+mod outbound_source;
+#[cfg(test)]
+mod outbound_tests;
 mod pods;
 mod records;
 mod redirection;
@@ -32,6 +35,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub use config::NodeArgs;
 use config::{AccessLogMode, CaptureMode};
+pub use outbound_source::KEPT as OUTBOUND;
 pub use records::Records;
 pub use source::{CERTIFICATES, KNOWLEDGE};
 

@@ -23,6 +23,7 @@ use model::{MeshSettings, NamespacedName};
 use super::{
     config::{ControlArgs, NodeArgs},
     kube_source::{Cluster, Rules},
+    outbound_source::OutboundSource,
     pods::{Oracle, PodsOfCluster},
     redirection::{self, Board},
     static_source::{self, Problems},
@@ -54,6 +55,7 @@ pub enum Source {
         addresses: String,
         discovery: discovery::Handle,
         cluster: Cluster,
+        outbound: OutboundSource,
     },
 }
 
@@ -62,6 +64,7 @@ pub enum Background {
     Nothing,
     Control {
         cluster: Cluster,
+        outbound: OutboundSource,
         board: Board,
         node: String,
         trust: Trust,
@@ -76,13 +79,14 @@ impl Background {
             Self::Nothing => std::future::pending().await,
             Self::Control {
                 cluster,
+                outbound,
                 board,
                 node,
                 trust,
                 roots,
             } => {
                 let annotations = redirection::run(cluster.clone(), board, node);
-                tokio::join!(cluster.run(), annotations, trust.follow_bundle(&roots));
+                tokio::join!(cluster.run(), outbound.run(), annotations, trust.follow_bundle(&roots));
             }
         }
     }
@@ -132,6 +136,13 @@ async fn start_control(args: &NodeArgs, control: &ControlArgs) -> anyhow::Result
     };
     let (writer, knowledge, demands) = mesh::with(&control.network, scope);
     let locals = writer.locals();
+    let outbound = OutboundSource::new(
+        cluster.client().clone(),
+        &control.root_namespace,
+        &control.mesh_config,
+        &args.state_dir,
+        writer.outbound(),
+    );
     let discovery = discovery::Client::start(discovery_config(args, control), writer, demands);
     let trust = Trust::new(control.trust_domain.clone(), control.trust_domain_aliases.clone());
     if let Err(error) = trust.read_bundle(&control.roots) {
@@ -168,9 +179,11 @@ async fn start_control(args: &NodeArgs, control: &ControlArgs) -> anyhow::Result
                 .join(", "),
             discovery,
             cluster: cluster.clone(),
+            outbound: outbound.clone(),
         },
         background: Background::Control {
             cluster,
+            outbound,
             board,
             node: args.node.clone(),
             trust,
@@ -237,13 +250,16 @@ impl Source {
     pub fn rejected(&self) -> Vec<String> {
         match self {
             Self::Static { problems, .. } => problems.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            Self::Control { discovery, .. } => {
+            Self::Control {
+                discovery, outbound, ..
+            } => {
                 let status = discovery.status();
                 let rejected = status.rejected.iter().map(|rejected| {
                     let kind = rejected.type_url.rsplit('.').next().unwrap_or_default();
                     format!("{kind} {}: {}", rejected.name, rejected.reason)
                 });
-                rejected.chain(status.conflicts).chain(status.disk).collect()
+                let all = rejected.chain(status.conflicts).chain(status.disk);
+                all.chain(outbound.problems()).collect()
             }
         }
     }
@@ -281,6 +297,7 @@ impl Source {
                 addresses,
                 discovery,
                 cluster,
+                ..
             } => {
                 let status = discovery.status();
                 let connected = status.connected.as_ref();
