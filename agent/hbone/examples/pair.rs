@@ -137,6 +137,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let key = TunnelKey {
         source: client.identity().clone(),
         destination: vec![server.identity().clone()],
+        workload: model::WorkloadUid::of_pod("Kubernetes", "shop", "server"),
         address: far_address,
     };
     shard("proxy-client", move || {

@@ -34,7 +34,7 @@ mod wire;
 
 pub use config::Config;
 pub use error::{Culprit, HandshakeError, OpenError, RelayError, TunnelError};
-pub use pool::{ClientStream, ConnectRequest, Pool, TunnelInfo, TunnelKey};
+pub use pool::{ClientStream, ConnectRequest, Pool, Standing, TunnelInfo, TunnelKey};
 pub use relay::{Live, RelayEnd};
 #[doc(hidden)]
 pub use serve::serve_plain;

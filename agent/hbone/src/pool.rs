@@ -6,8 +6,8 @@
 //!             ├── a dial under way with places to spare ──> wait for it, look again
 //!             └── dial
 //! ```
-//! Tunnels are shared by whoever has the same source identity, the same accepted destination identities and the same
-//! address. Opens never wait for each other except for a dial they share. A place is a value: dropping the stream, or
+//! Tunnels are shared by whoever has the same source identity, the same accepted destination identities, the same
+//! workload and the same address; whoever knows more of the workloads retires their tunnels ([`Pool::review`]). Opens never wait for each other except for a dial they share. A place is a value: dropping the stream, or
 //! the open, gives it back (`counts_return_to_zero`). Credentials with another serial open new tunnels; the old ones
 //! take no more streams and close after their last.
 
@@ -24,7 +24,7 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri};
 use identity::Credentials;
-use model::{Authority, Identity};
+use model::{Authority, Identity, WorkloadUid};
 use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
 use crate::{
@@ -40,8 +40,22 @@ pub struct TunnelKey {
     pub source: Identity,
     /// Of whom the peer must be one.
     pub destination: Vec<Identity>,
+    /// Who stands there: a tunnel to one workload is never taken for another that merely has its address, be their
+    /// identity the same.
+    pub workload: WorkloadUid,
     /// Where the peer is, usually at port 15008.
     pub address: SocketAddr,
+}
+
+/// How it stands with the workload of a tunnel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// New connections may go there.
+    Good,
+    /// It takes none, or is on its way out: the tunnels that it had when it became so take no more streams.
+    Leaving,
+    /// It is not there any more, or is another: its tunnels take no more streams.
+    Gone,
 }
 
 /// What to ask of the peer.
@@ -84,6 +98,8 @@ struct State {
 struct Peer {
     tunnels: Vec<Rc<Tunnel>>,
     dials: Vec<Rc<Dial>>,
+    /// Its workload takes no new connections; said at the last review.
+    leaving: Cell<bool>,
 }
 
 /// A dial under way, shared by those who wait for its tunnel.
@@ -145,6 +161,24 @@ impl Pool {
         self.0.draining.set(true);
         for tunnel in self.all() {
             tunnel.abort();
+        }
+    }
+
+    /// Retires the tunnels of workloads that are gone, and those that one had when it came to take no new connections;
+    /// what lives in them goes on. `judge` is asked once for each key, and must not use the pool.
+    pub fn review(&self, judge: impl Fn(&TunnelKey) -> Standing) {
+        for (key, peer) in &*self.0.peers.borrow() {
+            let standing = judge(key);
+            let was_leaving = peer.leaving.replace(standing == Standing::Leaving);
+            let retire = match standing {
+                Standing::Good => false,
+                // Once: what is dialled later was dialled in the knowledge of it, by address.
+                Standing::Leaving => !was_leaving,
+                Standing::Gone => true,
+            };
+            if retire {
+                peer.tunnels.iter().for_each(|tunnel| tunnel.retire());
+            }
         }
     }
 

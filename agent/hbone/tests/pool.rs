@@ -8,7 +8,7 @@ use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};
 
 use common::{CLIENT, Pair, run, socket_pair, within};
 use futures_util::future::join_all;
-use hbone::{Config, DrainMode, OpenError};
+use hbone::{Config, DrainMode, OpenError, Standing};
 use proptest::prelude::*;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -106,7 +106,7 @@ fn a_peer_that_allows_fewer_streams_gets_more_tunnels() {
 }
 
 #[test]
-fn other_identities_and_addresses_have_other_tunnels() {
+fn other_identities_addresses_and_workloads_have_other_tunnels() {
     run(async {
         let pair = with_echo(Config::default(), Config::default()).await;
         quick(&pair).await;
@@ -125,7 +125,47 @@ fn other_identities_and_addresses_have_other_tunnels() {
             .open(&wider, &pair.credentials, common::dial, common::request(pair.target))
             .await;
         opened.unwrap();
-        assert_eq!(pair.server.seen.tunnels.get(), 3);
+        // A new pod, of the same identity, that was given the address of one before it.
+        let mut successor = pair.key.clone();
+        successor.workload = model::WorkloadUid::of_pod("Kubernetes", "shop", "server-2");
+        let opened = pair
+            .pool
+            .open(
+                &successor,
+                &pair.credentials,
+                common::dial,
+                common::request(pair.target),
+            )
+            .await;
+        opened.unwrap();
+        assert_eq!(pair.server.seen.tunnels.get(), 4);
+    });
+}
+
+#[test]
+fn the_tunnels_of_a_workload_that_leaves_or_is_gone_take_no_more_streams_and_finish_those_they_have() {
+    run(async {
+        let pair = Pair::new().await;
+        for (standing, reviews, tunnels) in [
+            (Standing::Good, 2, 1),
+            (Standing::Leaving, 3, 2),
+            (Standing::Gone, 1, 3),
+        ] {
+            let (mut client, mut server, _ended) = pair.connect().await;
+            pair.pool.review(|key| {
+                assert_eq!(*key, pair.key);
+                standing
+            });
+            // One that leaves may still be dialled by its address: what is opened then is not closed by the next review.
+            for _ in 1..reviews {
+                let (_client, _server, _ended) = pair.connect().await;
+                pair.pool.review(|_| standing);
+            }
+            drop(pair.connect().await);
+            assert_eq!(pair.server.seen.tunnels.get(), tunnels, "{standing:?}");
+            client.write_all(b"goes on").await.unwrap();
+            within("the bytes", server.read_exact(&mut [0; 7])).await.unwrap();
+        }
     });
 }
 

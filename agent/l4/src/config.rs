@@ -20,10 +20,13 @@ pub struct Config {
     /// On demand: how long a connection may wait for the control plane to say what its destination is, before it is
     /// refused.
     pub discovery_timeout: Duration,
-    /// How many endpoints of a service are tried before the client notices.
+    /// How many endpoints of a service are tried before the client notices. 3.
     pub attempts: usize,
     /// The pods' name server.
     pub dns: crate::dns::Config,
+    /// How long an endpoint may take to be connected to before another one is tried beside it. 2 s: a lost SYN is sent
+    /// again after 1 s.
+    pub patience: Duration,
     /// Half-open HBONE handshakes per pod and shard; when there are more, the oldest of the source with the most is
     /// dropped.
     pub half_open: usize,
@@ -42,6 +45,7 @@ impl Default for Config {
             discovery_timeout: Duration::from_secs(5),
             attempts: 3,
             dns: crate::dns::Config::default(),
+            patience: Duration::from_secs(2),
             half_open: 256,
             lookup: Arc::new(NoLookup),
         }

@@ -26,6 +26,7 @@ use telemetry::{ConnectionRecord, Direction, Party};
 use crate::{
     counters::increment,
     egress::Left,
+    experience::Counted,
     failure::Failure,
     shard::{PodState, Shard},
 };
@@ -71,11 +72,22 @@ pub(crate) struct Known {
     pub established: bool,
 }
 
+/// Where a connection leads, as far as [`Known`] has it.
+pub(crate) struct Destination {
+    address: Option<SocketAddr>,
+    hbone_target: Option<SocketAddr>,
+    workload: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+    peer: Option<Identity>,
+}
+
 /// A connection, as its owner holds it.
 pub(crate) struct Connection {
     live: Rc<Live>,
     finished: bool,
     weighs: Cell<bool>,
+    /// At the endpoint that it leads to.
+    counted: RefCell<Option<Counted>>,
 }
 
 impl std::ops::Deref for Connection {
@@ -107,7 +119,35 @@ impl Connection {
             live,
             finished: false,
             weighs: Cell::new(false),
+            counted: RefCell::default(),
         }
+    }
+
+    /// Counts at its endpoint, for as long as it lives.
+    pub(crate) fn counts_at(&self, counted: Option<Counted>) {
+        self.counted.replace(counted);
+    }
+
+    /// Where it leads by now.
+    pub(crate) fn destination(&self) -> Destination {
+        let known = self.known.borrow();
+        Destination {
+            address: known.destination,
+            hbone_target: known.hbone_target,
+            workload: known.destination_workload.clone(),
+            service: known.service.clone(),
+            peer: known.peer.clone(),
+        }
+    }
+
+    /// It leads there after all.
+    pub(crate) fn learn_again(&self, destination: Destination) {
+        let mut known = self.known.borrow_mut();
+        known.destination = destination.address;
+        known.hbone_target = destination.hbone_target;
+        known.destination_workload = destination.workload;
+        known.service = destination.service;
+        known.peer = destination.peer;
     }
 
     /// Counts toward the shard's load, for as long as it lives.

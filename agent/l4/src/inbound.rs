@@ -174,7 +174,7 @@ impl Tunnel {
         };
         let (tls, config) = (credentials.server_config(), self.shard.hbone.clone());
         // Boxed: what the handshake needs is more than a tunnel should hold.
-        let serving = Box::pin(hbone::serve(socket, tls, config, handler, self.pod.drain.clone()));
+        let serving = Box::pin(hbone::serve(socket, tls, config, handler, self.pod.drain_signal()));
         match serving.await {
             Ok(()) | Err(hbone::TunnelError::Drained) => Ok(()),
             Err(error) => Err(error.into()),

@@ -26,11 +26,13 @@
 //! [`Proxy::failed`].
 
 mod accept;
+mod attempts;
 mod config;
 mod connection;
 mod counters;
 pub mod dns;
 mod egress;
+mod experience;
 mod failure;
 mod half_open;
 mod handed;
@@ -39,12 +41,14 @@ mod inbound;
 mod lookup;
 pub mod names;
 mod outbound;
+mod passing_over;
 mod pod;
 mod proxy;
 mod proxy_header;
 mod rate;
 mod recheck;
 mod relay;
+mod review;
 mod say;
 mod shard;
 mod socket;

@@ -8,7 +8,7 @@
 //! ```
 //! Whatever fails before the two ends are joined, the client sees as a reset, never as an orderly close: it must not take
 //! a refusal for an empty answer (`a_refused_upstream_is_a_reset_at_the_client`). Nothing of the client's bytes is read
-//! before, so another endpoint may be tried (`a_service_with_a_dead_endpoint_fails_over`). Where knowledge is on demand, a
+//! before, so another endpoint may be tried (`attempts`). Where knowledge is on demand, a
 //! destination that nothing is known of is asked for, and the connection waits (`on_demand_a_connection_waits_to_be_told`).
 
 use std::{
@@ -19,16 +19,16 @@ use std::{
 };
 
 use identity::Credentials;
-use mesh::{RefuseReason, Route};
+use mesh::{Attempt, RefuseReason, Route};
 use model::{Authority, OriginalDst, PeerAddr, Service, Workload, WorkloadUid, canonical_socket};
 use socket2::SockRef;
 use telemetry::Direction;
 use tokio::net::TcpStream;
 
 use crate::{
+    attempts::try_endpoints,
     connection::Connection,
-    counters::increment,
-    dns, egress,
+    dns,
     failure::Failure,
     headers,
     lookup::{self, LookupError},
@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// What the client is joined to.
-enum Upstream {
+pub(crate) enum Upstream {
     Tunnel(hbone::ClientStream),
     Plain(TcpStream),
 }
@@ -155,39 +155,8 @@ fn is_of(workload: &Workload, address: SocketAddr) -> bool {
         || workload.workload_ips.contains(&ip)
 }
 
-/// Tries endpoint after endpoint; where there is only one place to go, that one. The first failure is the one told.
-async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<Upstream, Failure> {
-    let shard = &connection.shard;
-    let mut tried: Vec<WorkloadUid> = Vec::new();
-    let mut first: Option<Failure> = None;
-    loop {
-        let (source, route) = find_way(connection, dialled, &tried).await?;
-        let route = egress::check(connection, &source, dialled, route).await?;
-        let endpoint = endpoint_of_service(&route);
-        let failure = match follow(connection, &source, route, shard.config.connect_timeout).await {
-            Ok(upstream) => return Ok(upstream),
-            Err(failure) => failure,
-        };
-        let may_retry = is_endpoints_fault(&failure) && tried.len() + 1 < shard.config.attempts;
-        let failure = match first {
-            // The others are used up: the first failure tells more than that there is no other.
-            Some(first) if matches!(failure, Failure::NoRoute(_)) => return Err(first),
-            Some(first) => first,
-            None => failure,
-        };
-        match endpoint {
-            Some(endpoint) if may_retry => {
-                increment(&shard.counters.failed_over);
-                tried.push(endpoint);
-                first = Some(failure);
-            }
-            _ => return Err(failure),
-        }
-    }
-}
-
 /// The pod and its way to what it dialled; on demand it may have to be asked for, and is waited for, for a while.
-async fn find_way(
+pub(crate) async fn find_way(
     connection: &Connection,
     dialled: OriginalDst,
     tried: &[WorkloadUid],
@@ -241,32 +210,17 @@ fn resolve(
     if is_own_port(dialled.port()) && is_of(source, dialled) {
         return Err(Failure::Loop(dialled));
     }
-    let route = snapshot.resolve(source, OriginalDst(dialled), connection.shard.random(), tried);
+    let attempt = Attempt {
+        random: connection.shard.random(),
+        tried,
+        experience: &*connection.shard.experience,
+    };
+    let route = snapshot.resolve_attempt(source, OriginalDst(dialled), attempt);
     Ok((source.clone(), route))
 }
 
-/// The endpoint that was chosen, where there may be others.
-fn endpoint_of_service(route: &Route) -> Option<WorkloadUid> {
-    match route {
-        Route::Tunnel { workload, service, .. }
-        | Route::Plaintext { workload, service, .. }
-        | Route::Named { workload, service, .. } => service.as_ref().map(|_| workload.uid.clone()),
-        Route::Waypoint { workload, gateway, .. } => gateway.as_ref().map(|_| workload.uid.clone()),
-        Route::Passthrough { .. } | Route::Unknown { .. } | Route::Refused { .. } => None,
-    }
-}
-
-/// Whether another endpoint may do better.
-fn is_endpoints_fault(failure: &Failure) -> bool {
-    match failure {
-        Failure::Connect(socket::ConnectError::Socket(_)) => false,
-        Failure::Connect(_) | Failure::Lookup(_) => true,
-        Failure::Open(error) => error.retryable(),
-        _ => false,
-    }
-}
-
-async fn follow(
+/// Opens the way, a plain connection within this time.
+pub(crate) async fn follow(
     connection: &Connection,
     source: &Arc<Workload>,
     route: Route,
@@ -407,10 +361,9 @@ async fn tunnel(
     service: Option<&Service>,
 ) -> Result<hbone::ClientStream, Failure> {
     let (shard, pod, hbone) = (&connection.shard, &connection.pod, end.address);
-    let own = source.identity();
-    let credentials = credentials(shard, &own).await?;
-    let peer = end.workload.identity();
+    let (own, peer) = (source.identity(), end.workload.identity());
     connection.learn_peer(hbone, peer.clone());
+    let credentials = credentials(shard, &own).await?;
     let forwarded = headers::forwarded(connection.client, service.map(|service| &*service.hostname));
     let request = hbone::ConnectRequest {
         authority: Authority::Address(target),
@@ -426,6 +379,7 @@ async fn tunnel(
         destination: std::iter::once(peer)
             .chain(alternatives.filter_map(|name| name.parse().ok()))
             .collect(),
+        workload: end.workload.uid.clone(),
         address: hbone,
     };
     let dial = || pod.sockets.outbound_socket(hbone);

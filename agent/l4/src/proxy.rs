@@ -29,6 +29,7 @@ use crate::{
     connection::ConnectionInfo,
     counters::{Counters, ShardCounters},
     dns,
+    experience::Experience,
     names::Names,
     pod::{Pod, PodListeners},
     rate::Rate,
@@ -88,6 +89,7 @@ impl Proxy {
             .unzip();
         let peers: Arc<[Peer]> = peers.into();
         let (failed, failure) = watch::channel(None);
+        let experience = Experience::new(count);
         let mut shards = Vec::with_capacity(count);
         for (index, handed_over) in hand_overs.into_iter().enumerate() {
             let start = Start {
@@ -97,6 +99,7 @@ impl Proxy {
                 identities: identities.clone(),
                 log: log.clone(),
                 peers: peers.clone(),
+                experience: experience.clone(),
                 handed_over,
                 failed: failed.clone(),
             };
@@ -165,6 +168,14 @@ impl Proxy {
     pub fn retire_pod(&self, uid: &WorkloadUid) {
         for shard in &self.shards {
             shard.tell(Command::RetirePod { uid: uid.clone() });
+        }
+    }
+
+    /// Tells the peers of a pod (GOAWAY) that the tunnels that they have to it take no more streams; what lives in them goes
+    /// on, and new tunnels are taken. For a pod that is on its way out: who learns late that it is loses nothing.
+    pub fn send_tunnels_away(&self, uid: &WorkloadUid) {
+        for shard in &self.shards {
+            shard.tell(Command::SendTunnelsAway { uid: uid.clone() });
         }
     }
 
@@ -240,6 +251,7 @@ struct Start {
     identities: Identities,
     log: AccessLog,
     peers: Arc<[Peer]>,
+    experience: Arc<Experience>,
     handed_over: mpsc::Receiver<HandedOver>,
     failed: watch::Sender<Option<ShardFailure>>,
 }
@@ -275,6 +287,7 @@ impl Start {
                     identities,
                     log,
                     peers,
+                    experience,
                     handed_over,
                     failed: _,
                 } = self;
@@ -286,6 +299,7 @@ impl Start {
                     identities,
                     log,
                     counters,
+                    experience,
                     peers,
                     connections: RefCell::new(Slab::new()),
                     pods: RefCell::default(),

@@ -38,6 +38,7 @@ use crate::{
     connection::{ConnectionInfo, Live},
     counters::{ShardCounters, increment},
     dns,
+    experience::Experience,
     failure::Failure,
     half_open::HalfOpen,
     inbound,
@@ -45,7 +46,7 @@ use crate::{
     outbound,
     pod::{PodListeners, PodSockets},
     rate::Rate,
-    recheck,
+    recheck, review,
     say::Say,
 };
 
@@ -64,6 +65,9 @@ pub(crate) enum Command {
         dns: Option<dns::Sockets>,
     },
     RetirePod {
+        uid: WorkloadUid,
+    },
+    SendTunnelsAway {
         uid: WorkloadUid,
     },
     RemovePod {
@@ -120,6 +124,7 @@ pub(crate) struct Shard {
     pub identities: Identities,
     pub log: AccessLog,
     pub counters: Arc<ShardCounters>,
+    pub experience: Arc<Experience>,
     pub peers: Arc<[Peer]>,
     pub connections: RefCell<Slab<Rc<Live>>>,
     pub pods: RefCell<HashMap<WorkloadUid, Rc<PodState>>>,
@@ -142,11 +147,13 @@ pub(crate) struct PodState {
     pub dns: dns::PodDns,
     pub pool: hbone::Pool,
     pub half_open: HalfOpen,
-    pub drain: DrainSignal,
+    /// Of the tunnels that are accepted now.
+    drain: RefCell<DrainSignal>,
     /// Live connections, and the wake-up when there are none.
     pub connections: Cell<usize>,
     pub idle: Notify,
-    trigger: DrainTrigger,
+    /// Of the tunnels accepted now, last; before it those of tunnels that were told to go away.
+    triggers: RefCell<Vec<DrainTrigger>>,
     accepting: RefCell<Vec<AbortHandle>>,
     baggage: RefCell<Option<(Arc<Workload>, String)>>,
 }
@@ -227,10 +234,10 @@ impl Shard {
             dns: dns::PodDns::default(),
             pool: hbone::Pool::new(self.hbone.clone()),
             half_open: HalfOpen::new(self.config.half_open),
-            drain,
+            drain: RefCell::new(drain),
             connections: Cell::default(),
             idle: Notify::new(),
-            trigger,
+            triggers: RefCell::new(vec![trigger]),
             accepting: RefCell::default(),
             baggage: RefCell::default(),
         });
@@ -307,7 +314,7 @@ impl Shard {
         for _ in 0..3 {
             tokio::task::yield_now().await;
         }
-        pod.trigger.drain(DrainMode::Immediate);
+        pod.drain_tunnels(DrainMode::Immediate);
         pod.pool.close();
         tokio::task::yield_now().await;
     }
@@ -337,8 +344,32 @@ impl PodState {
 
     fn drain_gracefully(&self) {
         self.stop_accepting();
-        self.trigger.drain(DrainMode::Graceful);
+        self.drain_tunnels(DrainMode::Graceful);
         self.pool.drain();
+    }
+
+    /// Drains the tunnels that peers have to the pod.
+    fn drain_tunnels(&self, mode: DrainMode) {
+        for trigger in &*self.triggers.borrow() {
+            trigger.drain(mode);
+        }
+    }
+
+    /// Tells peers (GOAWAY) that the tunnels that they have take no more streams; a tunnel that one opens from now on is
+    /// none of these.
+    fn send_tunnels_away(&self) {
+        self.drain_tunnels(DrainMode::Graceful);
+        let (trigger, drain) = drain_channel();
+        let mut triggers = self.triggers.borrow_mut();
+        // Those whose tunnels have ended.
+        triggers.retain(|trigger| !trigger.has_ended());
+        triggers.push(trigger);
+        self.drain.replace(drain);
+    }
+
+    /// What ends a tunnel that is accepted now.
+    pub(crate) fn drain_signal(&self) -> DrainSignal {
+        self.drain.borrow().clone()
     }
 
     async fn wait_idle(&self) {
@@ -368,6 +399,7 @@ pub(crate) async fn run(
     mut handed_over: mpsc::Receiver<HandedOver>,
 ) {
     let rechecking = tokio::task::spawn_local(recheck::run(shard.clone()));
+    let reviewing = tokio::task::spawn_local(review::run(shard.clone()));
     loop {
         tokio::select! {
             // Commands first: what is handed over may be for a pod that was added just before.
@@ -382,6 +414,11 @@ pub(crate) async fn run(
                     }
                 }
                 Some(Command::RetirePod { uid }) => shard.retire_pod(&uid),
+                Some(Command::SendTunnelsAway { uid }) => {
+                    if let Some(pod) = shard.pod(&uid) {
+                        pod.send_tunnels_away();
+                    }
+                }
                 Some(Command::RemovePod { uid }) => shard.remove_pod(&uid),
                 Some(Command::Connections(answer)) => {
                     let connections = shard.connections.borrow().iter().map(|(_, live)| live.info()).collect();
@@ -407,4 +444,5 @@ pub(crate) async fn run(
         }
     }
     rechecking.abort();
+    reviewing.abort();
 }

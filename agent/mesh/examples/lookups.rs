@@ -1,17 +1,17 @@
-//! What a look-up costs in the maps of a snapshot, beside a `HashMap` of the same entries, and what a change costs in
-//! meshes of several sizes: `cargo run --release -p mesh --example lookups`.
+//! What a look-up costs in the maps of a snapshot, beside a `HashMap` of the same entries, what the choice of an endpoint
+//! costs, and what a change costs in meshes of several sizes: `cargo run --release -p mesh --example lookups`.
 #![allow(clippy::unwrap_used)]
 
 use std::{
     collections::HashMap,
     hint::black_box,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use mesh::{Delta, Knowledge, Snapshot, Writer};
-use model::{NamespacedName, NetworkAddress, Service, TunnelProtocol, Workload, WorkloadUid};
+use mesh::{Delta, Knowledge, Route, Snapshot, Writer};
+use model::{NamespacedName, NetworkAddress, OriginalDst, Service, TunnelProtocol, Workload, WorkloadUid};
 
 const LOOKUPS: usize = 2_000_000;
 const CHANGES: usize = 2_000;
@@ -121,7 +121,42 @@ fn lookups(size: usize, snapshot: &Snapshot) {
     );
 }
 
+/// What a whole decision costs for a service of `endpoints` endpoints.
+fn decisions(endpoints: usize) {
+    let (mut writer, knowledge) = mesh::new();
+    let one = |number: usize| {
+        let workload = workload(number, "v1");
+        Arc::new(Workload {
+            services: [(key(0), [(80, 8080)].into())].into(),
+            ..workload
+        })
+    };
+    let delta = Delta {
+        workloads: (0..endpoints).map(one).collect(),
+        services: vec![service(0).into()],
+        ..Delta::default()
+    };
+    assert!(writer.apply(delta).is_empty());
+    let (snapshot, source) = (knowledge.snapshot(), workload(endpoints, "v1"));
+    let dialled = OriginalDst(SocketAddr::new(vip(0), 80));
+    let each = cost(endpoints.max(2), |number| {
+        match snapshot.resolve(
+            &source,
+            dialled,
+            (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            &[],
+        ) {
+            Route::Tunnel { target, .. } => usize::from(target.port()),
+            other => panic!("{other:?}"),
+        }
+    });
+    println!("{endpoints:>7} endpoints: a decision {each:6.1} ns");
+}
+
 fn main() {
+    for endpoints in [1, 2, 10, 100, 1_000, 10_000] {
+        decisions(endpoints);
+    }
     for size in [1_000, 10_000, 100_000] {
         let (mut writer, knowledge, built) = mesh_of(size);
         lookups(size, &knowledge.snapshot());

@@ -1,7 +1,12 @@
-//! Which of a service's endpoints: any that can be reached alike, or by their shares, or those nearest to the source,
-//! as the service says (`istio.workload.LoadBalancing`).
+//! Which of a service's endpoints: of those nearest to the source, as the service says (`istio.workload.LoadBalancing`),
+//! two are drawn, by their capacity, and the one with fewer of this process's connections for each unit of it is taken
+//! (`the_less_loaded_of_two_is_taken_and_capacity_counts`). What is loaded and what failed is told ([`Experience`]); time
+//! is not known here.
 //!
-//! Alike and nothing to pass over, which is nearly always, costs the same however many endpoints there are.
+//! An endpoint that failed lately is passed over, near or far, but not the last ones: where all failed, they are tried as
+//! if none had (`who_failed_lately_is_passed_over_unless_all_did`).
+//!
+//! Alike and without preference, which is nearly always, costs the same however many endpoints there are.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -12,7 +17,50 @@ use model::{
     HealthPolicy, LoadBalancing, LoadBalancingMode, NamespacedName, RoutingScope, Service, Workload, WorkloadUid,
 };
 
-use crate::{RefuseReason, Snapshot};
+use crate::{
+    RefuseReason, Snapshot,
+    endpoints::{EndpointList, Random},
+};
+
+/// What this process has learnt of endpoints by dialling them, which the mesh does not say.
+pub trait Experience {
+    /// How many connections of this process live there.
+    fn load(&self, endpoint: &WorkloadUid) -> u32;
+
+    /// Whether it failed so lately, at this address and port, that others go first.
+    fn is_passed_over(&self, endpoint: &WorkloadUid, target: SocketAddr) -> bool;
+}
+
+/// Nothing was learnt: endpoints are alike.
+#[derive(Clone, Copy, Debug)]
+pub struct NoExperience;
+
+impl Experience for NoExperience {
+    fn load(&self, _: &WorkloadUid) -> u32 {
+        0
+    }
+
+    fn is_passed_over(&self, _: &WorkloadUid, _: SocketAddr) -> bool {
+        false
+    }
+}
+
+/// One attempt of a connection to find its way.
+#[derive(Clone, Copy)]
+pub struct Attempt<'a> {
+    /// Picks among a service's endpoints.
+    pub random: u64,
+    /// These failed already: never again for this connection.
+    pub tried: &'a [WorkloadUid],
+    /// What is known of them beside what the mesh says.
+    pub experience: &'a dyn Experience,
+}
+
+/// Rounds of drawing two before all are looked at.
+const ROUNDS: usize = 4;
+
+/// An endpoint, and where it is.
+type Found<'a> = (&'a Arc<Workload>, SocketAddr);
 
 /// The choice of an endpoint.
 pub(crate) struct Choice<'a> {
@@ -23,76 +71,100 @@ pub(crate) struct Choice<'a> {
     /// The service's key.
     pub(crate) key: NamespacedName,
     pub(crate) dialled: SocketAddr,
-    /// These failed already.
-    pub(crate) tried: &'a [WorkloadUid],
+    pub(crate) attempt: Attempt<'a>,
 }
 
 impl<'a> Choice<'a> {
     /// An endpoint and where it is. The reason tells of an endpoint that could not be used, where one was the cause.
-    pub(crate) fn choose(&self, random: u64) -> Result<(&'a Arc<Workload>, SocketAddr), RefuseReason> {
-        let healthy = self.snapshot.endpoints(&self.key);
+    pub(crate) fn choose(&self) -> Result<Found<'a>, RefuseReason> {
         let balancing = self.service.load_balancing.as_ref();
-        let unhealthy = balancing
-            .filter(|balancing| balancing.health_policy == HealthPolicy::AllowAll)
-            .map(|_| self.snapshot.unhealthy_endpoints(&self.key));
+        let all_healths = balancing.is_some_and(|balancing| balancing.health_policy == HealthPolicy::AllowAll);
+        let healthy = self.snapshot.endpoints(&self.key);
+        let unhealthy = match all_healths {
+            true => self.snapshot.unhealthy_endpoints(&self.key),
+            false => EndpointList::EMPTY,
+        };
         let preference = balancing
             .filter(|balancing| balancing.mode != LoadBalancingMode::Standard)
             .filter(|balancing| !balancing.routing_preference.is_empty());
-        let (first, second) = (healthy.len(), unhealthy.map_or(0, |list| list.len()));
-        if first + second == 0 {
-            return Err(RefuseReason::NoHealthyEndpoint(self.key.clone()));
+        let mut random = Random::new(self.attempt.random);
+        let alike = preference.is_none() && unhealthy.is_empty() && !healthy.is_uneven();
+        if alike && let Some(found) = self.of_two(healthy, &mut random) {
+            return Ok(found);
         }
-        // From a random one on, so that the first that will do is as likely as any; seldom is it not the very first.
-        let start = (random % (first + second) as u64) as usize;
-        let all = healthy
-            .iter_from(start.min(first))
-            .chain(unhealthy.into_iter().flat_map(|list| list.iter()));
-        let from_unhealthy = || {
-            unhealthy
-                .into_iter()
-                .flat_map(move |list| list.iter_from(start - first))
+        self.of_all(healthy.iter().chain(unhealthy.iter()), preference, &mut random)
+    }
+
+    /// The less loaded of two that are drawn; one alone, where the other can't be used or failed lately.
+    fn of_two(&self, list: &'a EndpointList, random: &mut Random) -> Option<Found<'a>> {
+        let usable = |workload: &'a Arc<Workload>| {
+            let target = self.usable(workload).ok()??;
+            Some((workload, target)).filter(|found| !self.is_passed_over(found))
         };
-        let uneven = healthy.is_uneven() || unhealthy.is_some_and(|list| list.is_uneven());
+        for _ in 0..ROUNDS {
+            match list.draw_two(random)?.map(usable) {
+                [Some(first), Some(second)] => return Some(self.less_loaded(first, second)),
+                [Some(found), None] | [None, Some(found)] => return Some(found),
+                [None, None] => {}
+            }
+        }
+        None
+    }
+
+    /// The same among all that can be used, by their shares, near ones first, and those that failed lately only where
+    /// there is nobody else.
+    fn of_all(
+        &self,
+        all: impl Iterator<Item = &'a Arc<Workload>>,
+        preference: Option<&LoadBalancing>,
+        random: &mut Random,
+    ) -> Result<Found<'a>, RefuseReason> {
         let mut refusal = None;
-        let mut usable = |workload: &&'a Arc<Workload>| match self.usable(workload) {
-            Ok(found) => found.map(|target| (*workload, target)),
-            Err(reason) => {
-                refusal.get_or_insert(reason);
-                None
+        let mut usable = Vec::new();
+        for workload in all {
+            match self.usable(workload) {
+                Ok(target) => usable.extend(target.map(|target| (workload, target))),
+                Err(reason) => _ = refusal.get_or_insert(reason),
             }
-        };
-        let found = match preference {
-            Some(preference) => {
-                let usable: Vec<_> = all.filter_map(|workload| usable(&workload)).collect();
-                weighted(&self.preferred(usable, preference), random)
-            }
-            None if uneven => weighted(
-                &all.filter_map(|workload| usable(&workload)).collect::<Vec<_>>(),
-                random,
-            ),
-            None if start < first => all.into_iter().find_map(|workload| usable(&workload)),
-            None => from_unhealthy()
-                .chain(healthy.iter())
-                .find_map(|workload| usable(&workload)),
-        };
+        }
+        let good = usable.iter().filter(|found| !self.is_passed_over(found)).copied();
+        let mut best = self.preferred(good.collect(), preference);
+        if best.is_empty() {
+            best = self.preferred(usable, preference);
+        }
+        let found = weighted(&best, None, random).map(|first| match weighted(&best, Some(first), random) {
+            Some(second) => self.less_loaded(first, second),
+            None => first,
+        });
         found.ok_or_else(|| refusal.unwrap_or_else(|| RefuseReason::NoHealthyEndpoint(self.key.clone())))
     }
 
     /// Where an endpoint is, if it is one to try.
     fn usable(&self, workload: &Workload) -> Result<Option<SocketAddr>, RefuseReason> {
-        if self.tried.contains(&workload.uid) {
+        if self.attempt.tried.contains(&workload.uid) {
             return Ok(None);
         }
         self.snapshot.reachable(workload)?;
         Ok(endpoint_address(workload, self.service, &self.key, self.dialled))
     }
 
+    fn is_passed_over(&self, (workload, target): &Found<'_>) -> bool {
+        self.attempt.experience.is_passed_over(&workload.uid, *target)
+    }
+
+    /// By load for each unit of capacity; of two that are alike the first.
+    fn less_loaded(&self, first: Found<'a>, second: Found<'a>) -> Found<'a> {
+        let load = |(workload, _): &Found<'_>| u64::from(self.attempt.experience.load(&workload.uid));
+        let (of_first, of_second) = (load(&first), load(&second));
+        match of_first * u64::from(second.0.capacity) <= of_second * u64::from(first.0.capacity) {
+            true => first,
+            false => second,
+        }
+    }
+
     /// Those that the service prefers for this source.
-    fn preferred(
-        &self,
-        usable: Vec<(&'a Arc<Workload>, SocketAddr)>,
-        balancing: &LoadBalancing,
-    ) -> Vec<(&'a Arc<Workload>, SocketAddr)> {
+    fn preferred(&self, usable: Vec<Found<'a>>, balancing: Option<&LoadBalancing>) -> Vec<Found<'a>> {
+        let Some(balancing) = balancing else { return usable };
         let scopes = &balancing.routing_preference;
         let shared = |workload: &Workload| {
             let shares = |scope: &&RoutingScope| share(**scope, self.source, workload);
@@ -109,18 +181,23 @@ impl<'a> Choice<'a> {
     }
 }
 
-/// One of these, by their shares.
-fn weighted<'a>(usable: &[(&'a Arc<Workload>, SocketAddr)], random: u64) -> Option<(&'a Arc<Workload>, SocketAddr)> {
-    let total: u64 = usable.iter().map(|(workload, _)| u64::from(workload.capacity)).sum();
-    let mut left = random.checked_rem(total)?;
-    let within = |(workload, _): &&(&Arc<Workload>, SocketAddr)| match left.checked_sub(workload.capacity.into()) {
+/// One of these, by their shares, but for this one.
+fn weighted<'a>(usable: &[Found<'a>], but: Option<Found<'a>>, random: &mut Random) -> Option<Found<'a>> {
+    let is_in = |(workload, _): &&Found<'a>| but.is_none_or(|(other, _)| !Arc::ptr_eq(workload, other));
+    let total: u64 = usable
+        .iter()
+        .filter(is_in)
+        .map(|(workload, _)| u64::from(workload.capacity))
+        .sum();
+    let mut left = random.below(usize::try_from(total).ok()?)? as u64;
+    let within = |(workload, _): &&Found<'a>| match left.checked_sub(workload.capacity.into()) {
         Some(rest) => {
             left = rest;
             false
         }
         None => true,
     };
-    usable.iter().find(within).copied()
+    usable.iter().filter(is_in).find(within).copied()
 }
 
 /// Whether two workloads are in one region, zone…; a zone is one only within its region.
@@ -130,7 +207,8 @@ fn share(scope: RoutingScope, a: &Workload, b: &Workload) -> bool {
         RoutingScope::Region => x.region == y.region,
         RoutingScope::Zone => (&x.region, &x.zone) == (&y.region, &y.zone),
         RoutingScope::Subzone => x == y,
-        RoutingScope::Node => a.node == b.node,
+        // What runs on no node, outside Kubernetes, shares none.
+        RoutingScope::Node => a.node == b.node && !a.node.is_empty(),
         RoutingScope::Cluster => a.cluster_id == b.cluster_id,
         RoutingScope::Network => a.network == b.network,
     }
@@ -164,7 +242,7 @@ fn endpoint_address(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{cell::RefCell, collections::BTreeMap};
 
     use model::OriginalDst;
 
@@ -174,6 +252,34 @@ mod tests {
 
     /// How often each endpoint is chosen, over many connections of a pod in region r, zone z.
     fn spread(endpoints: &str, service: &str) -> BTreeMap<String, u32> {
+        spread_by(&NoExperience, endpoints, service, 600, |_| {})
+    }
+
+    /// What was counted, and who is passed over.
+    #[derive(Default)]
+    struct Told {
+        loads: RefCell<BTreeMap<String, u32>>,
+        passed_over: Vec<&'static str>,
+    }
+
+    impl Experience for Told {
+        fn load(&self, endpoint: &WorkloadUid) -> u32 {
+            self.loads.borrow().get(&*endpoint.0).copied().unwrap_or_default()
+        }
+
+        fn is_passed_over(&self, endpoint: &WorkloadUid, target: SocketAddr) -> bool {
+            assert_eq!(target.port(), 80);
+            self.passed_over.contains(&&*endpoint.0)
+        }
+    }
+
+    fn spread_by(
+        experience: &dyn Experience,
+        endpoints: &str,
+        service: &str,
+        connections: u64,
+        mut chosen: impl FnMut(&str),
+    ) -> BTreeMap<String, u32> {
         let file = format!(
             "workloads:\n{endpoints}services: [{{name: h, namespace: n, hostname: h, vips: [10.9.0.1], ports: {{80: \
              80}}, {service}}}]"
@@ -185,13 +291,19 @@ mod tests {
         let source: Workload =
             serde_yaml_ng::from_str("{uid: s, name: s, namespace: n, locality: {region: r, zone: z}}").unwrap();
         let mut counts = BTreeMap::new();
-        for random in 0..600 {
+        for random in 0..connections {
             let dialled = OriginalDst("10.9.0.1:80".parse().unwrap());
-            let to = match knowledge.snapshot().resolve(&source, dialled, random, &[]) {
+            let attempt = Attempt {
+                random,
+                tried: &[],
+                experience,
+            };
+            let to = match knowledge.snapshot().resolve_attempt(&source, dialled, attempt) {
                 Route::Plaintext { workload, .. } => workload.uid.to_string(),
                 Route::Refused { reason } => reason.to_string(),
                 other => format!("{other:?}"),
             };
+            chosen(&to);
             *counts.entry(to).or_default() += 1;
         }
         counts
@@ -223,6 +335,56 @@ mod tests {
         assert_eq!(spread(&sick, all), counts([("a", 200), ("b", 200), ("c", 200)]));
         let shares = three("capacity: 3", "capacity: 0", "capacity: 1");
         assert_eq!(spread(&shares, ""), counts([("a", 450), ("c", 150)]));
+    }
+
+    #[test]
+    fn the_less_loaded_of_two_is_taken_and_capacity_counts() {
+        // Two: the one with less, always.
+        let told = Told::default();
+        told.loads.borrow_mut().insert("a".into(), 1);
+        let two = [endpoint("a", 1, ""), endpoint("b", 2, "")].concat();
+        assert_eq!(spread_by(&told, &two, "", 600, |_| {}), counts([("b", 600)]));
+        // Connections that live on: loads become even, and where capacities differ, even for each unit of them.
+        for (endpoints, expected) in [
+            (three("", "", ""), [200, 200, 200]),
+            (three("capacity: 4", "capacity: 1", "capacity: 1"), [400, 100, 100]),
+        ] {
+            let told = Told::default();
+            told.loads.borrow_mut().insert("a".into(), 50);
+            let count = |uid: &str| *told.loads.borrow_mut().entry(uid.to_owned()).or_default() += 1;
+            spread_by(&told, &endpoints, "", 550, count);
+            let loads: Vec<u32> = told.loads.borrow().values().copied().collect();
+            let near = loads
+                .iter()
+                .zip(expected)
+                .all(|(load, expected)| load.abs_diff(expected) <= 3);
+            assert!(near, "{loads:?}, not {expected:?}");
+        }
+    }
+
+    #[test]
+    fn who_failed_lately_is_passed_over_unless_all_did() {
+        let told = |passed_over: &[&'static str]| Told {
+            passed_over: passed_over.to_vec(),
+            ..Told::default()
+        };
+        let strict = "loadBalancing: {routingPreference: [Zone], mode: Strict}";
+        let failover = "loadBalancing: {routingPreference: [Zone], mode: Failover}";
+        let spread = |who: &[&'static str], endpoints: &str, service: &str| {
+            let counts = spread_by(&told(who), endpoints, service, 600, |_| {});
+            counts.into_keys().collect::<String>()
+        };
+        let near = "locality: {region: r, zone: z}";
+        for (alike, balancing) in [("", ""), ("capacity: 2", ""), (near, strict), (near, failover)] {
+            let all = three(alike, alike, alike);
+            for (who, expected) in [(&["b"][..], "ac"), (&["a", "b"], "c"), (&["a", "b", "c"], "abc")] {
+                assert_eq!(spread(who, &all, balancing), expected, "{balancing}");
+            }
+        }
+        // Near ones that failed yield to far ones; strictly they are tried, for nobody else may be.
+        let places = three(near, near, "locality: {region: q, zone: z}");
+        assert_eq!(spread(&["a", "b"], &places, failover), "c");
+        assert_eq!(spread(&["a", "b"], &places, strict), "ab");
     }
 
     #[test]

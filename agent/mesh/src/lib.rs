@@ -41,6 +41,7 @@ use arc_swap::ArcSwap;
 use model::NetworkAddress;
 use tokio::sync::{mpsc, watch};
 
+pub use choice::{Attempt, Experience, NoExperience};
 pub use contents::{Contents, Rejected, RejectedObject};
 pub use demand::{Demands, Wanted};
 pub use endpoints::EndpointList;

@@ -15,8 +15,8 @@ use model::{
 };
 
 use crate::{
-    Snapshot,
-    choice::Choice,
+    Attempt, Snapshot,
+    choice::{Choice, NoExperience},
     waypoint::{Behind, HandOff, WaypointFault, name_of},
 };
 
@@ -185,17 +185,29 @@ impl fmt::Display for RefuseReason {
 }
 
 impl Snapshot {
-    /// The way from `source`, a workload of this node, to what it dialled. `random` picks among a service's endpoints;
-    /// those in `tried` failed already and are passed over.
+    /// The way from `source`, a workload of this node, to what it dialled, without any experience of endpoints. `random`
+    /// picks among a service's endpoints; those in `tried` failed already and are passed over.
     pub fn resolve(&self, source: &Workload, dialled: OriginalDst, random: u64, tried: &[WorkloadUid]) -> Route {
+        let experience = &NoExperience;
+        self.resolve_attempt(
+            source,
+            dialled,
+            Attempt {
+                random,
+                tried,
+                experience,
+            },
+        )
+    }
+
+    /// The way from `source`, a workload of this node, to what it dialled.
+    pub fn resolve_attempt(&self, source: &Workload, dialled: OriginalDst, attempt: Attempt<'_>) -> Route {
         if !self.ready() {
             return refused(RefuseReason::NoKnowledge);
         }
         let target = model::canonical_socket(dialled.0);
         if let Some(workload) = self.workload_by_ip(target.ip()) {
-            return self
-                .to_pod(source, workload, target, random, tried)
-                .unwrap_or_else(refused);
+            return self.to_pod(source, workload, target, attempt).unwrap_or_else(refused);
         }
         let service = self.service_and_length(target.ip());
         if let Some((length, name)) = self.closed.at(target.ip())
@@ -205,7 +217,7 @@ impl Snapshot {
         }
         if let Some((_, service)) = service {
             return self
-                .to_service(source, service, target, random, tried)
+                .to_service(source, service, target, attempt)
                 .unwrap_or_else(refused);
         }
         match self.on_demand && self.absent.get(&target.ip()).is_none() {
@@ -219,19 +231,18 @@ impl Snapshot {
         source: &Workload,
         service: &Arc<Service>,
         dialled: SocketAddr,
-        random: u64,
-        tried: &[WorkloadUid],
+        attempt: Attempt<'_>,
     ) -> Result<Route, RefuseReason> {
-        if let Some(waypoint) = self.waypoint_of_service(source, service, random)? {
+        if let Some(waypoint) = self.waypoint_of_service(source, service, attempt.random)? {
             let hand_off = HandOff {
                 snapshot: self,
                 source,
                 behind: Behind::Service(service),
                 waypoint,
                 target: dialled,
-                tried,
+                attempt,
             };
-            return hand_off.route(random);
+            return hand_off.route();
         }
         let balancing = service.load_balancing.as_ref();
         if balancing.is_some_and(|balancing| balancing.mode == LoadBalancingMode::Passthrough) {
@@ -243,12 +254,12 @@ impl Snapshot {
             service,
             key: service.key(),
             dialled,
-            tried,
+            attempt,
         };
         if !service.ports.contains_key(&dialled.port()) {
             return Err(RefuseReason::NoSuchPort(choice.key, dialled.port()));
         }
-        let (workload, target) = choice.choose(random)?;
+        let (workload, target) = choice.choose()?;
         if let Some(waypoint) = self.waypoint_of_workload(source, workload) {
             let hand_off = HandOff {
                 snapshot: self,
@@ -256,9 +267,9 @@ impl Snapshot {
                 behind: Behind::Workload(workload, Some(service)),
                 waypoint,
                 target,
-                tried,
+                attempt,
             };
-            return hand_off.route(random);
+            return hand_off.route();
         }
         Ok(to_workload(workload.clone(), Some(service.clone()), target))
     }
@@ -268,8 +279,7 @@ impl Snapshot {
         source: &Workload,
         workload: &Arc<Workload>,
         dialled: SocketAddr,
-        random: u64,
-        tried: &[WorkloadUid],
+        attempt: Attempt<'_>,
     ) -> Result<Route, RefuseReason> {
         if let Some(waypoint) = self.waypoint_of_workload(source, workload) {
             let hand_off = HandOff {
@@ -278,9 +288,9 @@ impl Snapshot {
                 behind: Behind::Workload(workload, None),
                 waypoint,
                 target: dialled,
-                tried,
+                attempt,
             };
-            return hand_off.route(random);
+            return hand_off.route();
         }
         self.reachable(workload)?;
         Ok(to_workload(workload.clone(), None, dialled))

@@ -26,7 +26,7 @@ use model::{
 };
 use policy::{Facts, Reason};
 
-use crate::{RefuseReason, Route, Snapshot, choice::Choice};
+use crate::{Attempt, RefuseReason, Route, Snapshot, choice::Choice};
 
 /// Replicas without HBONE that are passed over before a waypoint is given up.
 const PASSED_OVER: usize = 8;
@@ -92,18 +92,17 @@ pub(crate) struct HandOff<'a> {
     pub(crate) waypoint: &'a GatewayAddress,
     /// What the waypoint is asked for.
     pub(crate) target: SocketAddr,
-    /// These failed already.
-    pub(crate) tried: &'a [WorkloadUid],
+    pub(crate) attempt: Attempt<'a>,
 }
 
 impl HandOff<'_> {
     /// The way to one of the waypoint's replicas.
-    pub(crate) fn route(&self, random: u64) -> Result<Route, RefuseReason> {
-        self.to_replica(random)
+    pub(crate) fn route(&self) -> Result<Route, RefuseReason> {
+        self.to_replica()
             .map_err(|why| refusal(&self.behind, self.waypoint, why))
     }
 
-    fn to_replica(&self, random: u64) -> Result<Route, WaypointFault> {
+    fn to_replica(&self) -> Result<Route, WaypointFault> {
         if let Some((_, why)) = self.waypoint.why_unusable() {
             return Err(WaypointFault::Unusable(why));
         }
@@ -115,7 +114,7 @@ impl HandOff<'_> {
         let port = self.waypoint.hbone_mtls_port;
         match self.snapshot.gateway(self.waypoint) {
             Some(Gateway::Service(gateway)) => {
-                let (workload, hbone) = self.choose(gateway, port, random)?;
+                let (workload, hbone) = self.choose(gateway, port)?;
                 Ok(self.through(&workload, Some(gateway), hbone))
             }
             Some(Gateway::Workload(workload, address)) => {
@@ -131,16 +130,11 @@ impl HandOff<'_> {
     }
 
     /// A replica that takes HBONE, and where.
-    fn choose(
-        &self,
-        gateway: &Arc<Service>,
-        port: u16,
-        random: u64,
-    ) -> Result<(Arc<Workload>, SocketAddr), WaypointFault> {
+    fn choose(&self, gateway: &Arc<Service>, port: u16) -> Result<(Arc<Workload>, SocketAddr), WaypointFault> {
         if !gateway.ports.contains_key(&port) {
             return Err(WaypointFault::NoPort(gateway.key(), port));
         }
-        let mut tried = self.tried.to_vec();
+        let mut tried = self.attempt.tried.to_vec();
         let mut without = None;
         for _ in 0..PASSED_OVER {
             let choice = Choice {
@@ -150,9 +144,12 @@ impl HandOff<'_> {
                 key: gateway.key(),
                 // Of the replica's addresses the one of the family that the client speaks.
                 dialled: SocketAddr::new(self.target.ip(), port),
-                tried: &tried,
+                attempt: Attempt {
+                    tried: &tried,
+                    ..self.attempt
+                },
             };
-            let chosen = choice.choose(random);
+            let chosen = choice.choose();
             match chosen.map(|(workload, hbone)| (workload.clone(), hbone)) {
                 Ok((workload, hbone)) if takes_hbone(&workload, hbone) => return Ok((workload, hbone)),
                 Ok((workload, _)) => {

@@ -42,6 +42,11 @@ impl DrainTrigger {
         });
     }
 
+    /// Whether every signal is gone.
+    pub fn has_ended(&self) -> bool {
+        self.0.is_closed()
+    }
+
     /// Resolves when every signal is gone, that is, when all who listened have ended.
     pub async fn ended(&self) {
         self.0.closed().await;

@@ -158,6 +158,7 @@ mod tests {
             let key = hbone::TunnelKey {
                 source: identity.clone(),
                 destination: vec![identity],
+                workload: model::WorkloadUid::default(),
                 address: listener.local_addr().expect("an address"),
             };
             let dial = || {

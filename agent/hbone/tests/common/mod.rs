@@ -203,6 +203,7 @@ impl Pair {
             key: TunnelKey {
                 source: CLIENT.parse().unwrap(),
                 destination: vec![SERVER.parse().unwrap()],
+                workload: model::WorkloadUid::of_pod("Kubernetes", "shop", "server"),
                 address: server.address,
             },
             credentials: mesh.credentials(CLIENT).await,

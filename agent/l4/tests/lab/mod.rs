@@ -203,6 +203,13 @@ impl Lab {
     }
 
     pub fn pod_at(&mut self, proxy: &Proxy, name: &str, ip: IpAddr) -> LabPod {
+        let (pod, late) = self.late_pod(name, ip);
+        proxy.add_pod(late).unwrap();
+        pod
+    }
+
+    /// A pod whose listeners take connections and do not answer, until it is given to a proxy.
+    pub fn late_pod(&mut self, name: &str, ip: IpAddr) -> (LabPod, Pod) {
         let workload = workload(name, ip);
         let uid = workload.uid.clone();
         self.contents.workloads.push(workload);
@@ -225,15 +232,13 @@ impl Lab {
             inbound: vec![inbound],
             hbone: vec![hbone],
         };
-        proxy
-            .add_pod(Pod {
-                uid,
-                sockets: network,
-                listeners,
-                dns: None,
-            })
-            .unwrap();
-        pod
+        let late = Pod {
+            uid,
+            sockets: network,
+            listeners,
+            dns: None,
+        };
+        (pod, late)
     }
 
     /// A workload that is known and not served by any proxy.
@@ -383,6 +388,7 @@ pub fn connect_by_hand(
         let key = hbone::TunnelKey {
             source: own,
             destination: vec![peer],
+            workload: WorkloadUid::default(),
             address,
         };
         let request = hbone::ConnectRequest {

@@ -1,0 +1,251 @@
+//! One endpoint after another until one can be connected to, before the client notices anything.
+//!
+//! ```text
+//! first ── failed ─────────────────────────────► next ── … (Config::attempts in all)
+//!   └───── no answer for Config::patience ──┬──► next, beside it: who is connected first has the client
+//!                                           └──► (no other endpoint: waits on)
+//! ```
+//! Nothing of the client's bytes is read before an upstream is there, so nothing is sent twice; but an endpoint that was
+//! slow may see a connection that ends without a byte. What a client waits for at most: `patience` for each endpoint but
+//! the last, and then the time limits of connecting to one, whatever the others do
+//! (`black_holes_cost_the_client_little_and_are_passed_over`). The first failure is the one told.
+//!
+//! Every failure, and every answer that is late, is remembered of the endpoint ([`crate::experience`]).
+
+use std::{
+    cell::RefCell,
+    net::{Ipv4Addr, SocketAddr},
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Instant,
+};
+
+use futures_util::future::{Either, select};
+use mesh::Route;
+use model::{OriginalDst, Workload, WorkloadUid};
+
+use crate::{
+    connection::Connection,
+    counters::increment,
+    egress,
+    experience::Counted,
+    failure::Failure,
+    outbound::{Upstream, find_way, follow},
+    socket,
+};
+
+type Way = (Arc<Workload>, Route);
+
+/// Who was chosen where there may be others: an endpoint of a service, or a replica of a waypoint.
+struct Endpoint {
+    uid: WorkloadUid,
+    at: SocketAddr,
+    is_waypoint: bool,
+}
+
+impl Endpoint {
+    /// Whether it is to be passed over for this failure: that a waypoint can't reach what is behind it says nothing of
+    /// the waypoint.
+    fn is_to_blame(&self, failure: &Failure) -> bool {
+        !self.is_waypoint || !matches!(failure, Failure::Open(hbone::OpenError::Refused { .. }))
+    }
+}
+
+/// The attempts of one connection.
+struct Attempts<'a> {
+    connection: &'a Connection,
+    dialled: OriginalDst,
+    /// The endpoints that were tried, or are being tried.
+    tried: RefCell<Vec<WorkloadUid>>,
+    /// It tells more than that there is no other endpoint.
+    first_failure: RefCell<Option<Failure>>,
+}
+
+/// Connects to what was dialled: where there is only one place to go, to that one.
+pub(crate) async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<Upstream, Failure> {
+    let way = find_allowed(connection, dialled, &[]).await?;
+    let attempts = Attempts {
+        connection,
+        dialled,
+        tried: RefCell::default(),
+        first_failure: RefCell::default(),
+    };
+    let outcome = attempts.run(way).await;
+    outcome.map_err(|last| attempts.first_failure.take().unwrap_or(last))
+}
+
+impl Attempts<'_> {
+    /// Follows the way, and others where it leads nowhere.
+    async fn run(&self, mut way: Way) -> Result<Upstream, Failure> {
+        loop {
+            let failure = match self.follow(way).await {
+                Ok(upstream) => return Ok(upstream),
+                Err((failure, false)) => return Err(failure),
+                Err((failure, true)) => failure,
+            };
+            way = match self.next_way().await {
+                Some(next) => next,
+                None => return Err(failure),
+            };
+            self.first_failure.borrow_mut().get_or_insert(failure);
+        }
+    }
+
+    /// Follows one way, and when that takes long, others beside it. A failure, and whether to go on.
+    async fn follow(&self, (source, route): Way) -> Result<Upstream, (Failure, bool)> {
+        let connection = self.connection;
+        let shard = &connection.shard;
+        let endpoint = endpoint_of_service(&route);
+        let counted = workload_of(&route).map(|workload| shard.experience.count(shard.index, &workload.uid));
+        if let Some(endpoint) = &endpoint {
+            self.tried.borrow_mut().push(endpoint.uid.clone());
+            shard.experience.begin(&endpoint.uid, endpoint.at, Instant::now());
+        }
+        let mut following = pin!(follow(connection, &source, route, shard.config.connect_timeout));
+        let patience = endpoint.is_some() && self.may_go_on();
+        let outcome = match patience {
+            false => following.await,
+            true => match tokio::time::timeout(shard.config.patience, following.as_mut()).await {
+                Ok(outcome) => outcome,
+                Err(_late) => return self.beside(following, endpoint, counted).await,
+            },
+        };
+        self.judge(outcome, endpoint.as_ref(), counted)
+    }
+
+    /// What came of an attempt.
+    fn judge(
+        &self,
+        outcome: Result<Upstream, Failure>,
+        endpoint: Option<&Endpoint>,
+        counted: Option<Counted>,
+    ) -> Result<Upstream, (Failure, bool)> {
+        let experience = &self.connection.shard.experience;
+        match (outcome, endpoint) {
+            (Ok(upstream), endpoint) => {
+                if let Some(endpoint) = endpoint {
+                    experience.succeeded(&endpoint.uid, endpoint.at);
+                }
+                self.connection.counts_at(counted);
+                Ok(upstream)
+            }
+            (Err(failure), Some(endpoint)) if is_endpoints_fault(&failure) => {
+                match endpoint.is_to_blame(&failure) {
+                    true => experience.failed(&endpoint.uid, endpoint.at, Instant::now()),
+                    false => experience.succeeded(&endpoint.uid, endpoint.at),
+                }
+                Err((failure, self.may_go_on()))
+            }
+            (Err(failure), _) => Err((failure, false)),
+        }
+    }
+
+    /// An attempt that is late, and the next ones beside it.
+    async fn beside(
+        &self,
+        mut late: Pin<&mut impl Future<Output = Result<Upstream, Failure>>>,
+        endpoint: Option<Endpoint>,
+        counted: Option<Counted>,
+    ) -> Result<Upstream, (Failure, bool)> {
+        if let Some(Endpoint { uid, at, .. }) = &endpoint {
+            self.connection.shard.experience.failed(uid, *at, Instant::now());
+        }
+        let known = self.connection.destination();
+        let Some(next) = self.next_way().await else {
+            return self.judge(late.await, endpoint.as_ref(), counted);
+        };
+        let others: Pin<Box<dyn Future<Output = _> + '_>> = Box::pin(self.run(next));
+        match select(late.as_mut(), others).await {
+            Either::Left((Err(failure), others)) if is_endpoints_fault(&failure) => {
+                self.first_failure.borrow_mut().get_or_insert(failure);
+                others.await.map_err(|failure| (failure, false))
+            }
+            Either::Left((outcome, others)) => {
+                drop(others);
+                self.connection.learn_again(known);
+                self.judge(outcome, endpoint.as_ref(), counted)
+            }
+            Either::Right((Ok(upstream), _)) => Ok(upstream),
+            Either::Right((Err(failure), _)) => {
+                self.first_failure.borrow_mut().get_or_insert(failure);
+                self.connection.learn_again(known);
+                let outcome = self.judge(late.await, endpoint.as_ref(), counted);
+                outcome.map_err(|(failure, _)| (failure, false))
+            }
+        }
+    }
+
+    fn may_go_on(&self) -> bool {
+        self.tried.borrow().len() < self.connection.shard.config.attempts
+    }
+
+    /// The way to another endpoint, if there is one.
+    async fn next_way(&self) -> Option<Way> {
+        let tried = self.tried.borrow().clone();
+        let next = find_allowed(self.connection, self.dialled, &tried).await.ok()?;
+        endpoint_of_service(&next.1)?;
+        increment(&self.connection.shard.counters.failed_over);
+        Some(next)
+    }
+}
+
+/// The way, if the pod may take it.
+async fn find_allowed(connection: &Connection, dialled: OriginalDst, tried: &[WorkloadUid]) -> Result<Way, Failure> {
+    let (source, route) = find_way(connection, dialled, tried).await?;
+    let route = egress::check(connection, &source, dialled, route).await?;
+    Ok((source, route))
+}
+
+/// Whom a way leads to, where that is known; of one through a waypoint, its replica.
+fn workload_of(route: &Route) -> Option<&Arc<Workload>> {
+    match route {
+        Route::Tunnel { workload, .. }
+        | Route::Plaintext { workload, .. }
+        | Route::Named { workload, .. }
+        | Route::Waypoint { workload, .. } => Some(workload),
+        Route::Passthrough { .. } | Route::Unknown { .. } | Route::Refused { .. } => None,
+    }
+}
+
+/// Who was chosen, where there may be others.
+fn endpoint_of_service(route: &Route) -> Option<Endpoint> {
+    let (workload, at, is_waypoint) = match route {
+        Route::Tunnel {
+            workload,
+            service: Some(_),
+            target,
+            ..
+        }
+        | Route::Plaintext {
+            workload,
+            service: Some(_),
+            target,
+        } => (workload, *target, false),
+        // As `mesh` asks for one whose address is not known yet.
+        Route::Named {
+            workload,
+            service: Some(_),
+            port,
+            ..
+        } => (workload, (Ipv4Addr::UNSPECIFIED, *port).into(), false),
+        Route::Waypoint {
+            workload,
+            gateway: Some(_),
+            hbone,
+            ..
+        } => (workload, *hbone, true),
+        _ => return None,
+    };
+    let uid = workload.uid.clone();
+    Some(Endpoint { uid, at, is_waypoint })
+}
+
+/// Whether another endpoint may do better.
+fn is_endpoints_fault(failure: &Failure) -> bool {
+    match failure {
+        Failure::Connect(socket::ConnectError::Socket(_)) => false,
+        Failure::Connect(_) | Failure::Lookup(_) => true,
+        Failure::Open(error) => error.retryable(),
+        _ => false,
+    }
+}

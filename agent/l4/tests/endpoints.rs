@@ -1,0 +1,221 @@
+//! Which endpoint a connection gets to: the least loaded, one that answers, and always the one that is meant.
+
+#![allow(clippy::unwrap_used)]
+
+mod lab;
+
+use std::time::Duration;
+
+use l4::{Config, FailureKind};
+use lab::{
+    Lab, LabPod, echo, eventually, expect_echo, expect_refused, new_address,
+    two::{Two, two},
+};
+use model::{HealthStatus, TunnelProtocol, WorkloadUid};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// A proxy whose time limits are never reached, so that only another endpoint helps.
+fn patient_for_ever(patience: Duration) -> Config {
+    const NEVER: Duration = Duration::from_secs(3600);
+    let mut config = Config {
+        patience,
+        connect_timeout: NEVER,
+        ..Config::default()
+    };
+    config.hbone.connect_timeout = NEVER;
+    config.hbone.handshake_timeout = NEVER;
+    config.hbone.response_timeout = NEVER;
+    config
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_with_a_dead_endpoint_fails_over() {
+    let mut two = two();
+    let third = two.lab.pod(&two.far, "deaf");
+    two.lab.workload("gone", TunnelProtocol::Hbone);
+    let service = two.lab.service("web", 80, 8080, &["server", "gone", "deaf"]);
+    two.lab.publish();
+    echo(two.server.listen(8080).await);
+    for _ in 0..50 {
+        expect_echo(&mut two.client.dial(service).await.unwrap(), b"hello").await;
+    }
+    assert!(two.near.counters().failed_over > 0);
+    assert_eq!(two.near.counters().failed(FailureKind::Tunnel), 0);
+    drop(third);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn black_holes_cost_the_client_little_and_are_passed_over() {
+    let mut lab = Lab::new();
+    let near = lab.proxy_with(patient_for_ever(Duration::from_millis(20)));
+    let far = lab.proxy();
+    let (client, server) = (lab.pod(&near, "client"), lab.pod(&far, "server"));
+    let holes = ["one", "two"].map(|name| lab.late_pod(name, new_address()));
+    let service = lab.service("web", 80, 8080, &["server", "one", "two"]);
+    lab.publish();
+    echo(server.listen(8080).await);
+    for _ in 0..60 {
+        expect_echo(&mut client.dial(service).await.unwrap(), b"hello").await;
+    }
+    // Two in three connections would meet one of them first if nothing were remembered.
+    let failed_over = near.counters().failed_over;
+    assert!((1..30).contains(&failed_over), "{failed_over} of 60");
+    drop(holes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_is_late_is_waited_for_where_there_is_no_better() {
+    let mut lab = Lab::new();
+    let near = lab.proxy_with(patient_for_ever(Duration::from_millis(1)));
+    let far = lab.proxy();
+    let client = lab.pod(&near, "client");
+    let (server, late) = lab.late_pod("server", new_address());
+    lab.workload("gone", TunnelProtocol::Hbone);
+    let service = lab.service("web", 80, 8080, &["server", "gone"]);
+    let alone = lab.service("alone", 80, 8080, &["server"]);
+    lab.publish();
+    echo(server.listen(8080).await);
+    let mut clients = Vec::new();
+    for to in [service, service, service, alone] {
+        clients.push(client.dial(to).await.unwrap());
+    }
+    eventually("the other endpoint was tried", async || near.counters().failed_over > 0).await;
+    far.add_pod(late).unwrap();
+    for mut client in clients {
+        expect_echo(&mut client, b"after all").await;
+        drop(client);
+        // The record has the endpoint that it was in the end.
+        let line = lab.line(&["outbound", "bytes_sent=9"]);
+        assert!(
+            line.contains("dst.workload=\"server\"") && line.contains("sa/server"),
+            "{line}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_no_endpoint_can_be_connected_to_the_first_failure_is_told() {
+    let mut two = two();
+    let dead = two.lab.workload("dead", TunnelProtocol::Hbone);
+    let service = two.lab.service("web", 80, 8080, &["dead"]);
+    two.lab.publish();
+    // Again and again, for the last endpoint is never passed over.
+    for _ in 0..5 {
+        expect_refused(two.client.dial(service).await).await;
+        two.lab.line(&["outbound", &format!("cannot connect to {dead}:15008")]);
+    }
+    assert_eq!(two.near.counters().failed_over, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_the_client_is_sent_to_an_endpoint_that_was_only_tried() {
+    let mut two = two();
+    two.lab.workload("gone", TunnelProtocol::Hbone);
+    let service = two.lab.service("web", 80, 8080, &["server", "gone"]);
+    two.lab.publish();
+    let listener = two.server.listen(8080).await;
+    for _ in 0..20 {
+        let mut client = two.client.dial(service).await.unwrap();
+        client.write_all(b"at once").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut received = Vec::new();
+        let mut server = listener.accept().await.unwrap().0;
+        server.read_to_end(&mut received).await.unwrap();
+        assert_eq!(received, b"at once");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_live_are_shared_out_evenly() {
+    let mut two = two();
+    let other = two.lab.pod(&two.far, "other");
+    let service = two.lab.service("web", 80, 8080, &["server", "other"]);
+    two.lab.publish();
+    for pod in [&two.server, &other] {
+        echo(pod.listen(8080).await);
+    }
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        let mut client = two.client.dial(service).await.unwrap();
+        expect_echo(&mut client, b"I stay").await;
+        clients.push(client);
+    }
+    let live = two.far.connections().await;
+    let at = |pod: &LabPod| live.iter().filter(|connection| connection.pod == pod.uid).count();
+    assert_eq!((at(&two.server), at(&other)), (10, 10));
+    drop(clients);
+    eventually("all have ended", async || two.far.connections().await.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tunnels_are_not_reused_for_another_pod_at_the_address() {
+    let Two {
+        mut lab,
+        near,
+        far,
+        client,
+        server,
+    } = two();
+    echo(server.listen(8080).await);
+    expect_echo(&mut client.dial(server.at(8080)).await.unwrap(), b"hello").await;
+    assert_eq!(far.counters().inbound_tunnels, 1);
+    // A successor of the same identity is given the address, and nobody heard of the end of the one before.
+    let successor = WorkloadUid::of_pod("Kubernetes", "shop", "successor");
+    let last = lab.contents.workloads.last_mut().unwrap();
+    assert_eq!(last.uid, server.uid);
+    (last.uid, last.name) = (successor, "successor".into());
+    lab.publish();
+    expect_refused(client.dial(server.at(8080)).await).await;
+    assert_eq!(far.counters().inbound_tunnels, 2, "the old one was not used");
+    lab.line(&["inbound", "nothing is known of workload Kubernetes//v1/Pod/shop/server"]);
+    drop(near);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_takes_no_new_connections_gets_none_and_keeps_those_it_has() {
+    let mut two = two();
+    let other = two.lab.pod(&two.far, "other");
+    let service = two.lab.service("web", 80, 8080, &["server", "other"]);
+    two.lab.publish();
+    for pod in [&two.server, &other] {
+        echo(pod.listen(8080).await);
+    }
+    let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut live, b"before").await;
+    for workload in &mut two.lab.contents.workloads {
+        if workload.uid == two.server.uid {
+            workload.status = HealthStatus::Unhealthy;
+        }
+    }
+    two.lab.publish();
+    for _ in 0..20 {
+        expect_echo(&mut two.client.dial(service).await.unwrap(), b"hello").await;
+    }
+    let of_server = two.far.connections().await;
+    let of_server = of_server.iter().filter(|connection| connection.pod == two.server.uid);
+    assert_eq!(of_server.count(), 1);
+    expect_echo(&mut live, b"after").await;
+    // By its own address it is reached as long as it is there, in a tunnel of its own time.
+    let tunnels = two.far.counters().inbound_tunnels;
+    expect_echo(&mut two.client.dial(two.server.at(8080)).await.unwrap(), b"you").await;
+    assert_eq!(two.far.counters().inbound_tunnels, tunnels + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_are_told_when_a_pod_is_on_its_way_out_and_what_lives_goes_on() {
+    let two = two();
+    echo(two.server.listen(8080).await);
+    let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut live, b"before").await;
+    two.far.send_tunnels_away(&two.server.uid);
+    eventually("new connections come in a new tunnel", async || {
+        expect_echo(&mut two.client.dial(two.server.at(8080)).await.unwrap(), b"new").await;
+        two.far.counters().inbound_tunnels == 2
+    })
+    .await;
+    expect_echo(&mut live, b"after").await;
+    assert_eq!(two.near.counters().failed(FailureKind::Tunnel), 0);
+    // Its end ends all of them, the old one's too.
+    two.far.remove_pod(&two.server.uid);
+    lab::expect_reset(live).await;
+}
