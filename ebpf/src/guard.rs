@@ -12,7 +12,7 @@
 //!
 //! All other TCP is dropped and counted. What is not TCP passes unless the pod's setting forbids it.
 
-use abi::{Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, Interface, Reason};
+use abi::{Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, INBOUND_PORT, Interface, Reason};
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
     helpers::{bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
@@ -92,7 +92,8 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
         // A connection that nobody had accepted yet is reset when its listener ends, and has lost its ports by the time
         // that the packet gets here. Without that reset the peer would wait in vain; it carries nothing.
         let buried = state == TCP_CLOSE && segment.empty && segment.flags & (RST | SYN | FIN) == RST;
-        let untouched = state == TCP_LISTEN || buried || matches_socket(sk, segment);
+        // What an agent before this one accepted, that captured by iptables, may come from any port of the pod.
+        let untouched = state == TCP_LISTEN || buried || matches_socket_from(sk, segment, u32::from(INBOUND_PORT));
         // The agent's connections to the application (and its answers to it) are inside the pod and in clear; a pod that
         // bends its routes must not get them sent out.
         return if untouched && !is_own(interface, &segment.flow.remote.address) {
@@ -161,6 +162,12 @@ fn is_the_kernels(ctx: &TcContext, sk: *mut bpf_sock, segment: &Segment) -> bool
 /// Whether a packet has the addresses and ports of the socket that sent it.
 #[inline(always)]
 fn matches_socket(sk: *mut bpf_sock, segment: &Segment) -> bool {
+    matches_socket_from(sk, segment, 0)
+}
+
+/// The same, where a socket of this port may have sent from another.
+#[inline(always)]
+fn matches_socket_from(sk: *mut bpf_sock, segment: &Segment, redirected: u32) -> bool {
     // SAFETY: the caller has checked for null; these fields are in the part that all sockets have. All are read before
     // any branch: see `context`.
     let (family, ports, ip4, source6, destination6) = unsafe {
@@ -180,7 +187,8 @@ fn matches_socket(sk: *mut bpf_sock, segment: &Segment) -> bool {
     };
     let (pod, remote) = (&segment.flow.pod, &segment.flow.remote);
     // A socket that was closed since it sent the packet has given its port back.
-    if (ports.0 != u32::from(pod.port) && ports.0 != 0) || ports.1 != remote.port {
+    let port = ports.0 == u32::from(pod.port) || ports.0 == 0 || ports.0 == redirected;
+    if !port || ports.1 != remote.port {
         return false;
     }
     if pod.address.is_v4() {

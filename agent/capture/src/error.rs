@@ -104,8 +104,8 @@ pub enum CaptureError {
         /// The port.
         port: u16,
     },
-    /// The node is captured by eBPF already.
-    #[error("{0} holds the pins of a capture by eBPF: take it down first (undercurrent uninstall)")]
+    /// The node is captured by eBPF, and not as this version does it.
+    #[error("{0} holds the pins of a capture by eBPF of another version: take it down first (undercurrent uninstall)")]
     OtherCapture(PathBuf),
     /// A task of ours ended before its time.
     #[error("the capture task was cancelled")]

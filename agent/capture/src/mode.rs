@@ -10,7 +10,7 @@ use socket2::{SockRef, Socket};
 
 use crate::{
     Capabilities, CaptureError, GuardCounters, IptablesNode, IptablesPodHandle, KernelLog, Node, PodHandle,
-    PodListeners, PodSpec,
+    PodListeners, PodSpec, iptables::redirected_from,
 };
 
 /// A node's capture; see [`Node`] and [`IptablesNode`] for what the operations do.
@@ -138,7 +138,8 @@ impl CapturedPod {
     /// Where an accepted plaintext connection to the pod was meant to go. Steered by eBPF, a socket has that address.
     pub fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
         match self {
-            Self::Ebpf(_) => OriginalDst(local),
+            // Rules that an agent before this one left may have sent it, in the moment before they were removed.
+            Self::Ebpf(_) => OriginalDst(redirected_from(accepted, local).unwrap_or(local)),
             Self::Iptables(pod) => pod.inbound_destination(accepted, peer, local),
         }
     }

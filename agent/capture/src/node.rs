@@ -24,6 +24,7 @@ use crate::{
     cgroup::{self, Cgroup},
     counters::{self, GuardCounters},
     error::{CaptureError, Tried},
+    iptables::FormerRules,
     kernel_log::KernelLog,
     maps::Maps,
     netns::Netns,
@@ -81,6 +82,8 @@ pub(crate) struct Inner {
     pub(crate) programs: Programs,
     pub(crate) maps: Maps,
     pub(crate) pods: HashMap<WorkloadUid, PodState>,
+    /// What an agent left that captured by iptables.
+    pub(crate) former: FormerRules,
 }
 
 impl Node {
@@ -126,6 +129,7 @@ impl Node {
             programs,
             maps,
             pods: HashMap::new(),
+            former: FormerRules::default(),
         };
         inner.adopt_pods()?;
         inner.pins.remove_other_versions();
@@ -180,7 +184,7 @@ impl Node {
     pub async fn forget_untold(&self) -> Result<(), CaptureError> {
         self.run(|inner| {
             inner.forget_untold();
-            Ok(())
+            inner.former.end_on_node(&inner.home)
         })
         .await
     }
@@ -256,6 +260,9 @@ impl Inner {
         if self.pins.pod(cookie).exists() || self.maps.restore(cookie).is_some() {
             self.detach_pod(cookie)?;
             self.restore_pod(&netns)?;
+        }
+        if FormerRules::are_in(&netns)? {
+            self.former.remove_redirects(&self.home, &netns)?;
         }
         let entry = Addresses::of(spec)?.entry(0, 0);
         self.maps.set_pod(cookie, &entry)?;

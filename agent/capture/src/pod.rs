@@ -6,6 +6,7 @@
 //! those whose SYN had left before the guard came. To release: the guard first, and back.
 
 use std::{
+    collections::HashSet,
     fs, io,
     os::fd::AsFd,
     os::unix::ffi::OsStrExt,
@@ -13,7 +14,7 @@ use std::{
     sync::Arc,
 };
 
-use abi::{Address, Flow, ListenerKey, ListenerKind, Restore};
+use abi::{Address, CAPTURE_PORTS, Endpoint, Flow, ListenerKey, ListenerKind, Restore};
 use model::{PodSettings, WorkloadUid};
 
 use crate::{
@@ -21,6 +22,7 @@ use crate::{
     error::{CaptureError, Tried},
     exclusions::Entries,
     interfaces,
+    iptables::FormerRules,
     netns::Netns,
     node::{Inner, PodSpec},
     pins::{self, Pins},
@@ -132,7 +134,14 @@ impl Inner {
         for (index, interface) in &plan.interfaces {
             self.maps.set_interface(*index, interface)?;
         }
-        self.attach_guards(&directory, netns, plan, &mut repaired)?;
+        let first = self.pods.get(&spec.uid).is_none_or(|pod| !pod.is_captured());
+        let had_rules = first && FormerRules::are_in(netns)?;
+        if had_rules {
+            // What begins from here on is captured by the hooks.
+            self.former.remove_redirects(&self.home, netns)?;
+            repaired.push("former rules");
+        }
+        self.attach_guards(&directory, netns, plan, had_rules, &mut repaired)?;
         self.drop_former_interfaces(&directory, cookie, plan)?;
         Ok(repaired)
     }
@@ -143,6 +152,7 @@ impl Inner {
         directory: &Path,
         netns: &Netns,
         plan: &PodPlan,
+        had_rules: bool,
         repaired: &mut Vec<&'static str>,
     ) -> Result<(), CaptureError> {
         if plan
@@ -150,11 +160,11 @@ impl Inner {
             .iter()
             .any(|(index, _)| !Hook::Guard.pin(directory, *index).exists())
         {
-            self.keep_connections(netns, plan)?;
+            self.keep_connections(netns, plan, had_rules)?;
             for (index, _) in &plan.interfaces {
                 attach_tcx(directory, Hook::Guard, *index, &self.programs)?;
             }
-            self.keep_connections(netns, plan)?;
+            self.keep_connections(netns, plan, had_rules)?;
             repaired.push("guard");
         }
         for (index, _) in &plan.interfaces {
@@ -195,7 +205,9 @@ impl Inner {
 
     /// Records the pod's connections, so that the guard lets them live, and aborts attempts to connect: their SYNs
     /// would be dropped until they time out, and the next try is captured.
-    fn keep_connections(&mut self, netns: &Netns, plan: &PodPlan) -> Result<(), CaptureError> {
+    /// Of a pod that rules captured, what they redirected is not let out: nor what may have been, and has lost its other
+    /// end.
+    fn keep_connections(&mut self, netns: &Netns, plan: &PodPlan, had_rules: bool) -> Result<(), CaptureError> {
         let agent = self.agent.id;
         let list = |states| {
             netns
@@ -209,11 +221,20 @@ impl Inner {
                 tracing::debug!(%error, "aborting an attempt to connect");
             }
         }
-        for socket in list(diag::state::CONNECTED)?
-            .iter()
-            .filter(|socket| is_the_pods(socket))
-        {
-            if addresses(&plan.pod).any(|address| address == socket.local.address) {
+        let states = if had_rules {
+            diag::state::CONNECTED & !diag::state::CLOSE_WAIT
+        } else {
+            diag::state::CONNECTED
+        };
+        let connected = list(states)?;
+        let ends = connected.iter().filter(|_| had_rules);
+        let redirected: HashSet<Endpoint> = ends
+            .filter(|socket| socket.local.port == CAPTURE_PORTS[0])
+            .map(|socket| socket.remote)
+            .collect();
+        for socket in connected.iter().filter(|socket| is_the_pods(socket)) {
+            let own = addresses(&plan.pod).any(|address| address == socket.local.address);
+            if own && !redirected.contains(&socket.local) {
                 self.maps.keep_flow(Flow {
                     pod: socket.local,
                     remote: socket.remote,
@@ -306,6 +327,7 @@ impl Inner {
             .filter_map(|pod| Some((pod.spec.clone(), pod.captured.as_ref()?.settings.clone())))
             .collect();
         let mut repaired = Vec::new();
+        self.former.drain(&self.home);
         for (spec, settings) in captured {
             match self.reconcile_pod(&spec, &settings) {
                 Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),

@@ -18,6 +18,9 @@ use netlink_packet_route::{
 
 use crate::netlink::Route;
 
+/// The connection mark of what the agent dials to an application where iptables captures; Istio's number.
+pub(crate) const CONNECTION_MARK: u32 = 0x111;
+
 /// Istio's numbers.
 const TABLE: u32 = 100;
 const PRIORITY: u32 = 32764;
@@ -131,8 +134,12 @@ pub(crate) fn is_marked_routed(mark: u32) -> io::Result<bool> {
     Ok(false)
 }
 
+/// The two ways of capture have a mark each, and the route in common.
 fn remove_marked(route: &mut Route, family: AddressFamily, mark: u32) -> io::Result<()> {
-    removed(route.change(RouteNetlinkMessage::DelRoute(local_route(family)), 0))?;
+    let other = if mark == MARK { CONNECTION_MARK } else { MARK };
+    if !has_rule(route, family, other)? {
+        removed(route.change(RouteNetlinkMessage::DelRoute(local_route(family)), 0))?;
+    }
     removed(route.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0))
 }
 

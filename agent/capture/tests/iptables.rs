@@ -12,7 +12,7 @@ use std::{
 
 use capture::{CaptureError, IptablesNode, IptablesPodHandle, PodListeners};
 use lab::{Lab, OUTSIDE4, OUTSIDE6, PATIENCE, TestPod, accept, connect, forbidding, nobody_came};
-use model::{OriginalDst, PeerAddr, PodSettings};
+use model::{Exclusions, OriginalDst, PeerAddr, PodSettings};
 use socket2::SockRef;
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
@@ -428,10 +428,96 @@ fn a_pod_that_cannot_be_captured_says_why() {
 }
 
 #[test]
-fn one_way_of_capture_at_a_time() {
-    lab::test("one_way_of_capture_at_a_time", |lab| async move {
-        let _ebpf = lab.node();
-        let error = IptablesNode::start(&lab.pin_dir()).err().unwrap();
-        assert!(matches!(error, CaptureError::OtherCapture(_)), "{error}");
+fn what_is_excluded_goes_past_the_agent() {
+    lab::test("what_is_excluded_goes_past_the_agent", |lab| async move {
+        let node = start(&lab);
+        let pod = lab.pod("a", 2);
+        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+        app.must(SERVE);
+        outside.must(SERVE);
+        outside.must("m = socket.create_server(('::', 5432), family=socket.AF_INET6, dualstack_ipv6=True)");
+        let settings = PodSettings {
+            exclusions: Exclusions {
+                outbound_ranges: vec!["fd78::/64".parse().unwrap()],
+                outbound_ports: vec![5432],
+                inbound_ports: vec![8080],
+                ..Exclusions::default()
+            },
+            ..PodSettings::default()
+        };
+        let handle = node.capture(pod.spec.clone(), settings.clone()).await.unwrap();
+        let listeners = handle.listeners().unwrap();
+        assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
+        for (there, port, server) in [(OUTSIDE4, 5432, "m"), (OUTSIDE6, 5432, "m"), (OUTSIDE6, 8080, "l")] {
+            app.must(&format!("s = socket.create_connection(('{there}', {port}))"));
+            let seen = outside.must(&format!("{server}.accept()[1][0].replace('::ffff:', '')"));
+            assert!(
+                [pod.ip4().to_string(), pod.ip6().to_string()].contains(&seen),
+                "{there}:{port}: {seen}"
+            );
+        }
+        assert!(nobody_came(&listeners.outbound[0]));
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let original = accepted_destination(&handle, &listeners.outbound[0]);
+        assert_eq!(original, Some(OriginalDst(format!("{OUTSIDE4}:8080").parse().unwrap())));
+        for own in [pod.ip4(), pod.ip6()] {
+            outside.must(&format!("s = socket.create_connection(('{own}', 8080))"));
+            app.must("c, a = l.accept()");
+            assert!([OUTSIDE4, OUTSIDE6].contains(&app.must("a[0]").replace("::ffff:", "").as_str()));
+            assert!(nobody_came(&listeners.inbound[0]));
+            outside.must(&format!("s = socket.create_connection(('{own}', 8081))"));
+            accept(&listeners.inbound[0]);
+        }
+        let bypassing = PodSettings {
+            bypass_inbound: true,
+            ..PodSettings::default()
+        };
+        node.capture(pod.spec.clone(), bypassing).await.unwrap();
+        outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
+        app.must("c, a = l.accept()");
+        node.capture(pod.spec.clone(), PodSettings::default()).await.unwrap();
+        outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
+        accept(&listeners.inbound[0]);
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 5432))"));
+        accept(&listeners.outbound[0]);
+    });
+}
+
+#[test]
+fn only_included_ranges_are_redirected() {
+    lab::test("only_included_ranges_are_redirected", |lab| async move {
+        let node = start(&lab);
+        let pod = lab.pod("a", 2);
+        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+        outside.must(SERVE);
+        let mut settings = PodSettings::default();
+        settings.exclusions.only_outbound_ranges = Some(vec!["10.78.0.0/24".parse().unwrap()]);
+        let handle = node.capture(pod.spec.clone(), settings).await.unwrap();
+        let listeners = handle.listeners().unwrap();
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        accept(&listeners.outbound[0]);
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE6}', 8080))"));
+        outside.must("l.accept()");
+        assert!(nobody_came(&listeners.outbound[0]));
+        assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn what_comes_by_a_virtual_interface_is_the_pods_own() {
+    lab::test("what_comes_by_a_virtual_interface_is_the_pods_own", |lab| async move {
+        let node = start(&lab);
+        let pod = lab.pod("a", 2);
+        let mut guest = lab.guest("a", "virt0");
+        let settings = PodSettings {
+            virtual_interfaces: vec!["virt0".to_owned()],
+            ..PodSettings::default()
+        };
+        let handle = node.capture(pod.spec.clone(), settings).await.unwrap();
+        let listeners = handle.listeners().unwrap();
+        guest.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let original = accepted_destination(&handle, &listeners.outbound[0]);
+        assert_eq!(original, Some(OriginalDst(format!("{OUTSIDE4}:8080").parse().unwrap())));
+        assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
     });
 }

@@ -11,7 +11,7 @@
 //! so that connections older than the capture live on; the node has one rule for each pod instead of an ipset.
 //!
 //! `plan` says which rules and compares, `program` reads and changes them, `node` does it for pods, `sockets` asks
-//! conntrack where a connection was going. No eBPF is loaded.
+//! conntrack where a connection was going, `takeover` changes the way of capture of a live node. No eBPF is loaded.
 //!
 //! Invariants, and the tests that hold them (`tests/iptables.rs`, and scenarios of the same name in `tests/`):
 //! - What is as it should be is not touched; what is not, is repaired: `a_spoiled_rule_is_repaired`.
@@ -28,12 +28,14 @@
 //! - Any process in the node's network namespace looks like a kubelet, host-network pods too.
 //! - A pod that is not captured yet is not refused: it must not start before (`cmdadd` sees to that).
 //! - Applications that bind to 15001, 15006 or 15008 keep their pod from being captured.
-//! - To change from one way of capture to the other, `undercurrent uninstall` comes first.
 
 mod node;
 mod plan;
 mod program;
 mod sockets;
+mod takeover;
 
 pub use node::{IptablesNode, uninstall_iptables};
 pub use sockets::IptablesPodHandle;
+pub(crate) use sockets::redirected_from;
+pub(crate) use takeover::FormerRules;

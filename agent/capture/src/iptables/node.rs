@@ -4,7 +4,6 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -17,6 +16,7 @@ use super::{
     plan::{Family, Rules, Saved},
     program::Iptables,
     sockets::{self, IptablesPodHandle},
+    takeover::FormerHooks,
 };
 use crate::{
     PodListeners, PodSpec,
@@ -26,11 +26,8 @@ use crate::{
     interfaces,
     netns::Netns,
     plan::{self, Addresses},
-    routes,
+    routes::{self, CONNECTION_MARK},
 };
-
-/// The connection mark of what the agent dials to an application; Istio's number.
-const CONNECTION_MARK: u32 = 0x111;
 
 /// The capture of this node by iptables. Dropping it leaves everything as it is: pods stay captured, and what they open
 /// is refused until the next agent comes.
@@ -43,6 +40,8 @@ struct Inner {
     pods: HashMap<WorkloadUid, PodState>,
     /// The addresses that the node's rules are for.
     probed: BTreeSet<IpAddr>,
+    /// What an agent left that captured by eBPF, until all pods are taken over.
+    former: Option<FormerHooks>,
     /// What namespaces had right after their rules were made, where iptables prints them in words other than ours.
     printed: HashMap<(u64, Family), Saved>,
 }
@@ -62,10 +61,11 @@ struct Captured {
 
 impl IptablesNode {
     /// Looks for the programs, and takes over the node's rules from an earlier agent. Must be called in the node's
-    /// network namespace. `pin_dir` is where the eBPF capture would be: both at once is refused.
+    /// network namespace. `pin_dir` is where the eBPF capture would be: what it left there is taken over pod by pod.
     pub fn start(pin_dir: &Path) -> Result<Self, CaptureError> {
-        if fs::read_dir(pin_dir).is_ok_and(|mut entries| entries.next().is_some()) {
-            return Err(CaptureError::OtherCapture(pin_dir.to_owned()));
+        let former = FormerHooks::open(pin_dir)?;
+        if former.is_some() {
+            tracing::info!(pins = %pin_dir.display(), "an agent before this one captured by eBPF: its pods are taken over");
         }
         let home = Netns::own().tried(|| "opening the node's network namespace".into())?;
         let iptables = Iptables::find(&home)?;
@@ -79,6 +79,7 @@ impl IptablesNode {
             iptables,
             pods: HashMap::new(),
             probed,
+            former,
             printed: HashMap::new(),
         }))))
     }
@@ -133,7 +134,8 @@ impl IptablesNode {
         self.run(|inner| {
             let captured = inner.pods.values().filter(|pod| pod.captured.is_some());
             inner.probed = captured.flat_map(|pod| pod.spec.addresses.clone()).collect();
-            inner.apply_to_node().map(drop)
+            inner.apply_to_node()?;
+            inner.former.take().map_or(Ok(()), |former| former.end(&inner.home))
         })
         .await
     }
@@ -168,7 +170,7 @@ pub fn uninstall_iptables(pods: impl IntoIterator<Item = PathBuf>) -> Result<(),
 }
 
 /// The families that a namespace's kernel has.
-fn families(netns: &Netns) -> Vec<Family> {
+pub(super) fn families(netns: &Netns) -> Vec<Family> {
     let ip6 = netns.enter(|| Path::new("/proc/sys/net/ipv6").exists()).unwrap_or(true);
     Family::ALL
         .into_iter()
@@ -177,7 +179,7 @@ fn families(netns: &Netns) -> Vec<Family> {
 }
 
 /// Removes whatever is ours from a namespace.
-fn clean(iptables: &Iptables, netns: &Netns) -> Result<(), CaptureError> {
+pub(super) fn clean(iptables: &Iptables, netns: &Netns) -> Result<(), CaptureError> {
     for family in families(netns) {
         if let Some(removal) = iptables.saved(netns, family, None)?.removal() {
             iptables.restore(netns, family, &removal)?;
@@ -231,6 +233,7 @@ impl Inner {
         }
         // Captured by an earlier agent, but not to be so any more.
         self.remove_from(&netns, &spec.addresses)?;
+        self.end_former(spec, &netns)?;
         let state = PodState {
             spec: spec.clone(),
             netns,
@@ -252,7 +255,10 @@ impl Inner {
         self.check_addresses(spec, &netns)?;
         self.probed.extend(&addresses);
         self.apply_to_node()?;
-        let repaired = self.apply(spec, &netns, settings)?;
+        let mut repaired = self.apply(spec, &netns, settings)?;
+        if self.end_former(spec, &netns)? {
+            repaired.extend(self.apply(spec, &netns, settings)?);
+        }
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
         let handle = IptablesPodHandle::new(spec.uid.clone(), netns.clone(), addresses, listeners.clone());
         let state = PodState {
@@ -266,6 +272,15 @@ impl Inner {
         };
         self.pods.insert(spec.uid.clone(), state);
         Ok(handle)
+    }
+
+    /// Ends what an agent left in a pod that captured by eBPF; whether one did.
+    fn end_former(&mut self, spec: &PodSpec, netns: &Netns) -> Result<bool, CaptureError> {
+        let Some(former) = &mut self.former else {
+            return Ok(false);
+        };
+        former.end_of(netns, &Addresses::of(spec)?.entry(0, 0))?;
+        Ok(true)
     }
 
     /// Capturing a namespace without the pod's addresses would give it another pod's identity.
@@ -432,7 +447,7 @@ impl Inner {
 }
 
 /// Whether answers to the agent are routed back to it.
-fn routed(netns: &Netns) -> Result<bool, CaptureError> {
+pub(super) fn routed(netns: &Netns) -> Result<bool, CaptureError> {
     netns
         .enter(|| routes::is_marked_routed(CONNECTION_MARK))
         .and_then(|result| result)
@@ -441,7 +456,7 @@ fn routed(netns: &Netns) -> Result<bool, CaptureError> {
 
 /// The connections that need the rules: the agent's ends of what was redirected, and of what it dialled from clients'
 /// addresses. The latter are those at none of the pod's own addresses.
-fn redirected(home: &Netns, netns: &Netns) -> Result<Vec<TcpSocket>, CaptureError> {
+pub(super) fn redirected(home: &Netns, netns: &Netns) -> Result<Vec<TcpSocket>, CaptureError> {
     let network =
         interfaces::look(home, netns).tried(|| format!("looking at the interfaces of {}", netns.path().display()))?;
     let interfaces = network.interfaces.iter();

@@ -164,6 +164,13 @@ impl std::fmt::Debug for IptablesPodHandle {
     }
 }
 
+/// Where a connection was going that former rules redirected to the port of inbound ones, if it is one.
+pub(crate) fn redirected_from(accepted: SockRef<'_>, local: SocketAddr) -> Option<SocketAddr> {
+    let local = canonical_socket(local);
+    let original = original(accepted, local).filter(|original| original.ip() == local.ip());
+    original.filter(|_| local.port() == INBOUND_PORT)
+}
+
 /// What conntrack remembers of a connection's destination (SO_ORIGINAL_DST).
 fn original(accepted: SockRef<'_>, local: SocketAddr) -> Option<SocketAddr> {
     let original = if local.is_ipv4() {

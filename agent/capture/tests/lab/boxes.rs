@@ -101,6 +101,20 @@ impl Boxes {
         sh(&format!("ip -n {node} route add fd77::{number}/128 dev {veth}"));
     }
 
+    /// A namespace whose only way out is through a pod, as a virtual machine or a container in it has.
+    pub fn make_guest(&self, pod: &str, interface: &str) {
+        let (pod, guest) = (self.netns(pod), self.netns("guest"));
+        sh(&format!("ip netns add {guest}"));
+        sh(&format!(
+            "ip -n {pod} link add {interface} type veth peer name eth0 netns {guest}"
+        ));
+        sh(&format!("ip -n {pod} addr add 172.20.0.1/24 dev {interface}"));
+        sh(&format!("ip -n {pod} link set {interface} up"));
+        sh(&format!("ip -n {guest} addr add 172.20.0.2/24 dev eth0"));
+        sh(&format!("ip -n {guest} link set eth0 up"));
+        sh(&format!("ip -n {guest} route add default via 172.20.0.1"));
+    }
+
     /// The command, to be run in a namespace and a cgroup of the box.
     pub fn inside(&self, mut command: Command, netns: Option<&str>, cgroup: &str) -> Command {
         let netns = fs::File::open(self.netns_path(netns.unwrap_or("node"))).unwrap();

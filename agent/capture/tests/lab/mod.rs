@@ -152,6 +152,12 @@ impl Lab {
         Actor::start(|command| self.boxes.inside(command, netns, cgroup))
     }
 
+    /// An interpreter in a machine inside a pod (172.20.0.2), behind an interface of the pod's.
+    pub fn guest(&self, pod: &str, interface: &str) -> Actor {
+        self.boxes.make_guest(pod, interface);
+        self.actor(Some("guest"), &format!("pods/{pod}"))
+    }
+
     /// An interpreter outside, beyond the node.
     pub fn outside(&self) -> Actor {
         self.actor(Some("out"), "elsewhere")

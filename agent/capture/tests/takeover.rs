@@ -1,0 +1,209 @@
+//! From one way of capture to the other on a live node: nothing gets past, and what lives goes on.
+
+#![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test fails by panicking")]
+
+mod lab;
+
+use std::{
+    io::{Read, Write},
+    net::SocketAddr,
+};
+
+use capture::{CaptureError, IptablesNode};
+use lab::{Actor, Lab, OUTSIDE4, accept, captured, until};
+use model::{PeerAddr, PodSettings, canonical_socket};
+use socket2::SockRef;
+
+/// Outside: a server that counts who comes, and echoes.
+const SERVE: &str = r#"
+came = []
+l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)
+l.settimeout(None)
+def echo(c):
+    c.settimeout(None)
+    while True:
+        data = c.recv(65536)
+        if not data: return
+        c.sendall(data)
+def loop():
+    while True:
+        c, a = l.accept()
+        came.append(a)
+        threading.Thread(target=echo, args=(c,), daemon=True).start()
+threading.Thread(target=loop, daemon=True).start()
+"#;
+
+/// In a pod: connects without end, and says what it got.
+const HAMMER: &str = r#"
+tries, stop = 0, False
+def hammer():
+    global tries
+    while not stop:
+        try:
+            s = socket.socket(); s.settimeout(0.2); s.connect(('10.78.0.2', 8080)); s.close()
+        except OSError: pass
+        tries += 1
+h = threading.Thread(target=hammer, daemon=True)
+"#;
+
+const LISTEN: &str = "l = socket.create_server(('::', 9090), family=socket.AF_INET6, dualstack_ipv6=True)";
+
+fn echoes(app: &mut Actor, socket: &str) {
+    assert_eq!(
+        app.must(&format!("[{socket}.sendall(b'ping'), {socket}.recv(4).decode()][1]")),
+        "ping"
+    );
+}
+
+fn rules(lab: &Lab, netns: Option<&str>) -> String {
+    let saved = lab.run(netns, "iptables-save") + &lab.run(netns, "ip6tables-save");
+    saved
+        .lines()
+        .filter(|line| line.starts_with('-'))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[test]
+fn from_iptables_to_ebpf() {
+    lab::test("from_iptables_to_ebpf", |lab| async move {
+        let pod = lab.pod("a", 2);
+        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+        outside.must(SERVE);
+        app.must(LISTEN);
+        app.must(&format!("older = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        echoes(&mut app, "older");
+        // The agent that was: one connection each way, which it still serves after the other came.
+        let former = IptablesNode::start(&lab.pin_dir()).unwrap();
+        let handle = former.capture(pod.spec.clone(), PodSettings::default()).await.unwrap();
+        let listeners = handle.listeners().unwrap();
+        app.must(&format!("carried = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let (mut outbound, _) = accept(&listeners.outbound[0]);
+        outside.must(&format!("i = socket.create_connection(('{}', 9090))", pod.ip4()));
+        let (mut inbound, _) = accept(&listeners.inbound[0]);
+        drop((former, handle, listeners));
+        app.must(HAMMER);
+        app.must("h.start()");
+        until("it hammers", || (app.must("tries") != "0").then_some(()));
+
+        let node = lab.node();
+        let (handle, listeners) = captured(&node, &pod).await;
+        let tried: u64 = app.must("tries").parse().unwrap();
+        until("it hammers on", || {
+            (app.must("tries").parse::<u64>().unwrap() > tried + 20).then_some(())
+        });
+        app.must("stop = True; h.join()");
+        assert_eq!(outside.must("len(came)"), "1", "only the one from before the capture");
+        while listeners.outbound[0].accept().is_ok() {}
+
+        echoes(&mut app, "older");
+        let mut buffer = [0; 4];
+        app.must("carried.sendall(b'ping')");
+        outbound.read_exact(&mut buffer).unwrap();
+        outbound.write_all(b"pong").unwrap();
+        assert_eq!(app.must("carried.recv(4).decode()"), "pong");
+        outside.must("i.sendall(b'ping')");
+        inbound.read_exact(&mut buffer).unwrap();
+        inbound.write_all(b"pong").unwrap();
+        assert_eq!(outside.must("i.recv(4).decode()"), "pong");
+
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let (stream, peer) = accept(&listeners.outbound[0]);
+        let original = handle.original_destination(PeerAddr(peer), stream.local_addr().unwrap());
+        assert_eq!(original.unwrap().0, format!("{OUTSIDE4}:8080").parse().unwrap());
+        outside.must(&format!("j = socket.create_connection(('{}', 9090))", pod.ip4()));
+        let (stream, _) = accept(&listeners.inbound[0]);
+        let local = canonical_socket(stream.local_addr().unwrap());
+        assert_eq!(local, SocketAddr::new(pod.ip4(), 9090));
+        // What the old connections need goes with them.
+        assert!(rules(&lab, Some("a")).contains("CONNMARK"));
+        assert!(!rules(&lab, Some("a")).contains("REDIRECT"));
+        drop((outbound, inbound));
+        app.must("carried.close()");
+        outside.must("i.close()");
+        let deadline = std::time::Instant::now() + lab::PATIENCE;
+        while !rules(&lab, Some("a")).is_empty() {
+            assert!(std::time::Instant::now() < deadline, "{}", rules(&lab, Some("a")));
+            node.reconcile().await.unwrap();
+        }
+        assert!(!rules(&lab, None).is_empty());
+        node.forget_untold().await.unwrap();
+        assert_eq!(rules(&lab, None), "");
+        assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
+        echoes(&mut app, "older");
+    });
+}
+
+#[test]
+fn from_ebpf_to_iptables() {
+    lab::test("from_ebpf_to_iptables", |lab| async move {
+        let pod = lab.pod("a", 2);
+        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+        outside.must(SERVE);
+        app.must(LISTEN);
+        app.must(&format!("older = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        echoes(&mut app, "older");
+        let former = lab.node();
+        drop(captured(&former, &pod).await);
+        drop(former);
+        app.must(HAMMER);
+        app.must("h.start()");
+        until("it hammers", || (app.must("tries") != "0").then_some(()));
+
+        let node = IptablesNode::start(&lab.pin_dir()).unwrap();
+        // A pod that starts meanwhile: the hooks that are still there must let it talk.
+        let other = lab.pod("b", 3);
+        let mut newcomer = lab.in_pod(&other);
+        node.know(other.spec.clone()).await.unwrap();
+        newcomer.must(&format!(
+            "s = socket.create_connection(('{OUTSIDE4}', 8080)); s.close()"
+        ));
+        let handle = node.capture(pod.spec.clone(), PodSettings::default()).await.unwrap();
+        let listeners = handle.listeners().unwrap();
+        let tried: u64 = app.must("tries").parse().unwrap();
+        until("it hammers on", || {
+            (app.must("tries").parse::<u64>().unwrap() > tried + 20).then_some(())
+        });
+        app.must("stop = True; h.join()");
+        assert_eq!(outside.must("[a[0] for a in came].count('::ffff:10.77.1.2')"), "1");
+        while listeners.outbound[0].accept().is_ok() {}
+        assert!(!lab.links().is_empty());
+        node.forget_untold().await.unwrap();
+        assert_eq!(lab.links(), Vec::<std::path::PathBuf>::new());
+
+        echoes(&mut app, "older");
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let (stream, _) = accept(&listeners.outbound[0]);
+        let original = handle.original_destination(SockRef::from(&stream), stream.local_addr().unwrap());
+        assert_eq!(original.unwrap().0, format!("{OUTSIDE4}:8080").parse().unwrap());
+        outside.must(&format!(
+            "i = socket.create_connection(('{}', 9090)); i.sendall(b'ping')",
+            pod.ip4()
+        ));
+        let (mut stream, peer) = accept(&listeners.inbound[0]);
+        let mut buffer = [0; 4];
+        stream.read_exact(&mut buffer).unwrap();
+        let original = handle.inbound_destination(SockRef::from(&stream), PeerAddr(peer), stream.local_addr().unwrap());
+        assert_eq!(original.0, SocketAddr::new(pod.ip4(), 9090));
+        // The application is reached from the client's address: rules and routes are those of the new way.
+        let socket = handle.inbound_socket(original.0, peer.ip()).unwrap();
+        let mut dialled = lab::connect(socket, original.0).unwrap();
+        app.must("c, a = l.accept(); c.sendall(b'pong')");
+        dialled.read_exact(&mut buffer).unwrap();
+        assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn hooks_of_another_version_are_not_taken_over() {
+    lab::test("hooks_of_another_version_are_not_taken_over", |lab| async move {
+        drop(lab.node());
+        let maps = std::fs::read_dir(lab.pin_dir()).unwrap().flatten();
+        let maps = maps
+            .map(|entry| entry.path())
+            .find(|path| path.to_string_lossy().contains("maps-v"));
+        std::fs::remove_file(maps.unwrap().join("PODS")).unwrap();
+        let error = IptablesNode::start(&lab.pin_dir()).err().unwrap();
+        assert!(matches!(error, CaptureError::OtherCapture(_)), "{error}");
+    });
+}
