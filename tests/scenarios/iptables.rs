@@ -4,6 +4,8 @@
 mod bytes;
 mod cluster;
 mod encrypted;
+mod enrolment;
+mod exclusions;
 mod fallback;
 mod knowledge;
 mod labels;
@@ -35,6 +37,8 @@ fn main() -> std::process::ExitCode {
         cluster::SCENARIOS,
         labels::SCENARIOS,
         knowledge::SCENARIOS,
+        exclusions::SCENARIOS,
+        enrolment::SCENARIOS,
         fallback::SCENARIOS,
         lifecycle::SCENARIOS,
     ];

@@ -3,7 +3,9 @@
 mod bytes;
 mod cluster;
 mod encrypted;
+mod enrolment;
 mod escape;
+mod exclusions;
 mod hostile;
 mod knowledge;
 mod labels;
@@ -27,6 +29,8 @@ fn main() -> std::process::ExitCode {
         cluster::SCENARIOS,
         labels::SCENARIOS,
         knowledge::SCENARIOS,
+        exclusions::SCENARIOS,
+        enrolment::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("ebpf", &themes, &[])

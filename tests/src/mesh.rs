@@ -62,6 +62,17 @@ impl Mesh {
             .map(drop)
     }
 
+    /// Changes the way of capture of the nodes, whose agents are replaced one by one.
+    pub fn capture_by(&self, way: &str) -> Result<()> {
+        let manifests = self
+            .manifests
+            .lock()
+            .map_err(|_| anyhow!("a scenario panicked while it changed manifests"))?;
+        let directory = manifests.directory().to_string_lossy();
+        self.playground(&["up", "--capture", way, "--manifests", &directory])
+            .map(drop)
+    }
+
     /// Changes a manifest, and makes it so.
     pub fn change(&self, file: &str, change: impl FnOnce(String) -> String) -> Result<()> {
         self.manifests

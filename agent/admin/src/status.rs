@@ -125,6 +125,8 @@ pub struct Status {
 pub struct CaptureStatus {
     /// `ebpf` or `iptables`.
     pub mode: String,
+    /// Why that one.
+    pub why: String,
     /// What the kernel offers.
     pub capabilities: Vec<CapabilityStatus>,
 }

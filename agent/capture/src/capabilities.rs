@@ -48,9 +48,30 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
+    /// What is missing for eBPF capture, hook by hook.
+    pub fn lacking(&self) -> Vec<String> {
+        let missing = self.hooks.iter().filter(|hook| hook.support != Support::Available);
+        missing
+            .map(|hook| format!("{} ({})", hook.name, hook.detail()))
+            .collect()
+    }
+
     /// Whether eBPF capture can stand here.
     pub fn can_capture(&self) -> bool {
         self.hooks.iter().all(|hook| hook.support == Support::Available)
+    }
+}
+
+impl Hook {
+    /// What is done with it, and why that can't be.
+    pub fn detail(&self) -> String {
+        match &self.support {
+            Support::Available => self.purpose.to_owned(),
+            Support::Unsupported { feature, needs_kernel } => {
+                format!("{}: unsupported: {feature}, needs kernel {needs_kernel}", self.purpose)
+            }
+            Support::Unknown { error } => format!("{}: unknown: {error}", self.purpose),
+        }
     }
 }
 

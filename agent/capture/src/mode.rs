@@ -9,8 +9,8 @@ use model::{OriginalDst, PeerAddr, PodSettings, WorkloadUid};
 use socket2::{SockRef, Socket};
 
 use crate::{
-    Capabilities, CaptureError, GuardCounters, IptablesNode, IptablesPodHandle, KernelLog, Node, PodHandle,
-    PodListeners, PodSpec, iptables::redirected_from,
+    CaptureError, GuardCounters, IptablesNode, IptablesPodHandle, KernelLog, Node, PodHandle, PodListeners, PodSpec,
+    iptables::redirected_from,
 };
 
 /// A node's capture; see [`Node`] and [`IptablesNode`] for what the operations do.
@@ -28,14 +28,6 @@ impl Capture {
         match self {
             Self::Ebpf(_) => "ebpf",
             Self::Iptables(_) => "iptables",
-        }
-    }
-
-    /// What it needs of this machine.
-    pub fn capabilities(&self) -> Capabilities {
-        match self {
-            Self::Ebpf(_) => crate::probe(),
-            Self::Iptables(node) => node.capabilities(),
         }
     }
 

@@ -15,6 +15,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use k8s::{Effect, Finding};
+use nix::sys::signal::Signal;
 use owo_colors::OwoColorize;
 
 use crate::{
@@ -41,8 +42,9 @@ pub struct UpArgs {
     /// How many nodes [default: 2, or as many as there are].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=200))]
     pub nodes: Option<u8>,
-    /// How the agents capture traffic; `none` runs no agents: plain networking [default: ebpf, or as it is].
-    #[arg(long, value_name = "MODE", value_parser = ["ebpf", "iptables", "none"])]
+    /// How the agents capture traffic, which can change while they run; `none` runs no agents: plain networking
+    /// [default: ebpf, or as it is].
+    #[arg(long, value_name = "MODE", value_parser = ["auto", "ebpf", "iptables", "none"])]
     pub capture: Option<String>,
     /// The agents' access log [default: text, or as it is].
     #[arg(long, value_name = "FORMAT", value_parser = ["off", "text", "json"])]
@@ -237,10 +239,17 @@ fn settle(layout: &Layout, args: &UpArgs) -> Result<State> {
     if let Some(capture) = &args.capture
         && *capture != state.capture
     {
-        bail!(
-            "the agents capture with {}: to change that, take the playground down first",
-            state.capture
-        );
+        if was_up && [capture, &state.capture].iter().any(|mode| *mode == "none") {
+            bail!(
+                "the agents capture with {}: to change that, take the playground down first",
+                state.capture
+            );
+        }
+        // Those that come next take over.
+        for node in state.node_names() {
+            agent::stop(layout, &node, Signal::SIGTERM, Duration::from_secs(args.timeout))?;
+        }
+        state.capture.clone_from(capture);
     }
     if let Some(access_log) = &args.access_log {
         state.access_log.clone_from(access_log);

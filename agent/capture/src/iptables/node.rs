@@ -20,7 +20,6 @@ use super::{
 };
 use crate::{
     PodListeners, PodSpec,
-    capabilities::{Capabilities, Hook, Support},
     diag::{self, TcpSocket},
     error::{CaptureError, Tried},
     interfaces,
@@ -82,18 +81,6 @@ impl IptablesNode {
             former,
             printed: HashMap::new(),
         }))))
-    }
-
-    /// What this needs of the machine, as it is shown in the status.
-    pub fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            hooks: vec![Hook {
-                name: "iptables",
-                purpose: "redirects the pods' connections to the agent",
-                support: Support::Available,
-            }],
-            tc_netns_cookie: false,
-        }
     }
 
     /// A pod exists and is not captured. What an earlier agent left in it is removed.

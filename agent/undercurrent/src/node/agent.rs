@@ -17,7 +17,10 @@ use super::{
 pub struct NodeAgent {
     pub started: Instant,
     pub node_name: String,
+    /// What the kernel has for the capture by eBPF.
     pub capabilities: capture::Capabilities,
+    /// Why this way of capture.
+    pub capture_why: String,
     pub knowledge: mesh::Knowledge,
     pub source: Source,
     pub identities: identity::Identities,
@@ -79,7 +82,7 @@ impl admin::Agent for NodeAgent {
             .map(|hook| CapabilityStatus {
                 name: hook.name.to_owned(),
                 available: hook.support == capture::Support::Available,
-                detail: hook.purpose.to_owned(),
+                detail: hook.detail(),
             })
             .collect();
         let counters = self.capture.counters();
@@ -91,6 +94,7 @@ impl admin::Agent for NodeAgent {
             pending: self.pending(),
             capture: CaptureStatus {
                 mode: self.capture.mode().to_owned(),
+                why: self.capture_why.clone(),
                 capabilities,
             },
             knowledge: KnowledgeStatus {

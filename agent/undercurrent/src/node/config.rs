@@ -56,7 +56,7 @@ pub struct NodeArgs {
     )]
     pub allow_exclusions: k8s::ExclusionsPermission,
     /// How traffic is captured.
-    #[arg(long, env = "UNDERCURRENT_CAPTURE", value_enum, default_value_t = CaptureMode::Ebpf)]
+    #[arg(long, env = "UNDERCURRENT_CAPTURE", value_enum, default_value_t = CaptureMode::Auto)]
     pub capture: CaptureMode,
     /// Where eBPF links and maps are pinned, so that capture outlives the agent (in a bpffs).
     #[arg(
@@ -229,6 +229,8 @@ fn trust_domain(text: &str) -> Result<TrustDomain, String> {
 /// How traffic is captured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum CaptureMode {
+    /// By eBPF where the kernel has what that needs, else by iptables.
+    Auto,
     /// By eBPF programs on the pods' cgroup, in their network namespaces and on their veths.
     Ebpf,
     /// By iptables rules in each pod's network namespace, for kernels that lack what the eBPF programs need. No boundary

@@ -171,7 +171,8 @@ impl Rules {
 
     fn api_pod(&self, pod: &ListedPod, namespace: &k8s::Metadata) -> ApiPod {
         let (settings, problems) = k8s::capture_of(&pod.metadata, Some(namespace), self.exclusions);
-        let in_mesh = self.enablement(pod, Some(namespace)) == Enablement::Captured;
+        // Whose containers have all ended has nothing to capture.
+        let in_mesh = self.enablement(pod, Some(namespace)) == Enablement::Captured && !pod.ended;
         ApiPod {
             uid: pod.metadata.uid.clone(),
             service_account: pod.service_account.clone(),

@@ -59,7 +59,7 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 }
 
 async fn serve(args: NodeArgs) -> anyhow::Result<()> {
-    let node = start_capture(&args)?;
+    let (node, capture_why) = start_capture(&args)?;
     let source::Sources {
         knowledge,
         identities,
@@ -91,7 +91,8 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     let agent = Arc::new(agent::NodeAgent {
         started: std::time::Instant::now(),
         node_name: args.node.clone(),
-        capabilities: node.capabilities(),
+        capabilities: capture::probe(),
+        capture_why,
         knowledge,
         source,
         identities: identities.clone(),
@@ -125,18 +126,34 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_capture(args: &NodeArgs) -> anyhow::Result<Capture> {
-    if args.capture == CaptureMode::Iptables {
-        let node = capture::IptablesNode::start(&args.pin_dir).context("cannot capture with iptables")?;
-        return Ok(Capture::Iptables(node));
-    }
+/// Starts the capture that is set, or that this kernel can do; and says why that one. Only what the kernel lacks chooses:
+/// another failure of the better way must not lead to the weaker.
+fn start_capture(args: &NodeArgs) -> anyhow::Result<(Capture, String)> {
     let capabilities = capture::probe();
+    let lacking = capabilities.lacking();
+    let why = match (args.capture, lacking.is_empty()) {
+        (CaptureMode::Auto, true) => "chosen: the kernel has all that eBPF needs".to_owned(),
+        (CaptureMode::Auto, false) => format!("chosen: eBPF can't capture here: {}", lacking.join("; ")),
+        (CaptureMode::Ebpf | CaptureMode::Iptables, _) => "as set".to_owned(),
+    };
+    if args.capture == CaptureMode::Iptables || (args.capture == CaptureMode::Auto && !lacking.is_empty()) {
+        let node = capture::IptablesNode::start(&args.pin_dir).context("cannot capture with iptables")?;
+        if args.capture == CaptureMode::Auto {
+            tracing::warn!(
+                "capture by iptables, {why}; nothing keeps a pod to it that has CAP_NET_ADMIN or CAP_NET_RAW"
+            );
+        } else {
+            tracing::info!("capture by iptables, {why}");
+        }
+        return Ok((Capture::Iptables(node), why));
+    }
     if !capabilities.can_capture() {
         bail!(
             "this kernel lacks what capture by eBPF needs; nothing is captured, so the agent ends \
              (--capture iptables needs less):\n{capabilities}"
         );
     }
+    tracing::info!("capture by eBPF, {why}");
     let config = capture::NodeConfig {
         node: args.node.clone(),
         pin_dir: args.pin_dir.clone(),
@@ -145,7 +162,8 @@ fn start_capture(args: &NodeArgs) -> anyhow::Result<Capture> {
         object: &EBPF_OBJECT.0,
         kernel_log: args.ebpf_log,
     };
-    Ok(Capture::Ebpf(capture::Node::start(config).context("cannot capture")?))
+    let node = capture::Node::start(config).context("cannot capture")?;
+    Ok((Capture::Ebpf(node), why))
 }
 
 /// What the eBPF programs log, where that was asked for.

@@ -1,0 +1,137 @@
+//! Who is captured, who is not and why, and by which way; changed while pods run.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use system_tests::{Background, Capture, Kubectl, Mesh, kubectl::is_captured, machine, scenarios, wait};
+
+scenarios![
+    who_cannot_be_captured_is_told_why,
+    a_job_is_captured_from_its_first_init_container_and_let_go_at_its_end,
+    the_way_of_capture_changes_while_pods_run,
+];
+
+fn idle(name: &str, namespace: &str, annotations: &str, spec: &str) -> String {
+    format!(
+        r#"---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: {namespace}, labels: {{istio.io/dataplane-mode: ambient}}, annotations: {{{annotations}}}}}
+spec: {{nodeName: node-1, {spec} containers: [{{name: idle, command: [sleep, infinity]}}]}}
+"#
+    )
+}
+
+fn who_cannot_be_captured_is_told_why(mesh: &Mesh) -> Result<()> {
+    let Some(kubectl) = Kubectl::of(mesh, "who can't be captured")? else {
+        return Ok(());
+    };
+    let pods = [
+        ("with-host-network", "", "hostNetwork: true,", "HostNetworkNotCaptured"),
+        (
+            "with-sidecar",
+            "sidecar.istio.io/status: '{}'",
+            "",
+            "SidecarNotCaptured",
+        ),
+    ];
+    for (name, annotations, spec, reason) in pods {
+        kubectl.apply(&idle(name, "apps", annotations, spec))?;
+        kubectl.until(
+            &format!("an Event says {reason}"),
+            &["events", "-n", "apps"],
+            |events| {
+                let of_pod = |event: &Value| event["reason"] == reason && event.to_string().contains(name);
+                events["items"].as_array().into_iter().flatten().any(of_pod)
+            },
+        )?;
+        let pod = kubectl.get(&["pod", "-n", "apps", name])?;
+        ensure!(!is_captured(&pod), "{name} says that it is captured");
+        let status = mesh.node("node-1").status()?;
+        let captured = status.pods.iter().any(|pod| pod.name == name && pod.captured);
+        ensure!(!captured, "{name} is captured");
+        kubectl.says(&["delete", "pod", "-n", "apps", name])?;
+    }
+    Ok(())
+}
+
+fn a_job_is_captured_from_its_first_init_container_and_let_go_at_its_end(mesh: &Mesh) -> Result<()> {
+    let Some(kubectl) = Kubectl::of(mesh, "a job")? else {
+        return Ok(());
+    };
+    let address = mesh.pod("mesh", "server").v4()?.to_string();
+    let (python, scripts) = (machine::python(), machine::scripts());
+    let ask = format!("[{python}, {}/client.py, echo, {address}, '8001']", scripts.display());
+    let log = mesh.node("node-2").access_log()?;
+    kubectl.apply(&format!(
+        r"apiVersion: v1
+kind: Pod
+metadata: {{name: once, namespace: apps, labels: {{istio.io/dataplane-mode: ambient}}}}
+spec:
+  nodeName: node-1
+  restartPolicy: Never
+  serviceAccountName: client
+  initContainers: [{{name: first, command: {ask}}}]
+  containers: [{{name: main, command: {ask}}}]
+"
+    ))?;
+    kubectl.until("it has succeeded", &["pod", "-n", "apps", "once"], |pod| {
+        pod["status"]["phase"] == "Succeeded"
+    })?;
+    let of_pod = |line: &&String| {
+        line.contains("direction=\"inbound\"")
+            && line.contains("src.identity=\"spiffe://cluster.local/ns/apps/sa/client\"")
+    };
+    wait::until_true("both containers came with their identity", || {
+        Ok(log.lines()?.iter().filter(of_pod).count() >= 2)
+    })?;
+    wait::until_true("it is not captured any more", || {
+        let said = is_captured(&kubectl.get(&["pod", "-n", "apps", "once"])?);
+        let status = mesh.node("node-1").status()?;
+        Ok(!said && !status.pods.iter().any(|pod| pod.name == "once" && pod.captured))
+    })?;
+    kubectl.says(&["delete", "pod", "-n", "apps", "once"]).map(drop)
+}
+
+fn ways(mesh: &Mesh) -> Result<Vec<String>> {
+    ["node-1", "node-2"]
+        .into_iter()
+        .map(|node| Ok(mesh.node(node).status()?.capture.mode))
+        .collect()
+}
+
+/// Every connection meanwhile carries a marker that must not be seen between the nodes, and most of them succeed.
+fn switch(mesh: &Mesh, way: &str) -> Result<()> {
+    let marker = "wAy0fCaPtUrE-";
+    let packets = Capture::on_fabric()?;
+    let address = mesh.pod("mesh", "server").v4()?.to_string();
+    let storm: Background = mesh
+        .pod("mesh", "client")
+        .start("client.py", &["storm", &address, "8001", "100", marker])?;
+    storm.next()?;
+    mesh.capture_by(way)?;
+    ensure!(ways(mesh)? == [way, way], "{:?}", ways(mesh)?);
+    let after = mesh.pod("mesh", "client").client(&["echo", &address, "8001"])?;
+    ensure!(after["same"] == true, "after the change to {way}: {after}");
+    let result = storm.finish()?;
+    let good = result["good"].as_array().map_or(0, Vec::len);
+    ensure!(good > 0, "{result}");
+    let packets = packets.stop()?;
+    ensure!(
+        !packets.contain(marker),
+        "a connection went past the mesh while it changed to {way}"
+    );
+    Ok(())
+}
+
+fn the_way_of_capture_changes_while_pods_run(mesh: &Mesh) -> Result<()> {
+    let was = ways(mesh)?.into_iter().next().context("no node")?;
+    let other = if was == "ebpf" { "iptables" } else { "ebpf" };
+    switch(mesh, other)?;
+    let strict = mesh.pod("strict", "tcp").v4()?.to_string();
+    let refused = mesh.pod("outside", "client").client(&["echo", &strict, "8001"])?;
+    ensure!(
+        refused["same"] != true,
+        "STRICT let plaintext in after the change to {other}"
+    );
+    switch(mesh, &was)
+}
