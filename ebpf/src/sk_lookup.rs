@@ -7,12 +7,15 @@
 //! recorded: the agent's own, a host's probe      -> as it is
 //! recorded: to an excluded port                  -> as it is
 //! port 15008                                     -> HBONE listener
+//! port 15001, where the pod reroutes interfaces  -> outbound listener, which asks conntrack where to
 //! anything else                                  -> inbound listener; its local address is the original destination
 //! ```
 //! The listeners are found by the pod's address and not by a port, so it does not matter who holds which port. No
 //! listener: refused (the kernel answers with RST).
 
-use abi::{Address, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, PlaintextClient, Reason, is_capture_port};
+use abi::{
+    Address, CAPTURE_PORTS, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, PlaintextClient, Reason, is_capture_port,
+};
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},
     macros::sk_lookup,
@@ -62,6 +65,16 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
             // The agent may have to dial the application for the same client, and must not take this one's port.
             remember_client(&local.address, &remote.address);
             return sk_action::SK_PASS;
+        }
+        if local.port == CAPTURE_PORTS[0] {
+            let key = ListenerKey {
+                address: local.address,
+                kind: ListenerKind::Rerouted as u32,
+            };
+            let assigned = LISTENERS.redirect_sk_lookup(&ctx, &key, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT));
+            if assigned.is_ok() {
+                return sk_action::SK_PASS;
+            }
         }
         if local.port == HBONE_PORT {
             ListenerKind::Hbone

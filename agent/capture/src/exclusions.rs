@@ -12,7 +12,7 @@ use std::{
 
 use abi::{
     Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, EXCLUDES_PORTS, EXCLUDES_RANGES, EXCLUDES_THE_REST,
-    ExcludedPort, ExcludedRange, Flow, Pod,
+    ExcludedPort, ExcludedRange, Flow, Pod, REROUTES,
 };
 use ipnet::IpNet;
 use model::PodSettings;
@@ -88,6 +88,7 @@ pub(crate) fn pod_flags(settings: &PodSettings) -> u32 {
         | flag(settings.exclusions.only_outbound_ranges.is_some(), EXCLUDES_THE_REST)
         | flag(has(true), EXCLUDES_INBOUND)
         | flag(settings.bypass_inbound, BYPASSES_INBOUND)
+        | flag(!settings.virtual_interfaces.is_empty(), REROUTES)
 }
 
 /// The flags of its entries in `INTERFACES`.

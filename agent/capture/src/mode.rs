@@ -10,7 +10,7 @@ use socket2::{SockRef, Socket};
 
 use crate::{
     CaptureError, GuardCounters, IptablesNode, IptablesPodHandle, KernelLog, Node, PodHandle, PodListeners, PodSpec,
-    iptables::redirected_from,
+    iptables::{redirected_from, rerouted_from},
 };
 
 /// A node's capture; see [`Node`] and [`IptablesNode`] for what the operations do.
@@ -122,7 +122,9 @@ impl CapturedPod {
         local: SocketAddr,
     ) -> Option<OriginalDst> {
         match self {
-            Self::Ebpf(pod) => pod.original_destination(peer, local),
+            Self::Ebpf(pod) => pod
+                .original_destination(peer, local)
+                .or_else(|| rerouted_from(accepted, local)),
             Self::Iptables(pod) => pod.original_destination(accepted, local),
         }
     }

@@ -256,6 +256,7 @@ impl Inner {
         if captured {
             return Ok(());
         }
+        self.end_reroutes(&netns, Addresses::of(spec)?)?;
         // Captured by an earlier agent, but not to be so any more.
         if self.pins.pod(cookie).exists() || self.maps.restore(cookie).is_some() {
             self.detach_pod(cookie)?;

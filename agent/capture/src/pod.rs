@@ -14,7 +14,7 @@ use std::{
     sync::Arc,
 };
 
-use abi::{Address, CAPTURE_PORTS, Endpoint, Flow, ListenerKey, ListenerKind, Restore};
+use abi::{Address, CAPTURE_PORTS, Endpoint, Flow, ListenerKey, ListenerKind, REROUTES, Restore};
 use model::{PodSettings, WorkloadUid};
 
 use crate::{
@@ -126,6 +126,7 @@ impl Inner {
         if attach_steer(&directory, netns, &self.programs)? {
             repaired.push("steer");
         }
+        let reroutes = self.reroutes(cookie);
         let captured = self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref());
         let known = captured.is_some_and(|captured| captured.settings == *settings);
         if self.set_pod_and_exclusions(cookie, &plan.pod, settings, known)? {
@@ -141,9 +142,48 @@ impl Inner {
             self.former.remove_redirects(&self.home, netns)?;
             repaired.push("former rules");
         }
+        if self.apply_reroutes(netns, Addresses::of(spec)?, settings, listeners, reroutes)? {
+            repaired.push("rules of virtual interfaces");
+        }
         self.attach_guards(&directory, netns, plan, had_rules, &mut repaired)?;
         self.drop_former_interfaces(&directory, cookie, plan)?;
         Ok(repaired)
+    }
+
+    /// Whether there are rules for virtual interfaces in a pod.
+    fn reroutes(&self, cookie: u64) -> bool {
+        self.maps.pod(cookie).is_some_and(|pod| pod.flags & REROUTES != 0)
+    }
+
+    /// The listener and the rules for what comes by the pod's virtual interfaces. `before`: there were some.
+    fn apply_reroutes(
+        &mut self,
+        netns: &Netns,
+        addresses: Addresses,
+        settings: &PodSettings,
+        listeners: &Listeners,
+        before: bool,
+    ) -> Result<bool, CaptureError> {
+        if settings.virtual_interfaces.is_empty() && !before {
+            return Ok(false);
+        }
+        for address in addresses.iter().map(Address::from_ip) {
+            let key = listener_key(address, ListenerKind::Rerouted);
+            match settings.virtual_interfaces.is_empty() {
+                true => self.maps.remove_listener(&key),
+                false => self.maps.set_listener(key, listeners.outbound())?,
+            }
+        }
+        self.former.reroute(&self.home, netns, addresses, settings)
+    }
+
+    /// Removes the rules for virtual interfaces.
+    pub(crate) fn end_reroutes(&mut self, netns: &Netns, addresses: Addresses) -> Result<(), CaptureError> {
+        if self.reroutes(netns.cookie()) {
+            self.former
+                .reroute(&self.home, netns, addresses, &PodSettings::default())?;
+        }
+        Ok(())
     }
 
     /// The guard, last, and what lives on in spite of it.
@@ -265,7 +305,9 @@ impl Inner {
         // The agent's listeners close when the proxy has closed its duplicates, too; nothing is steered to them then.
         state.captured = None;
         let netns = state.netns.clone();
-        let entry = Addresses::of(&state.spec)?.entry(0, 0);
+        let addresses = Addresses::of(&state.spec)?;
+        let entry = addresses.entry(0, 0);
+        self.end_reroutes(&netns, addresses)?;
         self.detach_pod_as(netns.cookie(), Some(&entry))?;
         self.restore_pod(&netns)
     }
@@ -301,7 +343,12 @@ impl Inner {
         pins::detach_all(&directory).tried(|| format!("detaching all of {}", directory.display()))?;
         if let Some(pod) = before {
             self.maps.remove_flows(&pod, |_| false);
-            for kind in [ListenerKind::Outbound, ListenerKind::Inbound, ListenerKind::Hbone] {
+            for kind in [
+                ListenerKind::Outbound,
+                ListenerKind::Inbound,
+                ListenerKind::Hbone,
+                ListenerKind::Rerouted,
+            ] {
                 for address in addresses(&pod) {
                     self.maps.remove_listener(&listener_key(address, kind));
                 }

@@ -47,6 +47,11 @@ impl Listeners {
         self.0.iter().map(|(kind, listener)| (*kind, listener))
     }
 
+    /// The one of captured outbound connections.
+    pub(crate) fn outbound(&self) -> &TcpListener {
+        &self.0[0].1
+    }
+
     fn duplicate(&self) -> io::Result<PodListeners> {
         let [(_, outbound), (_, inbound), (_, hbone)] = &self.0;
         Ok(PodListeners {

@@ -4,9 +4,10 @@
 
 mod lab;
 
-use capture::{Node, PodHandle, PodListeners, Reason};
+use capture::{CapturedPod, Node, PodHandle, PodListeners, Reason};
 use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, nobody_came, until};
 use model::{Exclusions, PeerAddr, PodSettings};
+use socket2::SockRef;
 
 /// Servers outside on the ports 5432 and 8080, of both families, that answer with who comes.
 const SERVE: &str = r#"
@@ -355,4 +356,46 @@ fn the_exclusions_of_a_pod_are_its_own_and_end_with_it() {
             );
         },
     );
+}
+
+#[test]
+fn what_comes_by_a_virtual_interface_is_the_pods_own() {
+    lab::test("what_comes_by_a_virtual_interface_is_the_pods_own", |lab| async move {
+        let settings = PodSettings {
+            virtual_interfaces: vec!["virt0".to_owned()],
+            ..PodSettings::default()
+        };
+        let mut place = Place::new(lab, settings.clone()).await;
+        let mut guest = place.lab.guest("a", "virt0");
+        let pod = CapturedPod::Ebpf(place.handle.clone());
+        guest.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let (stream, peer) = accept(&place.listeners.outbound[0]);
+        let local = stream.local_addr().unwrap();
+        let original = pod.original_destination(SockRef::from(&stream), PeerAddr(peer), local);
+        assert_eq!(original.unwrap().0, format!("{OUTSIDE4}:8080").parse().unwrap());
+        assert_eq!(place.node.reconcile().await.unwrap(), Vec::<String>::new());
+        // From outside that port is nothing.
+        place
+            .outside
+            .must(&format!("s = socket.create_connection(('{}', 15001))", place.pod.ip4()));
+        let (stream, peer) = accept(&place.listeners.outbound[0]);
+        let local = stream.local_addr().unwrap();
+        assert_eq!(
+            pod.original_destination(SockRef::from(&stream), PeerAddr(peer), local),
+            None
+        );
+        // The next agent knows of the rules; without the setting they go.
+        let again = place.lab.node();
+        again
+            .capture(place.pod.spec.clone(), PodSettings::default())
+            .await
+            .unwrap();
+        let saved = place.lab.run(Some("a"), "iptables-save -t nat");
+        assert!(!saved.contains("virt0"), "{saved}");
+        let settled = again.capture(place.pod.spec.clone(), settings).await.unwrap();
+        assert!(place.lab.run(Some("a"), "iptables-save -t nat").contains("virt0"));
+        drop(settled);
+        again.release(place.pod.uid()).await.unwrap();
+        assert!(!place.lab.run(Some("a"), "iptables-save -t nat").contains("virt0"));
+    });
 }

@@ -103,6 +103,9 @@ pub const EXCLUDES_INBOUND: u32 = 1 << 6;
 /// [`Pod::flags`], [`Interface::flags`]: all of them are, but HBONE's.
 pub const BYPASSES_INBOUND: u32 = 1 << 7;
 
+/// [`Pod::flags`]: rules in the pod send what comes by some interfaces to the agent. Only for user space.
+pub const REROUTES: u32 = 1 << 8;
+
 /// The one entry of the map `CONFIG`: what tells the node's processes apart.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -250,6 +253,8 @@ pub enum ListenerKind {
     Inbound = 2,
     /// HBONE (15008).
     Hbone = 3,
+    /// What machines inside the pod open, sent to the first capture port by a rule: the outbound listener, too.
+    Rerouted = 4,
 }
 
 /// The key of the SockHash `LISTENERS`.

@@ -37,5 +37,5 @@ mod takeover;
 
 pub use node::{IptablesNode, uninstall_iptables};
 pub use sockets::IptablesPodHandle;
-pub(crate) use sockets::redirected_from;
+pub(crate) use sockets::{redirected_from, rerouted_from};
 pub(crate) use takeover::FormerRules;

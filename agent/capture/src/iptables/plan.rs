@@ -5,9 +5,10 @@
 use std::{
     collections::BTreeMap,
     fmt::Write,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
+use abi::CAPTURE_PORTS;
 use ipnet::IpNet;
 use model::PodSettings;
 
@@ -185,6 +186,30 @@ impl Rules {
             });
         }
         Self(tables)
+    }
+
+    /// Those of a pod that eBPF captures: what comes into it by its virtual interfaces goes to the agent.
+    pub(crate) fn of_reroutes(family: Family, settings: &PodSettings, own: Option<IpAddr>) -> Self {
+        let Some(own) = own.filter(|_| !settings.virtual_interfaces.is_empty()) else {
+            return Self(Vec::new());
+        };
+        let own = SocketAddr::new(own, CAPTURE_PORTS[0]);
+        debug_assert_eq!(Family::of(own.ip()), family);
+        let rules = settings.virtual_interfaces.iter().flat_map(|interface| {
+            [
+                format!("-i {interface} -p tcp -m tcp {OPENS} -j DNAT --to-destination {own}"),
+                format!("-i {interface} -p tcp -j RETURN"),
+            ]
+        });
+        Self(vec![Table {
+            name: "nat",
+            chains: vec![Chain {
+                name: PREROUTING,
+                from: "PREROUTING",
+                first: true,
+                rules: rules.collect(),
+            }],
+        }])
     }
 
     /// Those of the node's own namespace: what its processes open to a captured pod comes from the address of probes.

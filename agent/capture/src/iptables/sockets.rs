@@ -171,6 +171,17 @@ pub(crate) fn redirected_from(accepted: SockRef<'_>, local: SocketAddr) -> Optio
     original.filter(|_| local.port() == INBOUND_PORT)
 }
 
+/// Where a connection was going that a rule for virtual interfaces sent to the first capture port.
+pub(crate) fn rerouted_from(accepted: SockRef<'_>, local: SocketAddr) -> Option<OriginalDst> {
+    let local = canonical_socket(local);
+    if local.port() != CAPTURE_PORTS[0] {
+        return None;
+    }
+    original(accepted, local)
+        .filter(|original| *original != local)
+        .map(OriginalDst)
+}
+
 /// What conntrack remembers of a connection's destination (SO_ORIGINAL_DST).
 fn original(accepted: SockRef<'_>, local: SocketAddr) -> Option<SocketAddr> {
     let original = if local.is_ipv4() {

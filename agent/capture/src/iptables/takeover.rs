@@ -1,4 +1,5 @@
-//! From one way of capture to the other on a live node: what the other left is taken over pod by pod.
+//! From one way of capture to the other on a live node: what the other left is taken over pod by pod. And the rules that
+//! eBPF needs for what machines inside a pod open, which no hook sees.
 //!
 //! ```text
 //! to eBPF:     hooks stand in the pod ─► no rule redirects any more ─► guard ─► the last redirected connection ends: no rule
@@ -15,15 +16,18 @@ use std::{fs, path::Path};
 
 use abi::{Pod, Restore};
 use aya::maps::{HashMap, Map, MapData};
+use model::PodSettings;
 
 use super::{
     node::{clean, families, redirected, routed},
+    plan::{Family, Rules},
     program::Iptables,
 };
 use crate::{
     error::{CaptureError, Tried, map_error},
     netns::Netns,
     pins::{self, Pins},
+    plan::Addresses,
     pod::put_back,
     uninstall,
 };
@@ -69,6 +73,30 @@ impl FormerRules {
             !ended.unwrap_or(true)
         });
         before - self.draining.len()
+    }
+
+    /// Makes the rules of a pod's virtual interfaces so; whether they were not.
+    pub(crate) fn reroute(
+        &mut self,
+        home: &Netns,
+        netns: &Netns,
+        addresses: Addresses,
+        settings: &PodSettings,
+    ) -> Result<bool, CaptureError> {
+        let iptables = self.iptables(home)?;
+        let mut changed = false;
+        for family in families(netns) {
+            let own = match family {
+                Family::Ip4 => addresses.ip4,
+                Family::Ip6 => addresses.ip6,
+            };
+            let saved = iptables.saved(netns, family, Some("nat"))?;
+            if let Some(changes) = Rules::of_reroutes(family, settings, own).changes(&saved) {
+                iptables.restore(netns, family, &changes)?;
+                changed = true;
+            }
+        }
+        Ok(changed)
     }
 
     /// Removes the node's own rules.
