@@ -521,3 +521,40 @@ fn what_comes_by_a_virtual_interface_is_the_pods_own() {
         assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
     });
 }
+
+#[test]
+fn the_rules_are_where_the_nodes_own_are() {
+    lab::test("the_rules_are_where_the_nodes_own_are", |lab| async move {
+        let pod = lab.pod("a", 2);
+        for backend in ["legacy", "nft"] {
+            let there = std::process::Command::new(format!("iptables-{backend}"))
+                .args(["-t", "nat", "-S"])
+                .output();
+            if !there.is_ok_and(|output| output.status.success()) {
+                eprintln!("not run: iptables-{backend} does not work here");
+                continue;
+            }
+            let other = if backend == "nft" { "legacy" } else { "nft" };
+            lab.run(None, &format!("iptables-{backend} -t filter -A FORWARD -p 132 -j DROP"));
+            let node = start(&lab);
+            let (handle, listeners) = captured(&node, &pod).await;
+            let saved = |backend: &str| lab.run(Some("a"), &format!("iptables-{backend}-save -t nat"));
+            assert!(saved(backend).contains("UNDERCURRENT_OUTPUT"), "{backend}");
+            assert!(!saved(other).contains("UNDERCURRENT_OUTPUT"), "{backend}");
+            let mut app = lab.in_pod(&pod);
+            for there in [format!("{OUTSIDE4}:8080"), format!("[{OUTSIDE6}]:8080")] {
+                let there: SocketAddr = there.parse().unwrap();
+                app.must(&format!("s = socket.create_connection(('{}', 8080))", there.ip()));
+                assert_eq!(
+                    accepted_destination(&handle, &listeners.outbound[0]),
+                    Some(OriginalDst(there))
+                );
+            }
+            assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
+            drop((app, listeners, handle));
+            node.forget(pod.uid()).await;
+            assert!(!saved(backend).contains("UNDERCURRENT"), "{backend}");
+            lab.run(None, &format!("iptables-{backend} -t filter -F FORWARD"));
+        }
+    });
+}
