@@ -6,10 +6,11 @@
 //!            └─ ca::Secrets ─► Authority ─► service ┴──────┘        :15014 ─► Prometheus, kubelet, people
 //!                                  └─► trust (ConfigMaps)   status (conditions, Events)   ◄─ the replica that leads
 //! ```
-//! [`Control::start`] wires it. Replicas do the same work from the same objects; only writing conditions and ConfigMaps is
-//! one replica's, by a Lease. With the API away, what is known is served; with the process away, agents go on with what
+//! [`Control::start`] wires it. Replicas do the same work from the same objects; only writing (conditions, ConfigMaps, the
+//! addresses of ServiceEntries) is one replica's, by a Lease. With the API away, what is known is served; with the process away, agents go on with what
 //! they have. Drain: streams are told to go to another replica, then the ports close.
 
+mod allot;
 mod auth;
 mod ca;
 mod config;

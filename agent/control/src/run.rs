@@ -12,6 +12,7 @@ use tasks::{DrainMode, DrainSignal, DrainTrigger, drain_channel};
 use tokio::task::JoinSet;
 
 use crate::{
+    allot::{self, ServiceEntries},
     auth::{Authenticator, KubePods, KubeReviews, PodFacts, PodView, Tokens},
     ca::{Authority, CertificateService, Counters, Queue, Secrets},
     config::Config,
@@ -90,6 +91,7 @@ struct Parts {
     counters: Counters,
     board: Arc<Board>,
     namespaces: Arc<Namespaces>,
+    service_entries: Arc<ServiceEntries>,
 }
 
 impl Control {
@@ -205,7 +207,9 @@ impl Parts {
             },
             sink,
         );
-        let views: Arc<[Arc<dyn View>]> = Arc::new([view as Arc<dyn View>, namespaces.clone()]);
+        let service_entries = Arc::new(ServiceEntries::default());
+        let views: Arc<[Arc<dyn View>]> =
+            Arc::new([view as Arc<dyn View>, namespaces.clone(), service_entries.clone()]);
         let health = watch::start(&client, indexing, views, drain)?;
         let parts = Self {
             config,
@@ -219,6 +223,7 @@ impl Parts {
             counters: Counters::default(),
             board,
             namespaces,
+            service_entries,
         };
         parts.write(drain);
         Ok((parts, problem))
@@ -236,6 +241,8 @@ impl Parts {
             leads.clone(),
             drain.clone(),
         ));
+        let (entries, leading) = (self.service_entries.clone(), leads.clone());
+        tokio::spawn(allot::run(client.clone(), entries, leading, drain.clone()));
         let reporter = Reporter {
             client,
             board: self.board.clone(),

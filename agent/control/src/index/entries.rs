@@ -98,9 +98,7 @@ fn hosts(entry: &live::ServiceEntry, names: &mut Names, notes: &mut Vec<Note>) -
         if hostname.is_empty() || hosts.iter().any(|other| other.hostname == hostname) {
             continue;
         }
-        let can_be_allotted =
-            !host.starts_with('*') && entry.spec.resolution.as_deref().is_some_and(|how| how != "NONE");
-        let all: Vec<IpNet> = match entry.spec.addresses.is_empty() && can_be_allotted {
+        let all: Vec<IpNet> = match !host.starts_with('*') && crate::allot::wants(entry) {
             true => allotted(host),
             false => written.clone(),
         };
