@@ -17,6 +17,7 @@ use model::{
 use crate::{
     Attempt, Snapshot,
     choice::{Choice, NoExperience},
+    snapshot::Seen,
     waypoint::{Behind, HandOff, WaypointFault, name_of},
 };
 
@@ -209,18 +210,19 @@ impl Snapshot {
         if let Some(workload) = self.workload_by_ip(target.ip()) {
             return self.to_pod(source, workload, target, attempt).unwrap_or_else(refused);
         }
-        let service = self.service_and_length(target.ip());
+        let seen = self.service_seen_by(source, target.ip());
         if let Some((length, name)) = self.closed.at(target.ip())
-            && service.is_none_or(|(known, _)| known < length)
+            && !matches!(seen, Seen::Service(known, _) if known >= length)
         {
             return refused(RefuseReason::Unreadable(name.clone()));
         }
-        if let Some((_, service)) = service {
+        if let Seen::Service(_, service) = seen {
             return self
                 .to_service(source, service, target, attempt)
                 .unwrap_or_else(refused);
         }
-        match self.on_demand && self.absent.get(&target.ip()).is_none() {
+        let is_known = matches!(seen, Seen::Hidden) || self.absent.get(&target.ip()).is_some();
+        match self.on_demand && !is_known {
             true => Route::Unknown { target },
             false => Route::Passthrough { target },
         }

@@ -262,6 +262,24 @@ impl Snapshot {
         ranges.find_map(|range| Some((range.1, self.services.by_claim.get(&range)?)))
     }
 
+    /// The same, as this workload sees it. A service that only its own namespace sees is not there for others: what is in
+    /// the longest range after it is. But one that has its name and address by Kubernetes is there for all who dial it:
+    /// `exportTo` hides the name, what keeps them out is policy, and passing them around the mesh would be plaintext.
+    pub(crate) fn service_seen_by(&self, source: &Workload, ip: IpAddr) -> Seen<'_> {
+        let Some(found) = self.service_and_length(ip) else {
+            return Seen::Nothing;
+        };
+        if is_seen(found.1, source) {
+            return Seen::Service(found.0, found.1);
+        }
+        let mut ranges = self.prefixes.around(ip);
+        let seen = ranges.find_map(|range| {
+            let service = self.services.by_claim.get(&range)?;
+            is_seen(service, source).then_some(Seen::Service(range.1, service))
+        });
+        seen.unwrap_or(Seen::Hidden)
+    }
+
     /// Every service that has this address, or a range that it is in, in the node's network; the longest range first.
     pub(crate) fn services_around(&self, ip: IpAddr) -> impl Iterator<Item = &Arc<Service>> {
         let ip = canonical_ip(ip);
@@ -321,6 +339,25 @@ impl Snapshot {
             None => policy::decide(facts, self.policies_for(workload)),
         }
     }
+}
+
+/// What stands at an address for a workload.
+pub(crate) enum Seen<'a> {
+    /// A service, and how long the range is that it has the address by.
+    Service(u8, &'a Arc<Service>),
+    /// What others than this workload's namespace do not see, and nothing else.
+    Hidden,
+    /// No service.
+    Nothing,
+}
+
+fn is_seen(service: &Service, source: &Workload) -> bool {
+    let is_of_kubernetes = || {
+        let rest = service.hostname.strip_prefix(&*service.name);
+        let rest = rest.and_then(|rest| rest.strip_prefix('.')?.strip_prefix(&*service.namespace));
+        rest.is_some_and(|rest| rest.starts_with(".svc."))
+    };
+    service.visibility == model::Visibility::Public || service.namespace == source.namespace || is_of_kubernetes()
 }
 
 /// How many of each kind there are.

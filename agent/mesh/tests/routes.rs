@@ -258,3 +258,134 @@ fn before_anything_is_known_nothing_goes_out() {
         }
     );
 }
+
+#[test]
+fn what_only_its_own_namespace_sees_is_not_there_for_others() {
+    const FILE: &str = "workloads: [{uid: u, name: u, namespace: n, workloadIps: [10.0.0.1], services: {n/web.n.svc.x: {}}}]\n\
+            services:\n\
+            - {name: a, namespace: n, hostname: db.example, vips: [/192.0.2.1, /198.51.100.0/24], visibility: Namespace, \
+               ports: {80: 80}}\n\
+            - {name: b, namespace: m, hostname: wide, vips: [/198.51.0.0/16], ports: {80: 80}}\n\
+            - {name: web, namespace: n, hostname: web.n.svc.x, vips: [/10.96.0.1], visibility: Namespace, ports: {80: 80}}";
+    let dialled = |namespace: &str, dialled: &str| {
+        let source = format!("{{uid: s, name: s, namespace: {namespace}}}");
+        refusal(FILE, &source, &format!("{dialled}:80"))
+    };
+    for ip in ["192.0.2.1", "198.51.100.1"] {
+        assert_eq!(dialled("n", ip), "service n/db.example has no healthy endpoint");
+    }
+    // Nobody takes an address from another namespace by an entry that says it is its own affair.
+    assert!(dialled("m", "192.0.2.1").starts_with("not refused: Passthrough"));
+    assert_eq!(dialled("m", "198.51.100.1"), "service m/wide has no healthy endpoint");
+    // A Service's address is Kubernetes' to give: it leads to the Service, and never around the mesh.
+    for namespace in ["n", "m"] {
+        assert!(dialled(namespace, "10.96.0.1").starts_with("not refused: Plaintext"));
+    }
+}
+
+/// Where a route leads, and how.
+fn told(file: &str, source: &str, dialled: &str) -> String {
+    let source: Workload = serde_yaml_ng::from_str(source).unwrap();
+    let snapshot = snapshot_of(file);
+    let mut all: Vec<_> = (0..40)
+        .map(
+            |random| match snapshot.resolve(&source, OriginalDst(dialled.parse().unwrap()), random, &[]) {
+                Route::Tunnel { target, .. } => format!("tunnel {target}"),
+                Route::Plaintext { target, .. } => format!("plain {target}"),
+                Route::Refused { reason } => reason.to_string(),
+                other => format!("{other:?}"),
+            },
+        )
+        .collect();
+    all.sort();
+    all.dedup();
+    all.join(", ")
+}
+
+const HERE: &str = "{uid: s, name: s, namespace: n, node: n1, locality: {region: r, zone: z}}";
+
+#[test]
+fn a_pod_of_the_nodes_network_is_reached_by_its_service_in_plaintext_and_its_address_is_nobodys() {
+    const FILE: &str = "workloads: [{uid: h, name: h, namespace: n, workloadIps: [172.16.0.1], networkMode: HostNetwork, \
+            services: {n/h: {443: 6443}}}]\n\
+            services: [{name: h, namespace: n, hostname: h, vips: [/10.96.0.1], ports: {443: 6443}}]";
+    assert_eq!(told(FILE, HERE, "10.96.0.1:443"), "plain 172.16.0.1:6443");
+    assert!(told(FILE, HERE, "172.16.0.1:6443").starts_with("Passthrough"));
+}
+
+#[test]
+fn the_family_that_was_dialled_goes_first_and_the_other_stands_in() {
+    const FILE: &str = "workloads:\n\
+            - {uid: a, name: a, namespace: n, workloadIps: [10.0.0.1, 'fd00::1'], protocol: HBONE, services: {n/h: {}, n/a: {}}}\n\
+            - {uid: b, name: b, namespace: n, workloadIps: ['fd00::2'], protocol: HBONE, services: {n/h: {}}}\n\
+            services:\n\
+            - {name: h, namespace: n, hostname: h, vips: [/10.96.0.1, '/fd00:96::1'], ports: {80: 81}}\n\
+            - {name: a, namespace: n, hostname: a, vips: [/10.96.0.2, '/fd00:96::2'], ports: {80: 81}}";
+    assert_eq!(
+        told(FILE, HERE, "10.96.0.1:80"),
+        "tunnel 10.0.0.1:81, tunnel [fd00::2]:81"
+    );
+    assert_eq!(
+        told(FILE, HERE, "[fd00:96::1]:80"),
+        "tunnel [fd00::1]:81, tunnel [fd00::2]:81"
+    );
+    assert_eq!(told(FILE, HERE, "10.96.0.2:80"), "tunnel 10.0.0.1:81");
+    assert_eq!(told(FILE, HERE, "[fd00:96::2]:80"), "tunnel [fd00::1]:81");
+}
+
+#[test]
+fn a_named_port_is_each_endpoints_own_and_who_lacks_it_is_passed_over() {
+    const FILE: &str = "workloads:\n\
+            - {uid: a, name: a, namespace: n, workloadIps: [10.0.0.1], services: {n/h: {80: 8080}}}\n\
+            - {uid: b, name: b, namespace: n, workloadIps: [10.0.0.2], services: {n/h: {80: 9090}}}\n\
+            - {uid: c, name: c, namespace: n, workloadIps: [10.0.0.3], services: {n/h: {}}}\n\
+            services: [{name: h, namespace: n, hostname: h, vips: [/10.96.0.1], ports: {80: 0}}]";
+    assert_eq!(
+        told(FILE, HERE, "10.96.0.1:80"),
+        "plain 10.0.0.1:8080, plain 10.0.0.2:9090"
+    );
+}
+
+#[test]
+fn nearness_as_services_say_it() {
+    let file = |balancing: &str, near: &str| {
+        format!(
+            "workloads:\n\
+             - {{uid: a, name: a, namespace: n, workloadIps: [10.0.0.1], node: n1, locality: {{region: r, zone: z}}, \
+                services: {{n/h: {{}}}}, {near}}}\n\
+             - {{uid: b, name: b, namespace: n, workloadIps: [10.0.0.2], node: n2, locality: {{region: r, zone: z}}, \
+                services: {{n/h: {{}}}}}}\n\
+             - {{uid: c, name: c, namespace: n, workloadIps: [10.0.0.3], services: {{n/h: {{}}}}}}\n\
+             services: [{{name: h, namespace: n, hostname: h, vips: [/10.96.0.1], ports: {{80: 80}}, \
+             loadBalancing: {{{balancing}}}}}]"
+        )
+    };
+    let local = "routingPreference: [Node], mode: Strict";
+    let same_node = "routingPreference: [Network, Region, Zone, Subzone, Node], mode: Failover";
+    let same_zone = "routingPreference: [Network, Region, Zone], mode: Failover";
+    for (balancing, near, expected) in [
+        (local, "", "plain 10.0.0.1:80"),
+        (local, "status: Unhealthy", "service n/h has no healthy endpoint"),
+        // publishNotReadyAddresses.
+        (
+            "routingPreference: [Node], mode: Strict, healthPolicy: AllowAll",
+            "status: Unhealthy",
+            "plain 10.0.0.1:80",
+        ),
+        (same_node, "", "plain 10.0.0.1:80"),
+        (same_node, "status: Unhealthy", "plain 10.0.0.2:80"),
+        (same_zone, "", "plain 10.0.0.1:80, plain 10.0.0.2:80"),
+    ] {
+        assert_eq!(
+            told(&file(balancing, near), HERE, "10.96.0.1:80"),
+            expected,
+            "{balancing} {near}"
+        );
+    }
+    // Who runs on no node is local to nobody.
+    let nowhere = "{uid: s, name: s, namespace: n}";
+    assert_eq!(
+        told(&file(local, ""), nowhere, "10.96.0.1:80"),
+        "service n/h has no healthy endpoint"
+    );
+}

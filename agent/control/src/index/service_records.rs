@@ -166,7 +166,9 @@ impl Slice {
                     }
                 }
                 _ => {
-                    let ready = endpoint.conditions.ready.unwrap_or(true);
+                    let conditions = &endpoint.conditions;
+                    // On its way out it takes nothing new, even where `ready` is not said.
+                    let ready = conditions.ready.unwrap_or(true) && conditions.terminating != Some(true);
                     let first = addresses(endpoint.addresses.iter().map(String::as_str));
                     others.extend(first.first().map(|ip| (*ip, ready)));
                 }

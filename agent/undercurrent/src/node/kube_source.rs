@@ -233,6 +233,13 @@ impl Cluster {
         self.table().pod(name, &self.0.rules)
     }
 
+    /// Whether the API says that this very pod is on its way out.
+    pub fn is_leaving(&self, name: &NamespacedName, uid: &str) -> bool {
+        let table = self.table();
+        let pod = table.pods.objects.get(name).filter(|pod| pod.metadata.uid == uid);
+        pod.is_some_and(|pod| pod.metadata.deletion_timestamp.is_some())
+    }
+
     /// The pods of this node with what enrols them; none before all are known.
     pub fn listed(&self) -> Option<Vec<(ListedPod, Enablement, Vec<String>)>> {
         let table = self.table();
@@ -381,6 +388,7 @@ fn metadata(object: &impl ResourceExt) -> k8s::Metadata {
         labels: object.labels().clone(),
         annotations: object.annotations().clone(),
         uid: object.uid().unwrap_or_default(),
+        deletion_timestamp: object.meta().deletion_timestamp.as_ref().map(|time| time.0.to_string()),
         ..k8s::Metadata::default()
     }
 }

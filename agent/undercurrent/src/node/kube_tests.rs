@@ -117,6 +117,11 @@ async fn labels_enrol_a_running_pod_and_let_it_go() {
     lab.until(|cluster| cluster.pod(&web()).is_some_and(|pod| !pod.in_mesh))
         .await;
     assert!(lab.cluster.status().synced);
+    // On its way out: it is still there, and said to leave; its uid has to agree.
+    assert!(!lab.cluster.is_leaving(&web(), &uid));
+    lab.pods().delete("web", &DeleteParams::default()).await.unwrap();
+    lab.until(|cluster| cluster.is_leaving(&web(), &uid)).await;
+    assert!(!lab.cluster.is_leaving(&web(), "its-successor"));
     lab.pods()
         .delete("web", &DeleteParams::default().grace_period(0))
         .await

@@ -128,6 +128,13 @@ fn a_host_network_pod_has_no_alias() {
         assert_eq!(mesh.pod("shop", name).addresses.len(), 1);
         assert!(mesh.aliases(&format!("c//v1/Pod/shop/{name}")).is_empty());
     }
+    // It serves its services all the same.
+    let mut mesh = mesh;
+    mesh.put(service("shop", "one", "10.96.0.1", json!({})));
+    mesh.put(slice("shop", "one", 8080, &["one"]));
+    let found = mesh.pod("shop", "one");
+    assert_eq!(found.services["shop/one.shop.svc.cluster.local"].ports[0].target_port, 8080);
+    assert_eq!(found.tunnel_protocol(), TunnelProtocol::None);
     assert!(mesh.findings.is_empty());
 }
 
@@ -221,6 +228,19 @@ fn endpoints_that_are_no_pods() {
         found.services["shop/db.shop.svc.cluster.local"].ports[0].target_port,
         5432
     );
+    for (conditions, expected) in [
+        (json!({}), WorkloadStatus::Healthy),
+        (json!({"ready": null}), WorkloadStatus::Healthy),
+        (json!({"serving": true, "terminating": true}), WorkloadStatus::Unhealthy),
+        (json!({"ready": false, "serving": true, "terminating": true}), WorkloadStatus::Unhealthy),
+    ] {
+        mesh.put(merged(
+            slice("shop", "db", 5432, &[]),
+            json!({"endpoints": [{"addresses": ["172.16.0.1"], "conditions": conditions}]}),
+        ));
+        let found = mesh.workload("c/discovery.k8s.io/EndpointSlice/shop/db-1/172.16.0.1");
+        assert_eq!(found.status(), expected, "{conditions}");
+    }
     mesh.delete(Kind::Service, "shop", "db");
     assert!(mesh.resources.is_empty());
 }

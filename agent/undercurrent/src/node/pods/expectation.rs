@@ -89,6 +89,14 @@ impl Oracle {
         let same = record.api.as_ref().is_none_or(|then| then.uid == now.uid);
         (same && record.api.as_ref() != Some(&now)).then_some(now)
     }
+
+    /// Whether the pod of this record is on its way out. Without an API nobody says so: it goes when it is gone.
+    pub fn is_leaving(&self, record: &PodRecord) -> bool {
+        match (self, &record.api) {
+            (Self::Cluster(pods), Some(api)) => pods.cluster.is_leaving(&record.pod, &api.uid),
+            _ => false,
+        }
+    }
 }
 
 fn of_mesh(record: &PodRecord, snapshot: &Snapshot, node: &Arc<str>) -> Result<Expected, Trouble> {

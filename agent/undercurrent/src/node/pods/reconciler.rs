@@ -77,6 +77,8 @@ struct Pod {
     restored: bool,
     /// When it should first have been released.
     leaving: Option<Instant>,
+    /// Its peers were told that it is on its way out.
+    sent_away: bool,
     /// Plugins that wait, and until when.
     waiting: Vec<(oneshot::Sender<Outcome>, Instant)>,
 }
@@ -96,6 +98,7 @@ impl Pod {
             trouble: None,
             restored,
             leaving: None,
+            sent_away: false,
             waiting: Vec::new(),
         }
     }
@@ -300,6 +303,7 @@ impl Reconciler {
         for key in keys {
             self.reconcile(&key).await;
         }
+        self.send_tunnels_away();
         let waiting = |pod: &Pod| pod.trouble.is_some();
         let settled = self.parts.knowledge.snapshot().ready() && !self.pods.values().any(waiting);
         if settled && !self.view.settled() {
@@ -314,6 +318,20 @@ impl Reconciler {
         self.show();
         let now = Instant::now();
         self.pods.values_mut().for_each(|pod| pod.answer(now));
+    }
+
+    /// Tells the peers of pods that are on their way out, once: what lives ends by itself or with the pod.
+    fn send_tunnels_away(&mut self) {
+        for pod in self.pods.values_mut() {
+            if let State::Told(Expected::Captured { uid, .. }) = &pod.state
+                && !pod.sent_away
+                && self.parts.oracle.is_leaving(&pod.record)
+            {
+                pod.sent_away = true;
+                self.parts.proxy.send_tunnels_away(uid);
+                tracing::debug!(pod = %pod.record.pod, "on its way out: its peers are told to open no streams in their tunnels");
+            }
+        }
     }
 
     /// Takes over what the API says now, also into the records: an agent after this one may start without it.
