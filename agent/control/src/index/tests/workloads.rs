@@ -133,7 +133,10 @@ fn a_host_network_pod_has_no_alias() {
     mesh.put(service("shop", "one", "10.96.0.1", json!({})));
     mesh.put(slice("shop", "one", 8080, &["one"]));
     let found = mesh.pod("shop", "one");
-    assert_eq!(found.services["shop/one.shop.svc.cluster.local"].ports[0].target_port, 8080);
+    assert_eq!(
+        found.services["shop/one.shop.svc.cluster.local"].ports[0].target_port,
+        8080
+    );
     assert_eq!(found.tunnel_protocol(), TunnelProtocol::None);
     assert!(mesh.findings.is_empty());
 }
@@ -232,7 +235,10 @@ fn endpoints_that_are_no_pods() {
         (json!({}), WorkloadStatus::Healthy),
         (json!({"ready": null}), WorkloadStatus::Healthy),
         (json!({"serving": true, "terminating": true}), WorkloadStatus::Unhealthy),
-        (json!({"ready": false, "serving": true, "terminating": true}), WorkloadStatus::Unhealthy),
+        (
+            json!({"ready": false, "serving": true, "terminating": true}),
+            WorkloadStatus::Unhealthy,
+        ),
     ] {
         mesh.put(merged(
             slice("shop", "db", 5432, &[]),
