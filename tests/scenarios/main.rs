@@ -13,6 +13,7 @@ mod lifecycle;
 mod policy;
 mod probes;
 mod reach;
+mod services;
 
 use system_tests::suite;
 
@@ -27,6 +28,7 @@ fn main() -> std::process::ExitCode {
         escape::SCENARIOS,
         hostile::SCENARIOS,
         cluster::SCENARIOS,
+        services::SCENARIOS,
         labels::SCENARIOS,
         knowledge::SCENARIOS,
         exclusions::SCENARIOS,
