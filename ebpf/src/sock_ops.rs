@@ -100,9 +100,8 @@ fn accepted(ops: *mut bpf_sock_ops) {
 fn ended(ops: *mut bpf_sock_ops) {
     forget(ops);
     // SAFETY: the context is valid.
-    let (cookie, bytes, sk) = unsafe {
+    let (bytes, sk) = unsafe {
         (
-            bpf_get_netns_cookie(ops.cast()),
             (
                 core::ptr::read_volatile(&raw const (*ops).bytes_acked),
                 core::ptr::read_volatile(&raw const (*ops).bytes_received),
@@ -115,11 +114,14 @@ fn ended(ops: *mut bpf_sock_ops) {
     }
     // SAFETY: not null.
     let dialled = unsafe { exclusion::storage(sk, core::ptr::null_mut(), 0) };
-    // SAFETY: checked for null; the entry as in `connect::decide_for_pod`.
-    if !dialled.is_null()
-        && unsafe { (*dialled).excluded } == 1
-        && let Some(pod) = unsafe { PODS.get(&cookie) }
-    {
+    // SAFETY: checked for null.
+    if dialled.is_null() || unsafe { (*dialled).excluded } != 1 {
+        return;
+    }
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_netns_cookie(ops.cast()) };
+    // SAFETY: as in `connect::decide_for_pod`.
+    if let Some(pod) = unsafe { PODS.get(&cookie) } {
         add(pod.ifindex, Reason::ExcludedSent, bytes.0);
         add(pod.ifindex, Reason::ExcludedReceived, bytes.1);
     }

@@ -47,16 +47,22 @@ impl FormerRules {
         routed(netns)
     }
 
-    /// Removes what captures new connections. What the old ones need goes with the last of them, by [`Self::drain`].
+    /// Removes what captures new connections. What the old ones need goes with the last of them, by [`Self::drain`]. The
+    /// mark and the route are Istio's, too: without chains of ours they are not.
     pub(crate) fn remove_redirects(&mut self, home: &Netns, netns: &Netns) -> Result<(), CaptureError> {
         let iptables = self.iptables(home)?;
+        let mut ours = false;
         for family in families(netns) {
-            if let Some(removal) = iptables.saved(netns, family, None)?.removal_of_redirects() {
+            let saved = iptables.saved(netns, family, None)?;
+            ours |= saved.removal().is_some();
+            if let Some(removal) = saved.removal_of_redirects() {
                 iptables.restore(netns, family, &removal)?;
             }
         }
         self.draining.retain(|other| other.cookie() != netns.cookie());
-        self.draining.push(netns.clone());
+        if ours {
+            self.draining.push(netns.clone());
+        }
         Ok(())
     }
 
