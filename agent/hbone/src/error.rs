@@ -232,6 +232,9 @@ pub enum OpenError {
         /// 400 bad target, 401 denied by policy, 503 no connection to the application.
         status: u16,
     },
+    /// The peer's policy denied it, and the peer said why.
+    #[error("the peer refused: 401 ({0})")]
+    Denied(Arc<str>),
     /// The peer reset the stream.
     #[error("the peer reset the request ({reason})")]
     Reset {
@@ -271,7 +274,7 @@ impl OpenError {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Refused { status } => *status == 503,
-            Self::Socket(_) | Self::Request(_) | Self::Draining => false,
+            Self::Denied(_) | Self::Socket(_) | Self::Request(_) | Self::Draining => false,
             Self::Handshake { source, .. } => source.culprit() == Culprit::Network,
             Self::Dial { .. }
             | Self::ConnectTimeout { .. }
@@ -284,7 +287,7 @@ impl OpenError {
     /// Whose doing it is.
     pub fn culprit(&self) -> Culprit {
         match self {
-            Self::Refused { .. } | Self::Reset { .. } | Self::ResponseTimeout(_) => Culprit::Peer,
+            Self::Refused { .. } | Self::Denied(_) | Self::Reset { .. } | Self::ResponseTimeout(_) => Culprit::Peer,
             Self::Dial { .. } | Self::ConnectTimeout { .. } | Self::TunnelClosed { .. } => Culprit::Network,
             Self::Handshake { source, .. } => source.culprit(),
             Self::Socket(_) | Self::Request(_) | Self::Draining => Culprit::Us,

@@ -25,6 +25,7 @@ mod config;
 mod error;
 mod keepalive;
 mod pool;
+mod reason;
 mod record;
 mod relay;
 mod serve;
@@ -35,6 +36,7 @@ mod wire;
 pub use config::Config;
 pub use error::{Culprit, HandshakeError, OpenError, RelayError, TunnelError};
 pub use pool::{ClientStream, ConnectRequest, Pool, Standing, TunnelInfo, TunnelKey};
+pub use reason::LONGEST_REASON;
 pub use relay::{Live, RelayEnd};
 #[doc(hidden)]
 pub use serve::serve_plain;

@@ -23,12 +23,12 @@ use std::{
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri};
-use identity::Credentials;
+use identity::{Credentials, Proof};
 use model::{Authority, Identity, WorkloadUid};
 use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
 use crate::{
-    Config, OpenError, TunnelError,
+    Config, OpenError, TunnelError, reason,
     relay::{Live, RelayEnd, relay},
     tunnel::{self, Slot, Tunnel},
 };
@@ -264,6 +264,10 @@ impl Pool {
             .map_err(|_| OpenError::ResponseTimeout(timeout))?;
         let (head, recv) = response.map_err(|error| failed(&error))?.into_parts();
         if head.status != StatusCode::OK {
+            let reason = head.headers.get(reason::HEADER).and_then(reason::from_header);
+            if let Some(reason) = reason.filter(|_| head.status == StatusCode::UNAUTHORIZED) {
+                return Err(OpenError::Denied(reason.into()));
+            }
             let status = head.status.as_u16();
             return Err(OpenError::Refused { status });
         }
@@ -281,7 +285,9 @@ impl State {
     fn free_slot(&self, key: &TunnelKey, credentials: &Credentials) -> Option<Slot> {
         let peers = self.peers.borrow();
         for tunnel in &peers.get(key)?.tunnels {
-            if tunnel.credentials.serial() == credentials.serial() {
+            if !credentials.still_trusts(&tunnel.proof) {
+                tunnel.retire();
+            } else if tunnel.credentials.serial() == credentials.serial() {
                 if let Some(slot) = tunnel.slot() {
                     return Some(slot);
                 }
@@ -458,6 +464,11 @@ pub struct ClientStream {
 }
 
 impl ClientStream {
+    /// What the peer proved itself by.
+    pub fn proof(&self) -> Arc<Proof> {
+        self.slot.tunnel().proof.clone()
+    }
+
     /// Of the peer's 200; `baggage` says which workload it is.
     pub fn response_headers(&self) -> &HeaderMap {
         &self.headers

@@ -23,6 +23,7 @@ use h2::{
     server::{Connection, SendResponse},
 };
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use identity::Proof;
 use model::{Authority, AuthorityError, Identity};
 use rustls::ServerConfig;
 use tasks::{DrainMode, DrainSignal};
@@ -36,6 +37,7 @@ use crate::{
     Config,
     error::{HandshakeError, RelayError, TunnelError},
     keepalive::KeepAlive,
+    reason,
     relay::{Application, Live, RelayEnd, relay},
     tls,
     wire::Flush,
@@ -46,6 +48,8 @@ use crate::{
 pub struct Accepted {
     /// From its verified certificate.
     pub peer: Identity,
+    /// That certificate: see [`Credentials::still_trusts`](identity::Credentials::still_trusts).
+    pub proof: Arc<Proof>,
     /// The tunnel's remote address.
     pub peer_address: SocketAddr,
     /// The tunnel's local address, which it was accepted at.
@@ -73,6 +77,11 @@ pub enum Decision<C> {
         context: C,
         /// The relay's counters, and the means to cut it; `Live::default()` where nobody looks.
         live: Live,
+    },
+    /// Answered with 401 and why, for the peer's log; and over.
+    Deny {
+        /// In words. What is longer than [`crate::LONGEST_REASON`], or not printable ASCII, is left out.
+        reason: String,
     },
     /// Answered with this status, and over.
     Refuse {
@@ -109,12 +118,13 @@ pub async fn serve<H: Handler>(
     let (peer_address, local_address) = (address(socket.peer_addr())?, address(socket.local_addr())?);
     let started = tokio::time::Instant::now();
     let mut drained = drain.clone();
-    let (transport, wire, peer) = tokio::select! {
+    let (transport, wire, peer, proof) = tokio::select! {
         accepted = tls::accept(socket, tls, config.handshake_timeout) => accepted?,
         _ = drained.reached(DrainMode::Immediate) => return Err(TunnelError::Drained),
     };
     let accepted = Accepted {
         peer,
+        proof: Arc::new(proof),
         peer_address,
         local_address,
     };
@@ -297,6 +307,15 @@ async fn serve_stream<H: Handler>(
     drop(connect);
     match decision {
         None => {}
+        Some(Decision::Deny { reason }) => {
+            let mut response = Response::new(());
+            *response.status_mut() = StatusCode::UNAUTHORIZED;
+            if let Some(reason) = reason::to_header(&reason) {
+                response.headers_mut().insert(reason::HEADER, reason);
+            }
+            // Fails only when the peer has given the request up.
+            let _ = respond.send_response(response, true);
+        }
         Some(Decision::Refuse { status }) => refuse(&mut respond, status),
         Some(Decision::Accept {
             application,

@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::{Buf, BytesMut};
-use identity::peer_identity;
+use identity::{Proof, peer_identity};
 use model::Identity;
 use rustls::{
     ClientConfig, Error, ExtractedSecrets, ServerConfig,
@@ -55,7 +55,7 @@ pub(crate) async fn connect(
     socket: TcpStream,
     address: SocketAddr,
     config: Arc<ClientConfig>,
-) -> Result<(Transport, Wire), HandshakeError> {
+) -> Result<(Transport, Wire, Proof), HandshakeError> {
     let wire = Wire::new(socket);
     let failed = |error: &Error| HandshakeError::from_tls(error, &wire.first_bytes());
     let name = ServerName::IpAddress(address.ip().into());
@@ -68,20 +68,21 @@ pub(crate) async fn connect(
     if connection.alpn_protocol() != Some(b"h2") {
         return Err(HandshakeError::NotHttp2);
     }
+    let proof = Proof::new(connection.peer_certificates().unwrap_or_default());
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(|error| failed(&error))?;
     let schedule = Schedule::Client(Box::new(kernel));
     let transport = Transport::new(&wire, secrets, schedule, early).map_err(|error| failed(&error))?;
-    Ok((transport, wire))
+    Ok((transport, wire, proof))
 }
 
-/// Accepts: answers who the peer is.
+/// Accepts: answers who the peer is, and what it proved it by.
 pub(crate) async fn accept(
     socket: TcpStream,
     config: Arc<ServerConfig>,
     timeout: Duration,
-) -> Result<(Transport, Wire, Identity), HandshakeError> {
+) -> Result<(Transport, Wire, Identity, Proof), HandshakeError> {
     let wire = Wire::new(socket);
     let failed = |error: &Error| HandshakeError::from_tls(error, &wire.first_bytes());
     let mut connection = UnbufferedServerConnection::new(config).map_err(|error| failed(&error))?;
@@ -99,13 +100,14 @@ pub(crate) async fn accept(
         }
         Err(_elapsed) => return Err(HandshakeError::Timeout(timeout)),
     };
-    let peer = peer_identity(connection.peer_certificates().unwrap_or_default())?;
+    let certificates = connection.peer_certificates().unwrap_or_default();
+    let (peer, proof) = (peer_identity(certificates)?, Proof::new(certificates));
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(|error| failed(&error))?;
     let schedule = Schedule::Server(Box::new(kernel));
     let transport = Transport::new(&wire, secrets, schedule, early).map_err(|error| failed(&error))?;
-    Ok((transport, wire, peer))
+    Ok((transport, wire, peer, proof))
 }
 
 /// What one step of a handshake wants next.

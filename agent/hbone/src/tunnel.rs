@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
-use identity::Credentials;
+use identity::{Credentials, Proof};
 use tokio::{
     net::{TcpSocket, TcpStream},
     task::AbortHandle,
@@ -37,6 +37,7 @@ pub(crate) struct Tunnel {
     /// Taken away when it is retired: h2 then closes the connection after the last stream.
     requests: RefCell<Option<SendRequest<Bytes>>>,
     pub(crate) credentials: Arc<Credentials>,
+    pub(crate) proof: Arc<Proof>,
     pub(crate) opened: Instant,
     limit: usize,
     streams: Cell<usize>,
@@ -157,21 +158,23 @@ pub(crate) async fn dial(
     let socket = connect(socket, key, config).await?;
     let timeout = config.handshake_timeout;
     let shake = async {
-        let (transport, wire) = tls::connect(socket, address, credentials.client_config(&key.destination)).await?;
+        let (transport, wire, proof) =
+            tls::connect(socket, address, credentials.client_config(&key.destination)).await?;
         let (requests, connection) = config
             .client()
             .handshake::<_, Bytes>(transport)
             .await
             .map_err(|error| HandshakeError::Http2(error.to_string().into()))?;
-        Ok((requests, connection, wire))
+        Ok((requests, connection, wire, proof))
     };
-    let (requests, connection, wire) = tokio::time::timeout(timeout, shake)
+    let (requests, connection, wire, proof) = tokio::time::timeout(timeout, shake)
         .await
         .map_err(|_| handshake(HandshakeError::Timeout(timeout)))?
         .map_err(handshake)?;
     let tunnel = Rc::new(Tunnel {
         requests: RefCell::new(Some(requests)),
         credentials,
+        proof: Arc::new(proof),
         opened: Instant::now(),
         limit: config.streams_per_tunnel as usize,
         streams: Cell::new(0),

@@ -33,6 +33,7 @@ fn plain_server(config: Config) -> (DuplexStream, Served, Rc<Seen>) {
     let address: SocketAddr = "127.0.0.1:15008".parse().unwrap();
     let accepted = Accepted {
         peer: CLIENT.parse().unwrap(),
+        proof: std::sync::Arc::default(),
         peer_address: address,
         local_address: address,
     };

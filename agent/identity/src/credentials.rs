@@ -127,6 +127,15 @@ impl Credentials {
         self.roots.trust()
     }
 
+    pub(crate) fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
+    /// Whether these credentials trusted a root of their own that their successor's handshakes do not.
+    pub(crate) fn loses_a_root_to(&self, successor: &Self) -> bool {
+        self.roots.has_one_that_is_not_in(&successor.roots)
+    }
+
     /// Whether the bundle no longer has the root that the certificate chains to: peers will refuse it.
     pub(crate) fn is_outdated(&self) -> bool {
         !self.roots.own_are_in_bundle()

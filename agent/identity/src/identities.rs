@@ -256,11 +256,18 @@ impl Inner {
     async fn fetch(&self, identity: &Identity, fetching: &Arc<Mutex<()>>) -> Result<Arc<Credentials>, IssueError> {
         let result = self.issue(identity).await;
         let jitter = self.jitter();
+        let mut lost_a_root = false;
         let mut entries = self.write();
         let entry = entries
             .get_mut(identity)
             .filter(|entry| Arc::ptr_eq(&entry.fetching, fetching));
         if let Some(entry) = entry {
+            let before = entry.credentials.clone();
+            if let (Ok(new), Some(old)) = (&result, before)
+                && old.loses_a_root_to(new)
+            {
+                lost_a_root = true;
+            }
             entry.keep(&result, self.clock.now(), jitter);
         }
         if result.is_ok() {
@@ -270,6 +277,9 @@ impl Inner {
             entries.values_mut().for_each(|entry| entry.hope(now));
         }
         drop(entries);
+        if lost_a_root {
+            self.trust.distrust();
+        }
         self.changed.notify_waiters();
         result
     }

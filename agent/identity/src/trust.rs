@@ -71,6 +71,8 @@ struct Inner {
     aliases: Arc<[TrustDomain]>,
     bundle: ArcSwap<Bundle>,
     changed: watch::Sender<u64>,
+    /// How many times a root left.
+    left: watch::Sender<u64>,
 }
 
 #[derive(Default)]
@@ -87,6 +89,7 @@ impl Trust {
             aliases: aliases.into_iter().collect::<BTreeSet<_>>().into_iter().collect(),
             bundle: ArcSwap::default(),
             changed: watch::Sender::new(0),
+            left: watch::Sender::new(0),
         }))
     }
 
@@ -121,8 +124,12 @@ impl Trust {
             return Ok(false);
         }
         let generation = before.generation + 1;
+        let one_left = before.roots.iter().any(|root| !roots.contains(root));
         self.0.bundle.store(Arc::new(Bundle { generation, roots }));
         self.0.changed.send_replace(generation);
+        if one_left {
+            self.distrust();
+        }
         Ok(true)
     }
 
@@ -160,6 +167,26 @@ impl Trust {
     /// The roots of the bundle; none before there is one.
     pub fn bundle(&self) -> Vec<CertificateDer<'static>> {
         self.0.bundle.load().roots.clone()
+    }
+
+    /// Wakes when a root is no longer trusted, so that what chains to it has to be looked at again; counts these times.
+    pub fn root_left(&self) -> watch::Receiver<u64> {
+        self.0.left.subscribe()
+    }
+
+    /// Whether no root ever left, so that whoever was let in once still would be.
+    pub fn has_lost_none(&self) -> bool {
+        self.left() == 0
+    }
+
+    /// A root left.
+    pub(crate) fn distrust(&self) {
+        self.0.left.send_modify(|left| *left += 1);
+    }
+
+    /// How many times a root left.
+    pub(crate) fn left(&self) -> u64 {
+        *self.0.left.borrow()
     }
 
     /// Wakes when the bundle changes.
@@ -241,6 +268,12 @@ impl Roots {
     pub(crate) fn own_are_in_bundle(&self) -> bool {
         let bundle = self.trust.0.bundle.load();
         bundle.roots.is_empty() || self.own.iter().all(|root| bundle.roots.contains(root))
+    }
+
+    pub(crate) fn has_one_that_is_not_in(&self, other: &Self) -> bool {
+        let bundle = self.trust.0.bundle.load();
+        let there = |root| other.own.contains(root) || bundle.roots.contains(root);
+        self.own.iter().any(|root| !there(root))
     }
 
     pub(crate) fn current(&self) -> Arc<BuiltRoots> {

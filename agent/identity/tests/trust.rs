@@ -2,15 +2,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use identity::{Authority as _, Clock, Credentials, LocalAuthority, Trust, generate_root, peer_identity};
+use identity::{Authority as _, Clock, Credentials, LocalAuthority, Proof, Trust, generate_root, peer_identity};
 use model::{Identity, TrustDomain};
-use rustls_pki_types::ServerName;
+use rustls_pki_types::{CertificateDer, ServerName};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 struct Side {
     root: String,
     trust: Trust,
     credentials: Credentials,
+    chain: Vec<CertificateDer<'static>>,
 }
 
 async fn side(trust: Trust, identity: &str) -> Side {
@@ -18,11 +19,13 @@ async fn side(trust: Trust, identity: &str) -> Side {
     let authority = LocalAuthority::from_pem(&root, &key).unwrap();
     let identity: Identity = identity.parse().unwrap();
     let issued = authority.issue(&identity).await.unwrap();
+    let chain = issued.chain.clone();
     let credentials = Credentials::under(identity, &trust, issued, &Clock::system()).unwrap();
     Side {
         root,
         trust,
         credentials,
+        chain,
     }
 }
 
@@ -77,6 +80,33 @@ async fn a_changed_bundle_counts_for_the_next_handshake_in_both_directions() {
     // The old one goes: its holder is refused, at once and in both directions.
     b.trust.set_bundle(b.root.as_bytes()).unwrap();
     assert!(handshake(&a, &b).await.is_err() && handshake(&b, &a).await.is_err());
+}
+
+#[tokio::test]
+async fn a_peer_under_a_root_that_left_is_no_longer_trusted() {
+    let a = side(own(), A).await;
+    let b = side(own(), B).await;
+    let both = a.root.clone() + &b.root;
+    let proof = |of: &Side| Proof::new(&of.chain);
+    let (of_a, of_b) = (proof(&a), proof(&b));
+    b.trust.set_bundle(both.as_bytes()).unwrap();
+    assert!(b.credentials.still_trusts(&of_a) && b.credentials.still_trusts(&of_b));
+    let mut left = b.trust.root_left();
+    left.mark_unchanged();
+    // One more is no loss.
+    let (third, _) = generate_root(&TrustDomain::default()).unwrap();
+    b.trust.set_bundle((both.clone() + &third).as_bytes()).unwrap();
+    assert!(!left.has_changed().unwrap());
+    b.trust.set_bundle((b.root.clone() + &third).as_bytes()).unwrap();
+    assert!(left.has_changed().unwrap());
+    assert!(!b.credentials.still_trusts(&of_a), "its root is gone");
+    assert!(b.credentials.still_trusts(&of_b));
+    assert!(!b.credentials.still_trusts(&Proof::default()), "nothing proves nothing");
+    // Its own root stays trusted until the certificate is another.
+    b.trust.set_bundle(third.as_bytes()).unwrap();
+    assert!(b.credentials.still_trusts(&of_b));
+    b.trust.set_bundle(both.as_bytes()).unwrap();
+    assert!(b.credentials.still_trusts(&of_a), "and back");
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ use std::{
     time::Instant,
 };
 
+use identity::Proof;
 use mesh::Snapshot;
 use model::{Identity, Service, Workload, WorkloadUid, canonical_socket};
 use policy::{Facts, Reason, Verdict};
@@ -61,6 +62,8 @@ pub(crate) struct Known {
     pub service_host: Option<Arc<str>>,
     /// Who the peer is: inbound as it proved, outbound as it was demanded.
     pub peer: Option<Identity>,
+    /// In a tunnel: what the peer proved itself by.
+    pub proof: Option<Arc<Proof>>,
     /// Inbound: what it was judged by, to judge it again.
     pub facts: Option<Facts>,
     /// What allowed it.

@@ -37,6 +37,9 @@ pub enum Failure {
     /// It was allowed once.
     #[error("closed: no longer allowed: {0}")]
     NoLongerAllowed(Reason),
+    /// The peer's certificate chains to no root that is trusted now.
+    #[error("closed: {0} proved itself under a root that is no longer trusted")]
+    NoLongerTrusted(String),
     /// The pod is not who it was when the connection began.
     #[error("closed: the pod was {was} when the connection began and is {now} now")]
     OtherIdentity {
@@ -180,7 +183,7 @@ impl Failure {
         match self {
             Self::NotCaptured | Self::Loop(_) => FailureKind::Misdirected,
             Self::UnknownWorkload(_) | Self::NoRoute(_) => FailureKind::NoRoute,
-            Self::NoCredentials(_) | Self::OtherIdentity { .. } => FailureKind::Identity,
+            Self::NoCredentials(_) | Self::OtherIdentity { .. } | Self::NoLongerTrusted(_) => FailureKind::Identity,
             Self::Denied(_) => FailureKind::Denied,
             Self::NoLongerAllowed(_) | Self::NoLongerRegistered(_) => FailureKind::NoLongerAllowed,
             Self::Connect(_) | Self::Lookup(_) => FailureKind::Connect,
@@ -215,6 +218,7 @@ impl Failure {
             self,
             Self::NoLongerAllowed(_)
                 | Self::OtherIdentity { .. }
+                | Self::NoLongerTrusted(_)
                 | Self::NoLongerRegistered(_)
                 | Self::Relay(_)
                 | Self::Reset(_)

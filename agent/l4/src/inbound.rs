@@ -30,6 +30,7 @@ use tokio::net::TcpStream;
 use crate::{
     connection::Connection,
     counters::increment,
+    distrust,
     failure::Failure,
     handed, headers,
     outbound::credentials,
@@ -234,9 +235,9 @@ impl hbone::Handler for Handler {
                 }
             }
             Some(Err(failure)) => {
-                let status = status_of(&failure);
+                let decision = answer(&failure);
                 connection.finish(Some(failure));
-                Decision::Refuse { status }
+                decision
             }
             None => {
                 connection.finish(None);
@@ -272,6 +273,8 @@ impl Handler {
         if is_own_port(target.port()) {
             return Err(Failure::NotServed(authority));
         }
+        distrust::refuse(&connection.shard, &workload.identity(), tunnel)?;
+        connection.known.borrow_mut().proof = Some(tunnel.proof.clone());
         let trust = connection.shard.identities.trust();
         let facts = Facts {
             identity: Some(trust.normalize(tunnel.peer.clone())),
@@ -323,11 +326,23 @@ fn target_of(
     }
 }
 
+/// What the peer is told: where policy denied it, by what.
+fn answer(failure: &Failure) -> Decision<Connection> {
+    match failure {
+        Failure::Denied(reason) => Decision::Deny {
+            reason: reason.to_string(),
+        },
+        failure => Decision::Refuse {
+            status: status_of(failure),
+        },
+    }
+}
+
 /// ztunnel's status for a CONNECT that failed.
 fn status_of(failure: &Failure) -> u16 {
     match failure {
         Failure::BadRequest(_) | Failure::NotThisPod { .. } | Failure::NotBehind(_) | Failure::NoBinding(_) => 400,
-        Failure::Denied(_) | Failure::NoLongerAllowed(_) => 401,
+        Failure::Denied(_) | Failure::NoLongerAllowed(_) | Failure::NoLongerTrusted(_) => 401,
         _ => 503,
     }
 }

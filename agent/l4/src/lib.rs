@@ -30,6 +30,7 @@ mod attempts;
 mod config;
 mod connection;
 mod counters;
+mod distrust;
 pub mod dns;
 mod egress;
 mod experience;

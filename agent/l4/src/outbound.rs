@@ -383,7 +383,9 @@ async fn tunnel(
         address: hbone,
     };
     let dial = || pod.sockets.outbound_socket(hbone);
-    Ok(pod.pool.open(&key, &credentials, dial, request).await?)
+    let stream = pod.pool.open(&key, &credentials, dial, request).await?;
+    connection.known.borrow_mut().proof = Some(stream.proof());
+    Ok(stream)
 }
 
 /// The certificate of an identity; waits for one, for a while.

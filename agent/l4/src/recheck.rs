@@ -10,6 +10,8 @@
 //! | the pod's own identity (service account, trust domain) | reset, unless the old one is an alias's of the new | the same |
 //! | anything, where pods are REGISTRY_ONLY | - | what left the mesh is reset when the registry no longer names it ([`crate::egress`]) |
 //!
+//! Roots that are no longer trusted are [`crate::distrust`]'s.
+//!
 //! Policy is enforced where a connection arrives, so outbound ones are not judged by it. A peer's certificate that expires
 //! does not end a connection: it proved who the peer is when the connection began, and the peer is still that; ztunnel does
 //! the same.

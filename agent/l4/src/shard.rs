@@ -37,6 +37,7 @@ use crate::{
     config::Config,
     connection::{ConnectionInfo, Live},
     counters::{ShardCounters, increment},
+    distrust,
     dns,
     experience::Experience,
     failure::Failure,
@@ -400,6 +401,7 @@ pub(crate) async fn run(
 ) {
     let rechecking = tokio::task::spawn_local(recheck::run(shard.clone()));
     let reviewing = tokio::task::spawn_local(review::run(shard.clone()));
+    let distrusting = tokio::task::spawn_local(distrust::run(shard.clone()));
     loop {
         tokio::select! {
             // Commands first: what is handed over may be for a pod that was added just before.
@@ -445,4 +447,5 @@ pub(crate) async fn run(
     }
     rechecking.abort();
     reviewing.abort();
+    distrusting.abort();
 }

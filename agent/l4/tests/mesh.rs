@@ -435,6 +435,7 @@ async fn status_of(lab: &Lab, pod: &LabPod, authority: &str) -> u16 {
     match pool.open(&key, &credentials, dial, request).await {
         Ok(_) => 200,
         Err(hbone::OpenError::Refused { status }) => status,
+        Err(hbone::OpenError::Denied(_)) => 401,
         Err(error) => panic!("{error}"),
     }
 }

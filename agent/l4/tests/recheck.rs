@@ -4,9 +4,10 @@
 
 mod lab;
 
+use identity::generate_root;
 use l4::FailureKind;
-use lab::{echo, expect_echo, expect_refused, expect_reset, new_address, policy, two::two};
-use model::{Action, Match, StringMatch};
+use lab::{Lab, echo, expect_echo, expect_refused, expect_reset, new_address, policy, two::two};
+use model::{Action, Match, StringMatch, TrustDomain};
 
 fn of_the_mesh() -> Match {
     Match {
@@ -91,4 +92,49 @@ async fn a_pod_that_is_somebody_else_now_keeps_no_connection() {
     two.lab
         .line(&["outbound", "the pod was spiffe://cluster.local/ns/shop/sa/client"]);
     assert_eq!(two.near.counters().failed(FailureKind::Identity), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_client_learns_by_what() {
+    let mut two = two();
+    two.lab
+        .contents
+        .policies
+        .push(policy("nobody", Action::Deny, of_the_mesh()));
+    two.lab.publish();
+    expect_refused(two.client.dial(two.server.at(8080)).await).await;
+    two.lab.line(&[
+        "outbound",
+        "error=\"the peer refused: 401 (denied by AuthorizationPolicy shop/nobody (rules[0]): the peer is \
+         spiffe://cluster.local/ns/shop/sa/client)\"",
+    ]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_that_leaves_takes_its_connections_along() {
+    let mut lab = Lab::new();
+    let (near, far) = (lab.proxy(), lab.proxy());
+    let (client, server) = (lab.pod(&near, "client"), lab.pod(&far, "server"));
+    lab.publish();
+    let trust = lab.identities.trust().clone();
+    let (other, _) = generate_root(&TrustDomain::default()).unwrap();
+    trust.set_bundle((lab.root.clone() + &other).as_bytes()).unwrap();
+    echo(server.listen(8080).await);
+    let mut socket = client.dial(server.at(8080)).await.unwrap();
+    expect_echo(&mut socket, b"hello").await;
+    let mut plain = server.receive_plaintext(new_address(), 8080).await.unwrap();
+    expect_echo(&mut plain, b"hello").await;
+    // The root goes, and still is that of the pods' own certificates: nothing happens until these are replaced.
+    trust.set_bundle(other.as_bytes()).unwrap();
+    expect_echo(&mut socket, b"still here").await;
+    for name in ["client", "server"] {
+        lab.identities
+            .forget(&format!("spiffe://cluster.local/ns/shop/sa/{name}").parse().unwrap());
+    }
+    let (third, _) = generate_root(&TrustDomain::default()).unwrap();
+    trust.set_bundle(third.as_bytes()).unwrap();
+    expect_reset(socket).await;
+    // Both ends judge; who is first is chance.
+    lab.line(&["proved itself under a root that is no longer trusted"]);
+    expect_echo(&mut plain, b"who proved nothing lost nothing").await;
 }

@@ -56,6 +56,7 @@ pub fn http2_server(data: &[u8]) {
         let address = SocketAddr::from(([127, 0, 0, 1], 15008));
         let accepted = Accepted {
             peer: "spiffe://cluster.local/ns/a/sa/b".parse().expect("an identity"),
+            proof: std::sync::Arc::default(),
             peer_address: address,
             local_address: address,
         };

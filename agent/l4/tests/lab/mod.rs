@@ -150,6 +150,8 @@ pub struct Lab {
     pub knowledge: Knowledge,
     pub contents: Contents,
     pub identities: Identities,
+    /// The root of all certificates, PEM.
+    pub root: String,
     log: AccessLog,
     lines: mpsc::Receiver<String>,
 }
@@ -171,6 +173,7 @@ impl Lab {
             knowledge,
             contents: Contents::default(),
             identities: Identities::new(Arc::new(authority), trust_domain, Clock::system()),
+            root: certificate,
             log: AccessLog::start(Lines(sender), Format::Text).unwrap(),
             lines,
         }
@@ -402,6 +405,7 @@ pub fn connect_by_hand(
         {
             Ok(_) => 200,
             Err(hbone::OpenError::Refused { status, .. }) => status,
+            Err(hbone::OpenError::Denied(_)) => 401,
             Err(error) => panic!("{error}"),
         }
     };
