@@ -2,7 +2,7 @@
 //! object it was.
 
 use anyhow::{Context, Result, ensure};
-use system_tests::{Mesh, Pod, mesh::Log, scenarios, wait};
+use system_tests::{Kubectl, Mesh, Pod, mesh::Log, scenarios, wait};
 
 scenarios![
     without_policies_everybody_is_let_in,
@@ -12,6 +12,10 @@ scenarios![
     a_denied_principal_is_refused_and_the_others_are_not,
     a_policy_by_address_judges_the_clients_own_address,
     a_port_may_be_less_strict_than_its_pod,
+    a_port_may_be_stricter_than_its_pod,
+    a_deny_that_needs_http_denies_whatever_else_it_matches_and_its_status_says_so,
+    a_dry_run_is_only_told_of,
+    custom_closes_what_it_selects_and_its_status_says_so,
     a_change_of_policy_closes_a_live_connection,
     a_policy_that_is_gone_no_longer_refuses,
 ];
@@ -122,7 +126,7 @@ fn only_the_principal_that_is_allowed_is_let_in(mesh: &Mesh) -> Result<()> {
 
 fn a_denied_principal_is_refused_and_the_others_are_not(mesh: &Mesh) -> Result<()> {
     let [friend, stranger, outside] = pods(mesh);
-    let log = log(mesh)?;
+    let (log, clients) = (log(mesh)?, mesh.node("node-1").access_log()?);
     let spec = format!(
         "{{action: DENY, rules: [{{from: [{{source: {{principals: [{FRIEND}]}}}}], to: [{{operation: {{ports: ['8001']}}}}]}}]}}"
     );
@@ -130,7 +134,10 @@ fn a_denied_principal_is_refused_and_the_others_are_not(mesh: &Mesh) -> Result<(
     until_answers(friend, server(mesh), false)?;
     ensure!(answers(stranger, server(mesh))?, "the stranger was refused");
     ensure!(answers(outside, server(mesh))?, "plaintext was refused");
-    log.line_with(&["error=", "denied by AuthorizationPolicy policy/not-friend", FRIEND])?;
+    let why = "denied by AuthorizationPolicy policy/not-friend (rules[0])";
+    log.line_with(&["error=", why, FRIEND])?;
+    // Who asked learns of it, too.
+    clients.line_with(&["direction=\"outbound\"", "the peer refused: 401", why])?;
     // Another port is another matter.
     let result = friend.client(&["speaks-first", &server(mesh).v4()?.to_string(), "8002"])?;
     ensure!(result["end"] == "eof" && result["server"].is_object(), "{result}");
@@ -173,6 +180,89 @@ fn a_port_may_be_less_strict_than_its_pod(mesh: &Mesh) -> Result<()> {
         ensure!(result["server"].is_object(), "the open port is closed: {result}");
     }
     Ok(())
+}
+
+fn a_port_may_be_stricter_than_its_pod(mesh: &Mesh) -> Result<()> {
+    let [friend, _, outside] = pods(mesh);
+    let head = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n";
+    let name = "metadata: {name: one-port, namespace: policy}\n";
+    let spec = "spec: {selector: {matchLabels: {app: server}}, mtls: {mode: DISABLE}, portLevelMtls: {8001: {mode: STRICT}}}\n";
+    with_policies(mesh, &[head, name, spec].concat())?;
+    until_answers(outside, server(mesh), false)?;
+    ensure!(answers(friend, server(mesh))?, "the friend was refused");
+    for address in server(mesh).addresses()? {
+        let result = outside.client(&["speaks-first", &address.to_string(), "8002"])?;
+        ensure!(result["server"].is_object(), "the open port is closed: {result}");
+    }
+    Ok(())
+}
+
+/// Waits until the policy's status has this condition, with these words.
+fn until_told(mesh: &Mesh, scenario: &str, name: &str, status: &str, words: &str) -> Result<()> {
+    let Some(kubectl) = Kubectl::of(mesh, scenario)? else {
+        return Ok(());
+    };
+    let is_it = |condition: &serde_json::Value| {
+        condition["type"] == "ZtunnelAccepted"
+            && condition["status"] == status
+            && condition["message"]
+                .as_str()
+                .is_some_and(|message| message.contains(words))
+    };
+    let object = ["authorizationpolicies.security.istio.io", name, "--namespace", "policy"];
+    kubectl.until(&format!("{name} is {status}: {words}"), &object, |found| {
+        found["status"]["conditions"]
+            .as_array()
+            .is_some_and(|conditions| conditions.iter().any(is_it))
+    })?;
+    Ok(())
+}
+
+fn a_deny_that_needs_http_denies_whatever_else_it_matches_and_its_status_says_so(mesh: &Mesh) -> Result<()> {
+    let [friend, stranger, _] = pods(mesh);
+    let spec = format!(
+        "{{action: DENY, rules: [{{from: [{{source: {{principals: [{FRIEND}]}}}}], to: [{{operation: {{methods: [GET]}}}}]}}]}}"
+    );
+    with_policies(mesh, &authorization("no-get", &spec))?;
+    until_answers(friend, server(mesh), false)?;
+    ensure!(answers(stranger, server(mesh))?, "the stranger was refused");
+    let words = "spec.rules[0].to[0].operation.methods: not supported: it can't be checked at L4, so this rule denies";
+    until_told(mesh, "policy::a_deny_that_needs_http", "no-get", "False", words)
+}
+
+fn a_dry_run_is_only_told_of(mesh: &Mesh) -> Result<()> {
+    let [friend, _, outside] = pods(mesh);
+    let log = log(mesh)?;
+    let policy = authorization("rehearsed", "{action: DENY, rules: [{}]}");
+    let annotated = policy.replace(
+        "{name: rehearsed,",
+        "{name: rehearsed, annotations: {istio.io/dry-run: 'true'},",
+    );
+    with_policies(mesh, &annotated)?;
+    let told = "dry_run=\"denied by AuthorizationPolicy policy/rehearsed (rules[0], which matches everything)";
+    wait::until_true("the dry run is told of", || {
+        for from in [friend, outside] {
+            ensure!(answers(from, server(mesh))?, "{} was refused by a dry run", from.key());
+        }
+        Ok(log.lines()?.iter().any(|line| line.contains(told)))
+    })?;
+    until_told(
+        mesh,
+        "policy::a_dry_run_is_only_told_of",
+        "rehearsed",
+        "True",
+        "never enforced",
+    )
+}
+
+fn custom_closes_what_it_selects_and_its_status_says_so(mesh: &Mesh) -> Result<()> {
+    let spec = "{selector: {matchLabels: {app: server}}, action: CUSTOM, provider: {name: external}, rules: [{}]}";
+    with_policies(mesh, &authorization("ask-somebody", spec))?;
+    for from in pods(mesh) {
+        until_answers(from, server(mesh), false)?;
+    }
+    let words = "spec.action: not supported: CUSTOM";
+    until_told(mesh, "policy::custom_closes", "ask-somebody", "False", words)
 }
 
 fn a_change_of_policy_closes_a_live_connection(mesh: &Mesh) -> Result<()> {

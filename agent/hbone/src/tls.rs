@@ -334,7 +334,7 @@ mod tests {
                 .await
                 .unwrap()
         };
-        let (client, (transport, wire, peer)) = tokio::join!(client, server);
+        let (client, (transport, wire, peer, _proof)) = tokio::join!(client, server);
         assert_eq!(peer, identity);
         (transport, wire, client)
     }
