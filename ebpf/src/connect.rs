@@ -15,11 +15,12 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 
 use crate::{
-    context, exclusion,
+    context, dns, exclusion,
     maps::{DIALLED, PODS, agent_cgroup, count},
 };
 
 const SOCK_STREAM: u32 = 1;
+const SOCK_DGRAM: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 
@@ -99,6 +100,12 @@ fn decide(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
             core::ptr::read_volatile(&raw const (*sock_addr).__bindgen_anon_1.sk),
         )
     };
+    if kind == SOCK_DGRAM && protocol == dns::IPPROTO_UDP {
+        return match dns::redirect(ctx, destination) {
+            Some(to) => Decision::Capture(to),
+            None => Decision::Proceed,
+        };
+    }
     if kind != SOCK_STREAM || (protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP) {
         return Decision::Proceed;
     }

@@ -2,12 +2,18 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
-use crate::{context, maps::DIALLED};
+use crate::{context, dns, maps::DIALLED};
 
 const PROCEED: i32 = 1;
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    if is_udp(&ctx) {
+        if let Some(server) = dns::server_of(&ctx, &dns::read4(&ctx)) {
+            dns::write4(&ctx, &server);
+        }
+        return PROCEED;
+    }
     // SAFETY: the context is valid; a pointer that is not null is to the socket's storage.
     unsafe {
         let dialled = DIALLED.get_ptr_mut(&ctx);
@@ -21,6 +27,12 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    if is_udp(&ctx) {
+        if let Some(server) = dns::server_of(&ctx, &dns::read6(&ctx)) {
+            dns::write6(&ctx, &server);
+        }
+        return PROCEED;
+    }
     // SAFETY: as above.
     unsafe {
         let dialled = DIALLED.get_ptr_mut(&ctx);
@@ -30,4 +42,10 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
         }
     }
     PROCEED
+}
+
+#[inline(always)]
+fn is_udp(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the context is valid.
+    unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).protocol) == dns::IPPROTO_UDP }
 }

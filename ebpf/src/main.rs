@@ -5,6 +5,7 @@
 //! | `connect` | `cgroup/connect4`, `connect6` on the pods' cgroup | sends a captured pod's connections to the agent |
 //! | `sock_ops` | `sock_ops` on the pods' and on the agent's cgroup | remembers where each connection was meant to go, and which ones the agent made |
 //! | `getpeername` | `cgroup/getpeername4`, `6` on the pods' cgroup | shows the application the peer it dialled |
+//! | `dns` | `cgroup/sendmsg4`, `6`, `recvmsg4`, `6` on the pods' cgroup, and a part of `connect` and `getpeername` | sends what a captured pod asks a name server to the agent |
 //! | `sk_lookup` | `sk_lookup` in each captured pod's network namespace | gives new connections to the agent's listeners |
 //! | `proof` | tcx egress, host side of the pod's veth | proves that a process of the host, such as the kubelet, opened a connection |
 //! | `guard` | tcx ingress, host side of the pod's veth | lets out no TCP but the agent's |
@@ -18,6 +19,7 @@
 
 mod connect;
 mod context;
+mod dns;
 mod exclusion;
 mod getpeername;
 mod guard;

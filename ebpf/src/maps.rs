@@ -1,7 +1,7 @@
 //! Maps and constants, shared by the hooks. All maps are pinned by the agent; the constants are set when it loads.
 
 use abi::{
-    CounterKey, Dialled, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient,
+    Address, CounterKey, Dialled, DnsSlot, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient,
     Pod, Reason, Restore,
 };
 use aya_ebpf::{
@@ -64,6 +64,10 @@ pub static FLOWS: HashMap<Flow, u32> = HashMap::with_max_entries(65536, BPF_F_NO
 /// What the hooks decided, by reason.
 #[map]
 pub static COUNTERS: PerCpuHashMap<CounterKey, u64> = PerCpuHashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+
+/// The name servers that captured pods ask. An entry stays until its pod is released.
+#[map]
+pub static DNS_SERVERS: HashMap<DnsSlot, Address> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 
 /// What is to be put back when a pod is released; only user space uses it.
 #[map]

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod cluster;
+mod dns;
 mod encrypted;
 mod enrolment;
 mod escape;
@@ -29,6 +30,7 @@ fn main() -> std::process::ExitCode {
         hostile::SCENARIOS,
         cluster::SCENARIOS,
         services::SCENARIOS,
+        dns::SCENARIOS,
         labels::SCENARIOS,
         knowledge::SCENARIOS,
         exclusions::SCENARIOS,

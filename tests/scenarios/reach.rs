@@ -63,7 +63,7 @@ fn both_ends_see_the_true_addresses(mesh: &Mesh) -> Result<()> {
     Ok(())
 }
 
-/// The addresses of the service `server`, as the pods' hosts file has them.
+/// The addresses of the service `server`, as the pods' resolvers find them.
 fn service_addresses(mesh: &Mesh) -> Result<Vec<IpAddr>> {
     let said = client(mesh).exec(&["getent", "ahosts", "server"])?.good()?;
     let mut found: Vec<IpAddr> = said

@@ -7,6 +7,7 @@
 //! ```text
 //! app in the pod --connect--> [connect4/6] --pod's own IP--> [sk_lookup] --> outbound listener (15001)
 //! from the network ---------> [proof] --> [sk_lookup] --> HBONE (15008) or inbound listener (15006)
+//! DNS of the pod ------------> [sendmsg4/6, recvmsg4/6] --> DNS sockets (15053 and up), for each name server one
 //! out of the pod -----------> [guard]: the agent's TCP, and what is not TCP
 //! ```
 //!
@@ -29,6 +30,7 @@ mod capabilities;
 mod cgroup;
 mod counters;
 mod diag;
+mod dns;
 mod error;
 mod exclusions;
 mod interfaces;
@@ -58,5 +60,5 @@ pub use iptables::{IptablesNode, IptablesPodHandle, uninstall_iptables};
 pub use kernel_log::KernelLog;
 pub use mode::{Capture, CapturedPod};
 pub use node::{Node, NodeConfig, PodSpec};
-pub use sockets::{PodHandle, PodListeners};
+pub use sockets::{DnsQueries, PodHandle, PodListeners};
 pub use uninstall::uninstall;

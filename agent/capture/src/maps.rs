@@ -7,8 +7,8 @@ use std::{
 };
 
 use abi::{
-    CounterKey, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient, Pod,
-    Reason, Restore,
+    Address, CounterKey, DNS_SLOTS, DnsSlot, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey,
+    OriginalKey, PlaintextClient, Pod, Reason, Restore,
 };
 use aya::{
     Ebpf,
@@ -37,6 +37,7 @@ pub(crate) const PINNED: &[&str] = &[
     "EXCLUDED_RANGES",
     "COUNTERS",
     "RESTORE",
+    "DNS_SERVERS",
 ];
 
 /// The maps, as the agent uses them.
@@ -50,6 +51,7 @@ pub(crate) struct Maps {
     excluded_ranges: LpmTrie<MapData, ExcludedRange, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
     restore: HashMap<MapData, u64, Restore>,
+    name_servers: HashMap<MapData, DnsSlot, Address>,
     lookups: Lookups,
 }
 
@@ -59,7 +61,8 @@ impl Maps {
             let map = ebpf.take_map(name).ok_or(CaptureError::Missing(name))?;
             T::try_from(map).map_err(map_error(name))
         }
-        let lookups = Lookups::of(&map(ebpf, "ORIGINAL")?, &map(ebpf, "PLAINTEXT")?)?;
+        let name_servers = map(ebpf, "DNS_SERVERS")?;
+        let lookups = Lookups::of(&map(ebpf, "ORIGINAL")?, &map(ebpf, "PLAINTEXT")?, &name_servers)?;
         Ok(Self {
             pods: map(ebpf, "PODS")?,
             interfaces: map(ebpf, "INTERFACES")?,
@@ -70,6 +73,7 @@ impl Maps {
             excluded_ranges: map(ebpf, "EXCLUDED_RANGES")?,
             counters: map(ebpf, "COUNTERS")?,
             restore: map(ebpf, "RESTORE")?,
+            name_servers,
             lookups,
         })
     }
@@ -205,6 +209,13 @@ impl Maps {
         }
     }
 
+    /// Forgets which name servers a pod asked.
+    pub(crate) fn forget_name_servers(&mut self, cookie: u64) {
+        for slot in 0..DNS_SLOTS {
+            let _ = self.name_servers.remove(&DnsSlot::new(cookie, slot));
+        }
+    }
+
     pub(crate) fn restore(&self, cookie: u64) -> Option<Restore> {
         self.restore.get(&cookie, 0).ok()
     }
@@ -251,12 +262,14 @@ pub(crate) struct Lookups(Arc<LookupFds>);
 struct LookupFds {
     original: OwnedFd,
     plaintext: OwnedFd,
+    name_servers: OwnedFd,
 }
 
 impl Lookups {
     fn of(
         original: &HashMap<MapData, OriginalKey, Endpoint>,
         plaintext: &HashMap<MapData, PlaintextClient, u32>,
+        name_servers: &HashMap<MapData, DnsSlot, Address>,
     ) -> Result<Self, CaptureError> {
         let fd = |map: &MapData| {
             map.fd()
@@ -267,6 +280,7 @@ impl Lookups {
         Ok(Self(Arc::new(LookupFds {
             original: fd(original.map())?,
             plaintext: fd(plaintext.map())?,
+            name_servers: fd(name_servers.map())?,
         })))
     }
 
@@ -276,6 +290,11 @@ impl Lookups {
             .inspect_err(|error| tracing::warn!(%error, "looking up an original destination"))
             .ok()
             .flatten()
+    }
+
+    /// Which name server a pod's number for it stands for.
+    pub(crate) fn name_server(&self, key: &DnsSlot) -> Option<Address> {
+        sys::map_get(&self.0.name_servers, key).ok().flatten()
     }
 
     /// Whether a client lately came to a pod in plaintext.

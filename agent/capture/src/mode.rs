@@ -9,7 +9,8 @@ use model::{OriginalDst, PeerAddr, PodSettings, WorkloadUid};
 use socket2::{SockRef, Socket};
 
 use crate::{
-    CaptureError, GuardCounters, IptablesNode, IptablesPodHandle, KernelLog, Node, PodHandle, PodListeners, PodSpec,
+    CaptureError, DnsQueries, GuardCounters, IptablesNode, IptablesPodHandle, KernelLog, Node, PodHandle, PodListeners,
+    PodSpec,
     iptables::{redirected_from, rerouted_from},
 };
 
@@ -44,6 +45,14 @@ impl Capture {
         match self {
             Self::Ebpf(node) => node.capture(spec, settings).await.map(CapturedPod::Ebpf),
             Self::Iptables(node) => node.capture(spec, settings).await.map(CapturedPod::Iptables),
+        }
+    }
+
+    /// Whether the agent is the name server of a captured pod; then with its sockets.
+    pub async fn set_dns(&self, uid: &WorkloadUid, on: bool) -> Result<Option<DnsQueries>, CaptureError> {
+        match self {
+            Self::Ebpf(node) => node.set_dns(uid, on).await,
+            Self::Iptables(node) => node.set_dns(uid, on).await,
         }
     }
 
@@ -135,6 +144,22 @@ impl CapturedPod {
             // Rules that an agent before this one left may have sent it, in the moment before they were removed.
             Self::Ebpf(_) => OriginalDst(redirected_from(accepted, local).unwrap_or(local)),
             Self::Iptables(pod) => pod.inbound_destination(accepted, peer, local),
+        }
+    }
+
+    /// Which name server a client of the pod sent its datagram to, by the number of the DNS socket that it came to.
+    pub fn name_server(&self, slot: usize, client: SocketAddr) -> Option<SocketAddr> {
+        match self {
+            Self::Ebpf(pod) => pod.name_server(slot),
+            Self::Iptables(pod) => pod.name_server(client),
+        }
+    }
+
+    /// A nonblocking datagram socket in the pod's namespace, to ask a name server with.
+    pub fn datagram_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        match self {
+            Self::Ebpf(pod) => pod.datagram_socket(target),
+            Self::Iptables(pod) => pod.datagram_socket(target),
         }
     }
 

@@ -32,7 +32,7 @@ use crate::{
     plan::Addresses,
     pod::{self, PodState},
     programs::{self, Constants, Programs},
-    sockets::PodHandle,
+    sockets::{DnsQueries, PodHandle},
     sys::{self, AttachType, Attached, Target},
     uninstall,
 };
@@ -154,6 +154,13 @@ impl Node {
         self.run(move |inner| inner.capture(&spec, &settings)).await
     }
 
+    /// Whether the agent is the name server of a captured pod; then these are duplicates of its sockets, by the number of
+    /// the name server that each stands for. A pod is captured without.
+    pub async fn set_dns(&self, uid: &WorkloadUid, on: bool) -> Result<Option<DnsQueries>, CaptureError> {
+        let uid = uid.clone();
+        self.run(move |inner| inner.set_dns(&uid, on)).await
+    }
+
     /// Ends a pod's capture and puts back what was changed in it; the pod stays known. The proxy should have drained
     /// the pod before: connections from clients' addresses need what is removed here.
     pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
@@ -232,6 +239,10 @@ fn attach_to_cgroups(pins: &Pins, programs: &Programs, pods: &Cgroup, agent: &Cg
         ("sock_ops_agent", &programs.sock_ops_agent, AttachType::SockOps, agent),
         ("getpeername4", &programs.getpeername4, AttachType::GetPeerName4, pods),
         ("getpeername6", &programs.getpeername6, AttachType::GetPeerName6, pods),
+        ("recvmsg4", &programs.recvmsg4, AttachType::RecvMsg4, pods),
+        ("recvmsg6", &programs.recvmsg6, AttachType::RecvMsg6, pods),
+        ("sendmsg4", &programs.sendmsg4, AttachType::SendMsg4, pods),
+        ("sendmsg6", &programs.sendmsg6, AttachType::SendMsg6, pods),
         ("connect4", &programs.connect4, AttachType::Connect4, pods),
         ("connect6", &programs.connect6, AttachType::Connect6, pods),
     ];

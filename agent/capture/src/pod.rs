@@ -14,11 +14,12 @@ use std::{
     sync::Arc,
 };
 
-use abi::{Address, CAPTURE_PORTS, Endpoint, Flow, ListenerKey, ListenerKind, REROUTES, Restore};
+use abi::{Address, CAPTURE_PORTS, DNS, Endpoint, Flow, ListenerKey, ListenerKind, REROUTES, Restore};
 use model::{PodSettings, WorkloadUid};
 
 use crate::{
     diag,
+    dns::DnsSockets,
     error::{CaptureError, Tried},
     exclusions::Entries,
     interfaces,
@@ -29,7 +30,7 @@ use crate::{
     plan::{self, Addresses, PodPlan},
     programs::Programs,
     routes::{self, Before},
-    sockets::{Listeners, PodHandle},
+    sockets::{DnsQueries, Listeners, PodHandle},
     sys::{self, AttachType, Attached, Target},
 };
 
@@ -45,6 +46,8 @@ pub(crate) struct Captured {
     pub(crate) plan: PodPlan,
     pub(crate) settings: PodSettings,
     pub(crate) listeners: Arc<Listeners>,
+    /// Where the agent is its name server.
+    pub(crate) dns: Option<DnsSockets>,
 }
 
 impl PodState {
@@ -68,7 +71,8 @@ impl Inner {
         self.forget_former_namespace(spec, netns.cookie());
         let network = interfaces::look(&self.home, &netns)
             .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
-        let plan = plan::plan(spec, netns.cookie(), &network, settings)?;
+        let mut plan = plan::plan(spec, netns.cookie(), &network, settings)?;
+        plan.pod.flags |= self.dns_flag(&spec.uid);
         let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
             Some(captured) => captured.listeners.clone(),
             None => Listeners::open(&netns, plan.ip6)
@@ -78,10 +82,15 @@ impl Inner {
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
         let handle = PodHandle::new(spec.uid.clone(), netns.clone(), self.maps.lookups(), listeners.clone());
+        let dns = self
+            .pods
+            .get_mut(&spec.uid)
+            .and_then(|pod| pod.captured.as_mut()?.dns.take());
         let captured = Captured {
             plan,
             settings: settings.clone(),
             listeners,
+            dns,
         };
         let state = PodState {
             spec: spec.clone(),
@@ -90,6 +99,30 @@ impl Inner {
         };
         self.pods.insert(spec.uid.clone(), state);
         Ok(handle)
+    }
+
+    /// Becomes a captured pod's name server, or ends to be it.
+    pub(crate) fn set_dns(&mut self, uid: &WorkloadUid, on: bool) -> Result<Option<DnsQueries>, CaptureError> {
+        let unknown = || CaptureError::UnknownPod(uid.clone());
+        let state = self.pods.get_mut(uid).ok_or_else(unknown)?;
+        let captured = state.captured.as_mut().ok_or_else(unknown)?;
+        if on && captured.dns.is_none() {
+            let own: Vec<_> = addresses(&captured.plan.pod).map(|address| address.to_ip()).collect();
+            let sockets = DnsSockets::open(&state.netns, &own);
+            captured.dns = Some(sockets.tried(|| format!("opening DNS sockets in {}", state.spec.netns.display()))?);
+        } else if !on {
+            captured.dns = None;
+        }
+        let flag = if on { DNS } else { 0 };
+        captured.plan.pod.flags = captured.plan.pod.flags & !DNS | flag;
+        self.maps.set_pod(state.netns.cookie(), &captured.plan.pod)?;
+        let queries = captured.dns.as_ref().map(DnsSockets::duplicate).transpose();
+        queries.tried(|| "duplicating DNS sockets".into())
+    }
+
+    fn dns_flag(&self, uid: &WorkloadUid) -> u32 {
+        let captured = self.pods.get(uid).and_then(|pod| pod.captured.as_ref());
+        captured.map_or(0, |captured| captured.plan.pod.flags & DNS)
     }
 
     /// Makes a plan true; says what was not.
@@ -355,6 +388,7 @@ impl Inner {
             }
         }
         self.maps.remove_interfaces(cookie, &[]);
+        self.maps.forget_name_servers(cookie);
         self.maps.set_exclusions(cookie, &Entries::default())
     }
 
@@ -394,7 +428,8 @@ impl Inner {
         let (netns, listeners) = (state.netns.clone(), captured.listeners.clone());
         let network = interfaces::look(&self.home, &netns)
             .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
-        let plan = plan::plan(spec, netns.cookie(), &network, settings)?;
+        let mut plan = plan::plan(spec, netns.cookie(), &network, settings)?;
+        plan.pod.flags |= self.dns_flag(&spec.uid);
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         let alive = netns
             .enter(|| diag::list(diag::state::CONNECTED))

@@ -8,11 +8,11 @@ use std::{
     sync::Arc,
 };
 
-use abi::{Address, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey, PlaintextClient};
+use abi::{Address, DnsSlot, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey, PlaintextClient};
 use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_socket};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{maps::Lookups, netns::Netns, ports::PortsBeside, routes::same_family, sys};
+use crate::{dns::datagram, maps::Lookups, netns::Netns, ports::PortsBeside, routes::same_family, sys};
 
 const BACKLOG: i32 = 4096;
 
@@ -26,6 +26,9 @@ pub struct PodListeners {
     /// HBONE connections to the pod.
     pub hbone: Vec<TcpListener>,
 }
+
+/// A pod's DNS sockets, by the number of the name server that each stands for.
+pub type DnsQueries = Vec<(usize, std::net::UdpSocket)>;
 
 /// The listeners by kind.
 #[derive(Debug)]
@@ -137,6 +140,18 @@ impl PodHandle {
         };
         let found = self.0.lookups.take_original(&key)?;
         Some(OriginalDst(found.to_socket()))
+    }
+
+    /// Which name server a number stands for.
+    pub fn name_server(&self, slot: usize) -> Option<SocketAddr> {
+        let slot = u32::try_from(slot).ok()?;
+        let address = self.0.lookups.name_server(&DnsSlot::new(self.0.netns.cookie(), slot))?;
+        Some(SocketAddr::new(address.to_ip(), abi::NAME_SERVER_PORT))
+    }
+
+    /// A nonblocking datagram socket in the pod's namespace, to ask a name server with.
+    pub fn datagram_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        self.0.netns.enter(|| datagram(target))?
     }
 
     /// A nonblocking socket in the pod's namespace, to dial a peer with.

@@ -51,6 +51,8 @@ pub(crate) fn ensure_nodes(count: u8) -> Result<()> {
         }
         netns::batch(Some(&name), &route_plan(index, count))?;
     }
+    // The cluster's name server answers pods.
+    netns::batch(Some(CONTROL_NETNS), &route_plan(0, count))?;
     Ok(())
 }
 

@@ -11,7 +11,7 @@ pub use address::{Address, Endpoint};
 pub use reason::Reason;
 
 /// The version of every layout in this crate; maps are pinned under it.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// A number that changes with the size of any layout, for those who forget to raise [`VERSION`].
 pub const SIZES: u32 = {
@@ -28,6 +28,7 @@ pub const SIZES: u32 = {
         size_of::<Dialled>(),
         size_of::<ExcludedPort>(),
         size_of::<ExcludedRange>(),
+        size_of::<DnsSlot>(),
     ];
     let mut number: u32 = 0;
     let mut index = 0;
@@ -105,6 +106,22 @@ pub const BYPASSES_INBOUND: u32 = 1 << 7;
 
 /// [`Pod::flags`]: rules in the pod send what comes by some interfaces to the agent. Only for user space.
 pub const REROUTES: u32 = 1 << 8;
+
+/// [`Pod::flags`]: the pod's name server is the agent.
+pub const DNS: u32 = 1 << 9;
+
+/// Where name servers listen.
+pub const NAME_SERVER_PORT: u16 = 53;
+
+/// Where the agent's DNS sockets are, on the pod's own address: this port and those after it, one for each name server
+/// that the pod asks. The first is Istio's.
+pub const DNS_PORT: u16 = 15053;
+
+/// How many name servers of a pod are told apart; it reaches more directly.
+pub const DNS_SLOTS: u32 = 8;
+
+/// The firewall mark by which the programs know the agent's DNS sockets.
+pub const DNS_MARK: u32 = 0x53d;
 
 /// The one entry of the map `CONFIG`: what tells the node's processes apart.
 #[repr(C)]
@@ -277,6 +294,30 @@ pub struct PlaintextClient {
     pub client: Address,
 }
 
+/// The key of `DNS_SERVERS`, whose values are the addresses of the name servers that pods ask.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct DnsSlot {
+    /// The cookie of the pod's network namespace.
+    pub cookie: u64,
+    /// The pod's number for it, less than [`DNS_SLOTS`].
+    pub slot: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+impl DnsSlot {
+    /// A name server of a pod.
+    #[inline(always)]
+    pub const fn new(cookie: u64, slot: u32) -> Self {
+        Self {
+            cookie,
+            slot,
+            reserved: 0,
+        }
+    }
+}
+
 /// The key of the per-CPU map `COUNTERS`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -331,6 +372,7 @@ mod user {
         ListenerKey,
         PlaintextClient,
         CounterKey,
+        DnsSlot,
         Restore,
         Dialled,
         ExcludedPort,
@@ -352,6 +394,7 @@ mod tests {
         assert_eq!(size_of::<OriginalKey>(), 8 + 20 + 4);
         assert_eq!(size_of::<ListenerKey>(), 16 + 4);
         assert_eq!(size_of::<Restore>(), 240 + 4 * 4);
+        assert_eq!(size_of::<DnsSlot>(), 8 + 2 * 4);
         assert_eq!(size_of::<Dialled>(), 20 + 4);
         assert_eq!(size_of::<ExcludedPort>(), 8 + 2 * 2 + 4);
         assert_eq!(size_of::<ExcludedRange>() * 8, ExcludedRange::BITS as usize);

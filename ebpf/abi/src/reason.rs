@@ -71,4 +71,10 @@ reasons! {
     ExcludedSent = 22, "excluded_bytes_sent";
     /// Bytes that they received, likewise.
     ExcludedReceived = 23, "excluded_bytes_received";
+    /// DNS: a datagram to a name server was sent to the agent.
+    DnsCaptured = 40, "dns_captured";
+    /// DNS: it went to the name server itself, because the agent does not listen.
+    DnsNoListener = 41, "dns_no_listener";
+    /// DNS: it went to the name server itself, because the pod asks more of them than are told apart.
+    DnsTooManyServers = 42, "dns_too_many_servers";
 }

@@ -41,6 +41,11 @@ pub fn identity(data: &[u8]) {
     }
 }
 
+/// What a pod or a name server sends: read, answered, refused or passed on, and nothing else.
+pub fn dns_message(data: &[u8]) {
+    l4::dns::try_message(data);
+}
+
 /// The certificate of a peer.
 pub fn peer_certificate(data: &[u8]) {
     let _ = identity::peer_identity(&[CertificateDer::from(data)]);
@@ -189,6 +194,15 @@ mod tests {
         vec![
         ("authority", authority, &[b"10.0.0.1:80", b"[fd00::1]:15008", b"web.shop.svc.cluster.local:80"], 50_000),
         ("identity", identity, &[b"spiffe://cluster.local/ns/shop/sa/web"], 50_000),
+        (
+            "dns_message",
+            dns_message,
+            &[
+                b"\x12\x34\x01\0\0\x01\0\0\0\0\0\x01\x03web\x04shop\0\0\x01\0\x01\0\0\x29\x04\xd0\0\0\x80\0\0\0",
+                b"\x12\x34\x81\x80\0\x01\0\x01\0\0\0\0\x01a\0\0\x01\0\x01\xc0\x0c\0\x01\0\x01\0\0\0\x1e\0\x04\x0a\0\0\x01",
+            ],
+            50_000,
+        ),
         ("peer_certificate", peer_certificate, &[b"\x30\x82\x01\x00\x30\x81\xa6\xa0\x03\x02\x01\x02"], 50_000),
         (
             "http2_server",

@@ -29,6 +29,7 @@
 //! - A pod that is not captured yet is not refused: it must not start before (`cmdadd` sees to that).
 //! - Applications that bind to 15001, 15006 or 15008 keep their pod from being captured.
 
+mod conntrack;
 mod node;
 mod plan;
 mod program;

@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -13,14 +13,16 @@ use abi::{Address, CAPTURE_PORTS, INBOUND_PORT};
 use model::{PodSettings, WorkloadUid};
 
 use super::{
+    conntrack,
     plan::{Family, Rules, Saved},
     program::Iptables,
     sockets::{self, IptablesPodHandle},
     takeover::FormerHooks,
 };
 use crate::{
-    PodListeners, PodSpec,
+    DnsQueries, PodListeners, PodSpec,
     diag::{self, TcpSocket},
+    dns::DnsSockets,
     error::{CaptureError, Tried},
     interfaces,
     netns::Netns,
@@ -56,6 +58,9 @@ struct PodState {
 struct Captured {
     settings: PodSettings,
     listeners: Arc<PodListeners>,
+    /// Where the agent is, or was just now, its name server.
+    dns: Option<DnsSockets>,
+    dns_on: bool,
 }
 
 impl IptablesNode {
@@ -93,6 +98,12 @@ impl IptablesNode {
     /// Done again it repairs what is not as it should be, and returns the same listeners.
     pub async fn capture(&self, spec: PodSpec, settings: PodSettings) -> Result<IptablesPodHandle, CaptureError> {
         self.run(move |inner| inner.capture(&spec, &settings)).await
+    }
+
+    /// Whether the agent is the name server of a captured pod; then these are duplicates of its sockets.
+    pub async fn set_dns(&self, uid: &WorkloadUid, on: bool) -> Result<Option<DnsQueries>, CaptureError> {
+        let uid = uid.clone();
+        self.run(move |inner| inner.set_dns(&uid, on)).await
     }
 
     /// Ends a pod's capture and removes what was put into it; the pod stays known. Connections that the agent carries go
@@ -163,6 +174,11 @@ pub(super) fn families(netns: &Netns) -> Vec<Family> {
         .into_iter()
         .filter(|family| ip6 || *family == Family::Ip4)
         .collect()
+}
+
+/// Whether the namespace that the thread is in has `::1`.
+fn has_loopback6() -> bool {
+    std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
 /// Removes whatever is ours from a namespace.
@@ -246,6 +262,8 @@ impl Inner {
         if self.end_former(spec, &netns)? {
             repaired.extend(self.apply(spec, &netns, settings)?);
         }
+        let before = self.pods.get_mut(&spec.uid).and_then(|pod| pod.captured.take());
+        let (dns, dns_on) = before.map_or((None, false), |before| (before.dns, before.dns_on));
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
         let handle = IptablesPodHandle::new(spec.uid.clone(), netns.clone(), addresses, listeners.clone());
         let state = PodState {
@@ -254,6 +272,8 @@ impl Inner {
             captured: Some(Captured {
                 settings: settings.clone(),
                 listeners,
+                dns,
+                dns_on,
             }),
             is_draining: false,
         };
@@ -280,6 +300,36 @@ impl Inner {
         Ok(())
     }
 
+    /// Sockets before rules: what is redirected finds them. Rules before sockets, to end it.
+    fn set_dns(&mut self, uid: &WorkloadUid, on: bool) -> Result<Option<DnsQueries>, CaptureError> {
+        let unknown = || CaptureError::UnknownPod(uid.clone());
+        let home = self.home.clone();
+        let state = self.pods.get_mut(uid).ok_or_else(unknown)?;
+        let captured = state.captured.as_mut().ok_or_else(unknown)?;
+        let (spec, netns) = (state.spec.clone(), state.netns.clone());
+        if on && captured.dns.is_none() {
+            let asked = netns.enter(conntrack::is_there).and_then(|result| result);
+            asked.tried(|| "asking conntrack (is nf_conntrack_netlink there?)".into())?;
+            let ip6 = families(&home).contains(&Family::Ip6) && netns.enter(has_loopback6).unwrap_or(false);
+            let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
+            let sockets = DnsSockets::open_first(&netns, &loopback[..1 + usize::from(ip6)]);
+            captured.dns = Some(sockets.tried(|| format!("opening DNS sockets in {}", spec.netns.display()))?);
+        }
+        captured.dns_on = on && captured.dns.as_ref().is_some_and(|dns| !dns.is_empty());
+        let settings = captured.settings.clone();
+        self.apply(&spec, &netns, &settings)?;
+        let captured = self
+            .pods
+            .get_mut(uid)
+            .and_then(|state| state.captured.as_mut())
+            .ok_or_else(unknown)?;
+        if !on {
+            captured.dns = None;
+        }
+        let queries = captured.dns.as_ref().map(DnsSockets::duplicate).transpose();
+        queries.tried(|| "duplicating DNS sockets".into())
+    }
+
     /// Makes it so in the pod; says what was not. What answers need comes before what redirects.
     fn apply(
         &mut self,
@@ -292,8 +342,14 @@ impl Inner {
             .enter(|| routes::route_marked(CONNECTION_MARK, addresses.ip4.is_some(), addresses.ip6.is_some()))
             .and_then(|result| result)
             .tried(|| format!("setting up the routes of {}", spec.netns.display()))?;
+        let captured = self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref());
+        let dns = captured.is_some_and(|captured| captured.dns_on);
         for family in families(netns) {
-            if self.apply_rules(netns, family, None, &Rules::of_pod(family, settings))? {
+            let mut rules = Rules::of_pod(family, settings);
+            if dns {
+                rules = rules.with_dns();
+            }
+            if self.apply_rules(netns, family, None, &rules)? {
                 repaired.push("rules");
             }
         }

@@ -212,6 +212,39 @@ impl Rules {
         }])
     }
 
+    /// The same where the agent is the pod's name server: Istio's rules for UDP. TCP to port 53 comes as all TCP does.
+    ///
+    /// What the agent asks name servers is in a conntrack zone of its own. Else it could have the ends of an earlier query
+    /// of the pod's, and would be sent back to the agent.
+    pub(crate) fn with_dns(mut self) -> Self {
+        const TO_SERVER: &str = "-p udp -m mark --mark 0x539/0xfff -m udp --dport 53";
+        let redirect = format!("! -o lo -p udp {NOT_OURS} -m udp --dport 53 -j REDIRECT --to-ports 15053");
+        for table in &mut self.0 {
+            let rule = match table.name {
+                "nat" => redirect.clone(),
+                "filter" => format!("{TO_SERVER} -j RETURN"),
+                _ => continue,
+            };
+            let output = table.chains.iter_mut().filter(|chain| chain.name == OUTPUT);
+            output.for_each(|chain| chain.rules.insert(0, rule.clone()));
+        }
+        let chain = |name, from, rule: String| Chain {
+            name,
+            from,
+            first: true,
+            rules: vec![rule],
+        };
+        let answers = format!("-p udp {NOT_OURS} -m udp --sport 53 -j CT --zone 1");
+        self.0.push(Table {
+            name: "raw",
+            chains: vec![
+                chain(PREROUTING, "PREROUTING", answers),
+                chain(OUTPUT, "OUTPUT", format!("{TO_SERVER} -j CT --zone 1")),
+            ],
+        });
+        self
+    }
+
     /// Those of the node's own namespace: what its processes open to a captured pod comes from the address of probes.
     pub(crate) fn of_node(family: Family, pods: impl IntoIterator<Item = IpAddr>) -> Self {
         let source = family.probe_source();

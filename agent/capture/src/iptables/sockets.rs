@@ -3,16 +3,18 @@
 use std::{
     collections::HashSet,
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use abi::{CAPTURE_PORTS, HBONE_PORT, INBOUND_PORT, MARK};
+use abi::{CAPTURE_PORTS, DNS_PORT, HBONE_PORT, INBOUND_PORT, MARK};
 use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_ip, canonical_socket};
 use socket2::{Domain, SockRef, Socket};
 
+use super::conntrack;
 use crate::{
+    dns::datagram,
     error::{CaptureError, Tried},
     netns::Netns,
     ports::PortsBeside,
@@ -116,6 +118,30 @@ impl IptablesPodHandle {
         drop(clients);
         let original = original(accepted, local).filter(|original| self.0.addresses.contains(&original.ip()));
         OriginalDst(original.unwrap_or(local))
+    }
+
+    /// Which name server a redirected datagram of this client was going to.
+    pub fn name_server(&self, client: SocketAddr) -> Option<SocketAddr> {
+        let loopback = match client {
+            SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
+            SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
+        };
+        let redirected = SocketAddr::new(loopback, DNS_PORT);
+        let ask = || conntrack::original(client, redirected);
+        self.0
+            .netns
+            .enter(ask)
+            .and_then(|result| result)
+            .inspect_err(|error| tracing::debug!(%client, %error, "conntrack does not know a DNS query"))
+            .ok()
+    }
+
+    /// A nonblocking datagram socket in the pod's namespace, to ask a name server with; its mark keeps what it sends from
+    /// being redirected.
+    pub fn datagram_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        let socket = self.0.netns.enter(|| datagram(target))??;
+        socket.set_mark(MARK)?;
+        Ok(socket)
     }
 
     /// A nonblocking socket in the pod's namespace, to dial a peer with; its mark keeps it from being redirected.

@@ -12,7 +12,7 @@ use super::places::PodSlot;
 use crate::{
     desired::Desired,
     files::{absent_is_fine, rewrite_in_place},
-    hosts::{Name, hosts, resolv_conf},
+    hosts::{hosts, resolv_conf},
     layout::{Layout, node_name},
 };
 
@@ -28,18 +28,18 @@ pub(super) fn desired(pod: &Pod, slot: PodSlot, path: &str) -> Result<Desired> {
 }
 
 /// Tells the kubelets what to run, and no more than that.
-pub(super) fn tell(layout: &Layout, nodes: u8, all: &[(u8, Desired)], names: &[Name]) -> Result<()> {
+pub(super) fn tell(layout: &Layout, nodes: u8, all: &[(u8, Desired)]) -> Result<()> {
     let mut wanted: BTreeMap<u8, BTreeSet<String>> = (1..=nodes).map(|node| (node, BTreeSet::new())).collect();
     for (node, desired) in all {
         let files = layout.node(&node_name(*node));
         let metadata = &desired.pod.metadata;
         let (namespace, id) = (&metadata.namespace, desired.id());
         let hostname = desired.pod.spec.hostname.as_deref().unwrap_or(&metadata.name);
+        rewrite_in_place(&files.pod(&id).hosts(), &hosts(hostname, &desired.addresses))?;
         rewrite_in_place(
-            &files.pod(&id).hosts(),
-            &hosts(namespace, hostname, &desired.addresses, names),
+            &files.pod(&id).resolv_conf(),
+            &resolv_conf(namespace, &desired.addresses),
         )?;
-        rewrite_in_place(&files.pod(&id).resolv_conf(), &resolv_conf(namespace))?;
         wanted.entry(*node).or_default().insert(format!("{id}.json"));
     }
     for (node, keep) in wanted {

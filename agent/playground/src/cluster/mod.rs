@@ -6,7 +6,7 @@
 //!                       │ https
 //!   ┌ cluster ──────────▼──────────────────────────────────────────────────────┐
 //!   │ store ── watches ──► reconcile: Deployments → ReplicaSets → Pods → a node │
-//!   │   ▲                             Services → EndpointSlices, nft, /etc/hosts │──► desired/*.json ──► kubelets
+//!   │   ▲                             Services → EndpointSlices, nft, DNS        │──► desired/*.json ──► kubelets
 //!   │   └───── statuses ◄──────────── status.json ◄──────────────────────────────│◄── their status.json
 //!   └────────────────────────────────────────────────────────────────────────────┘
 //! ```
@@ -16,6 +16,7 @@
 
 mod api;
 mod deployments;
+mod dns;
 mod events;
 mod kubelets;
 mod nodes;
@@ -86,10 +87,11 @@ async fn serve(layout: &Layout) -> Result<()> {
     let kubeconfig = server.kubeconfig(&format!("https://{loopback}"));
     write_atomically(&layout.kubeconfig(), &kubeconfig)?;
     let in_cluster = server.kubeconfig(&format!("https://{fabric}:{API_PORT}"));
+    let dns = dns::Dns::start().context("cannot start the cluster's name server")?;
     let client = api::client(layout).await?;
     eprintln!("the API answers at https://{loopback}");
     let ended = tokio::select! {
-        ended = reconcile::run(layout, state, client, &in_cluster) => ended,
+        ended = reconcile::run(layout, state, client, &in_cluster, dns) => ended,
         _ = terminate.recv() => Ok(()),
     };
     server.stop().await;

@@ -29,6 +29,7 @@ use tokio::{sync::Notify, task::JoinSet};
 use super::{
     api::{Api, Target},
     deployments::{self, Step, name, namespace},
+    dns::Dns,
     events, kubelets,
     nodes::{self, Nodes, SYSTEM},
     places::{Places, PodSlot},
@@ -61,6 +62,7 @@ struct Cluster<'a> {
     layout: &'a Layout,
     state: State,
     in_cluster: &'a str,
+    dns: Dns,
     watched: Watched,
     api: Api,
     places: Places,
@@ -74,7 +76,7 @@ struct Cluster<'a> {
 }
 
 /// Runs rounds until a watch ends for good.
-pub(super) async fn run(layout: &Layout, state: State, client: Client, in_cluster: &str) -> Result<()> {
+pub(super) async fn run(layout: &Layout, state: State, client: Client, in_cluster: &str, dns: Dns) -> Result<()> {
     let changed = Arc::new(Notify::new());
     let mut tasks = JoinSet::new();
     let system = kube::Api::namespaced(client.clone(), SYSTEM);
@@ -92,6 +94,7 @@ pub(super) async fn run(layout: &Layout, state: State, client: Client, in_cluste
     let mut cluster = Cluster {
         layout,
         in_cluster,
+        dns,
         api: Api::new(client),
         places: Places::load(layout)?,
         nodes: Nodes::default(),
@@ -426,10 +429,8 @@ impl Cluster<'_> {
             let made = kubelets::desired(pod, *slot, &self.state.path);
             desired.extend(complaints.hear(&key(pod), made).map(|desired| (slot.node, desired)));
         }
-        complaints.hear(
-            "kubelets",
-            kubelets::tell(self.layout, self.state.nodes, &desired, &names),
-        );
+        self.dns.publish(&names);
+        complaints.hear("kubelets", kubelets::tell(self.layout, self.state.nodes, &desired));
         let mut routes: Vec<_> = backed.iter().flat_map(services::Backed::routes).collect();
         let (slices, has_selector) = (self.watched.slices.state(), |service: &Service| {
             let spec = service.spec.as_ref();

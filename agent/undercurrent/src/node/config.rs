@@ -10,6 +10,8 @@ use clap::{Args, ValueEnum, builder::FalseyValueParser};
 use identity::ControlAddress;
 use model::TrustDomain;
 
+use super::dns::DnsArgs;
+
 /// Options of `undercurrent node`.
 #[derive(Args, Clone, Debug)]
 pub struct NodeArgs {
@@ -20,6 +22,8 @@ pub struct NodeArgs {
     pub fixed: StaticArgs,
     #[command(flatten)]
     pub control: ControlArgs,
+    #[command(flatten)]
+    pub dns: DnsArgs,
     /// Where the agent keeps its socket and what must outlive a restart: its pods, what it knows of the mesh, and its pods'
     /// certificates with their keys. For root alone, and better in memory (tmpfs) than on a disk.
     #[arg(

@@ -12,6 +12,7 @@
 
 mod agent;
 mod config;
+mod dns;
 mod kube_source;
 #[cfg(test)]
 mod kube_tests;
@@ -71,6 +72,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     let access_log = start_access_log(args.access_log).context("cannot start the access log")?;
     let mut config = l4::Config {
         lookup: Arc::new(resolver::NodeResolver::new(&args.resolv_conf)),
+        dns: args.dns.config(&args.resolv_conf),
         ..l4::Config::default()
     };
     if let Some(shards) = args.shards {
@@ -81,6 +83,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     let proxy = Arc::new(proxy);
     let parts = pods::Parts {
         oracle,
+        dns_capture: args.dns.dns_capture,
         capture: node.clone(),
         knowledge: knowledge.clone(),
         identities: identities.clone(),

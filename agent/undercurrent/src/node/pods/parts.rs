@@ -17,6 +17,8 @@ use crate::node::{records::PodRecord, redirection::Board};
 /// What the reconciler works with.
 pub struct Parts {
     pub oracle: Oracle,
+    /// Whether the agent is the name server of pods that do not say.
+    pub dns_capture: bool,
     pub capture: capture::Capture,
     pub knowledge: Knowledge,
     pub identities: Identities,
@@ -68,19 +70,26 @@ impl Parts {
         settings: PodSettings,
         served: bool,
     ) -> Result<(), Trouble> {
+        let dns = settings.dns_capture.unwrap_or(self.dns_capture);
         let handle = self
             .capture
             .capture(spec(record, uid), settings)
             .await
             .map_err(failed)?;
+        // It can do without: then its queries go where it sends them, and names that only the mesh knows are not found.
+        let queries = self.capture.set_dns(uid, dns).await.unwrap_or_else(|error| {
+            tracing::error!(pod = %record.pod, %error, "the agent is not the pod's name server");
+            None
+        });
         if served {
+            self.proxy.set_dns(uid, queries);
             return Ok(());
         }
         let listeners = handle.listeners().map_err(failed)?;
         let pod = l4::Pod {
             uid: uid.clone(),
             sockets: Arc::new(Sockets(handle)),
-            dns: None,
+            dns: queries,
             listeners: l4::PodListeners {
                 outbound: listeners.outbound,
                 inbound: listeners.inbound,
@@ -116,6 +125,14 @@ impl l4::PodSockets for Sockets {
 
     fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
         self.0.inbound_destination(accepted, peer, local)
+    }
+
+    fn datagram_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
+        self.0.datagram_socket(target)
+    }
+
+    fn name_server(&self, slot: usize, client: SocketAddr) -> Option<SocketAddr> {
+        self.0.name_server(slot, client)
     }
 
     fn outbound_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
