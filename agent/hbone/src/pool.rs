@@ -25,6 +25,7 @@ use h2::{RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri};
 use identity::{Credentials, Proof};
 use model::{Authority, Identity, WorkloadUid};
+use tasks::Group;
 use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
 use crate::{
@@ -90,6 +91,7 @@ pub struct Pool(Rc<State>);
 
 struct State {
     config: Rc<Config>,
+    group: Group,
     peers: RefCell<HashMap<TunnelKey, Peer>>,
     draining: Cell<bool>,
 }
@@ -118,8 +120,14 @@ struct Waiting(Rc<Dial>);
 impl Pool {
     /// Without any tunnel.
     pub fn new(config: Rc<Config>) -> Self {
+        Self::fair(config, Group::default())
+    }
+
+    /// Without any tunnel; what its tunnels do takes the turns of this group.
+    pub fn fair(config: Rc<Config>, group: Group) -> Self {
         Self(Rc::new(State {
             config,
+            group,
             peers: RefCell::default(),
             draining: Cell::new(false),
         }))
@@ -329,17 +337,17 @@ impl State {
             key: key.clone(),
             dial: dial.clone(),
         };
-        let (credentials, config) = (credentials.clone(), self.config.clone());
-        tokio::task::spawn_local(async move {
+        let (credentials, config, group) = (credentials.clone(), self.config.clone(), self.group.clone());
+        tokio::task::spawn_local(self.group.fair(async move {
             let (pool, key) = (guard.pool.clone(), guard.key.clone());
             let ended = move |tunnel: &Weak<Tunnel>| {
                 if let Some(pool) = pool.upgrade() {
                     pool.forget(&key, tunnel);
                 }
             };
-            let dialled = tunnel::dial(socket, &guard.key, credentials, &config, ended).await;
+            let dialled = tunnel::dial(socket, &guard.key, credentials, &config, &group, ended).await;
             guard.finish(dialled);
-        });
+        }));
         dial
     }
 

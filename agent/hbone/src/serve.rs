@@ -26,7 +26,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use identity::Proof;
 use model::{Authority, AuthorityError, Identity};
 use rustls::ServerConfig;
-use tasks::{DrainMode, DrainSignal};
+use tasks::{DrainMode, DrainSignal, Group};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -100,6 +100,11 @@ pub trait Handler: Clone + 'static {
 
     /// Called once for each accepted request, however it ended.
     fn relayed(&self, context: Self::Context, end: RelayEnd);
+
+    /// Whose turns the tunnel's streams take; by default nobody's.
+    fn group(&self) -> Group {
+        Group::default()
+    }
 }
 
 /// Serves one accepted connection until its end, on the current thread's `LocalSet`. `Ok` after an orderly end.
@@ -180,6 +185,7 @@ async fn drive<T: AsyncRead + AsyncWrite + Unpin, H: Handler>(
         .map_err(|error| HandshakeError::Http2(error.to_string().into()))?;
     let keepalive = KeepAlive::new(config.ping_interval, config.ping_timeout, connection.ping_pong());
     let mut server = Server {
+        group: handler.group(),
         connection,
         flush,
         keepalive,
@@ -218,6 +224,7 @@ impl CloneReached for DrainSignal {
 }
 
 struct Server<T, F, H> {
+    group: Group,
     connection: Connection<T, Bytes>,
     flush: F,
     keepalive: KeepAlive,
@@ -261,7 +268,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin, F: Flush, H: Handler> Server<T, F, H> {
 
     fn start(&mut self, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         let stream = serve_stream(self.handler.clone(), self.accepted.clone(), request, respond);
-        self.streams.spawn_local(stream);
+        self.streams.spawn_local(self.group.fair(stream));
     }
 
     fn reap(&mut self, cx: &mut Context<'_>) {

@@ -18,6 +18,7 @@ use std::{
 use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
 use identity::{Credentials, Proof};
+use tasks::Group;
 use tokio::{
     net::{TcpSocket, TcpStream},
     task::AbortHandle,
@@ -151,6 +152,7 @@ pub(crate) async fn dial(
     key: &TunnelKey,
     credentials: Arc<Credentials>,
     config: &Rc<Config>,
+    group: &Group,
     ended: impl FnOnce(&Weak<Tunnel>) + 'static,
 ) -> Result<Rc<Tunnel>, OpenError> {
     let address = key.address;
@@ -184,7 +186,7 @@ pub(crate) async fn dial(
         driver: RefCell::new(None),
         task: OnceCell::new(),
     });
-    spawn_driver(&tunnel, connection, wire, config.clone(), ended);
+    spawn_driver(&tunnel, connection, wire, config.clone(), group, ended);
     Ok(tunnel)
 }
 
@@ -209,6 +211,7 @@ fn spawn_driver(
     connection: Connection<Transport, Bytes>,
     wire: Wire,
     config: Rc<Config>,
+    group: &Group,
     ended: impl FnOnce(&Weak<Tunnel>) + 'static,
 ) {
     /// However the driver ends, by a panic or an abort too, the tunnel is known to be over.
@@ -225,7 +228,7 @@ fn spawn_driver(
         }
     }
     let weak = Rc::downgrade(tunnel);
-    let task = tokio::task::spawn_local(async move {
+    let task = tokio::task::spawn_local(group.fair(async move {
         let mut over = Over(weak.clone(), Some(ended), TunnelError::Drained);
         over.2 = match drive(weak, connection, wire, &config).await {
             Ok(()) => TunnelError::Io("closed by the peer".into()),
@@ -234,7 +237,7 @@ fn spawn_driver(
                 error
             }
         };
-    });
+    }));
     // Just made, so nothing is in it yet.
     let _ = tunnel.task.set(task.abort_handle());
 }

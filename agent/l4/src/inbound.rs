@@ -44,7 +44,7 @@ use crate::{
 pub(crate) fn carry_plaintext(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
     let connection = Connection::begin(shard, pod, Direction::Inbound, peer);
     connection.weigh();
-    tokio::task::spawn_local(run_plaintext(connection, ResetOnDrop::new(client)));
+    tokio::task::spawn_local(pod.group.fair(run_plaintext(connection, ResetOnDrop::new(client))));
 }
 
 async fn run_plaintext(connection: Connection, client: ResetOnDrop) {
@@ -123,7 +123,7 @@ pub(crate) fn carry_tunnel(shard: &Rc<Shard>, pod: &Rc<PodState>, socket: TcpStr
         pod: pod.clone(),
         peer: canonical_socket(peer),
     };
-    let task = tokio::task::spawn_local(tunnel.carry(socket));
+    let task = tokio::task::spawn_local(pod.group.fair(tunnel.carry(socket)));
     if let Some(dropped) = pod.half_open.enter(canonical_ip(peer.ip()), task.abort_handle()) {
         increment(&shard.counters.half_open_dropped);
         shard.refusals.say(|| {
@@ -210,6 +210,10 @@ struct Handler {
 
 impl hbone::Handler for Handler {
     type Context = Connection;
+
+    fn group(&self) -> tasks::Group {
+        self.pod.group.clone()
+    }
 
     async fn connect(&self, tunnel: &hbone::Accepted, request: IncomingRequest) -> Decision<Connection> {
         if let Some(task) = self.half_open.take() {

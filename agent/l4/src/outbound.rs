@@ -77,7 +77,7 @@ impl dns::Dial for NameServer<'_> {
 pub(crate) fn carry(shard: &Rc<Shard>, pod: &Rc<PodState>, client: TcpStream, peer: SocketAddr) {
     let connection = Connection::begin(shard, pod, Direction::Outbound, peer);
     connection.weigh();
-    tokio::task::spawn_local(run(connection, ResetOnDrop::new(client)));
+    tokio::task::spawn_local(pod.group.fair(run(connection, ResetOnDrop::new(client))));
 }
 
 async fn run(connection: Connection, client: ResetOnDrop) {

@@ -277,6 +277,7 @@ impl Start {
         let ran = std::panic::catch_unwind(AssertUnwindSafe(|| {
             let runtime = runtime
                 .enable_all()
+                .on_thread_unpark(tasks::fair::thread_woke)
                 .build_local(LocalOptions::default())
                 .map_err(|error| error.to_string())?;
             runtime.block_on(async move {
@@ -305,6 +306,7 @@ impl Start {
                     pods: RefCell::default(),
                     retired: RefCell::default(),
                     hand_overs: Rate::a_second(HAND_OVERS_A_SECOND),
+                    turns: tasks::Turns::default(),
                     refusals: Say::at_most(10),
                     accept_errors: Say::at_most(1),
                     datagram: RefCell::default(),

@@ -24,7 +24,7 @@ use identity::Identities;
 use mesh::Knowledge;
 use model::{Workload, WorkloadUid};
 use slab::Slab;
-use tasks::{DrainMode, DrainSignal, DrainTrigger, drain_channel};
+use tasks::{DrainMode, DrainSignal, DrainTrigger, Group, Turns, drain_channel};
 use telemetry::AccessLog;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -133,6 +133,8 @@ pub(crate) struct Shard {
     pub refusals: Say,
     pub accept_errors: Say,
     pub hand_overs: Rate,
+    /// Between pods.
+    pub turns: Turns,
     /// Where datagrams are read into, one at a time.
     pub datagram: RefCell<Vec<u8>>,
     pub random_state: Cell<u64>,
@@ -146,6 +148,8 @@ pub(crate) struct PodState {
     pub names: Arc<Names>,
     pub dns: dns::PodDns,
     pub pool: hbone::Pool,
+    /// What is done for it takes turns with what is done for others.
+    pub group: Group,
     pub half_open: HalfOpen,
     /// Of the tunnels that are accepted now.
     drain: RefCell<DrainSignal>,
@@ -227,12 +231,14 @@ impl Shard {
     ) {
         self.remove_pod(&uid);
         let (trigger, drain) = drain_channel();
+        let group = self.turns.group();
         let pod = Rc::new(PodState {
             uid: uid.clone(),
             sockets,
             names,
             dns: dns::PodDns::default(),
-            pool: hbone::Pool::new(self.hbone.clone()),
+            pool: hbone::Pool::fair(self.hbone.clone(), group.clone()),
+            group,
             half_open: HalfOpen::new(self.config.half_open),
             drain: RefCell::new(drain),
             connections: Cell::default(),
@@ -263,7 +269,7 @@ impl Shard {
             });
             pod.accepting
                 .borrow_mut()
-                .push(tokio::task::spawn_local(accepting).abort_handle());
+                .push(tokio::task::spawn_local(pod.group.fair(accepting)).abort_handle());
         }
     }
 
@@ -401,6 +407,7 @@ pub(crate) async fn run(
     let rechecking = tokio::task::spawn_local(recheck::run(shard.clone()));
     let reviewing = tokio::task::spawn_local(review::run(shard.clone()));
     let distrusting = tokio::task::spawn_local(distrust::run(shard.clone()));
+    let taking_turns = tokio::task::spawn_local(shard.turns.clone().run());
     loop {
         tokio::select! {
             // Commands first: what is handed over may be for a pod that was added just before.
@@ -447,4 +454,5 @@ pub(crate) async fn run(
     rechecking.abort();
     reviewing.abort();
     distrusting.abort();
+    taking_turns.abort();
 }

@@ -30,6 +30,10 @@ pub trait Contender {
     fn pair(&self) -> Pair {
         Pair::new(self.name(), false)
     }
+    /// Pods that share its proxies, to be noisy; none where a proxy is a pod's own.
+    fn neighbour(&self) -> Option<Pair> {
+        None
+    }
     /// Starts what is needed in the running lab.
     fn start(&mut self, lab: &Lab) -> Result<()>;
     /// What the client dials.
@@ -52,6 +56,10 @@ impl Contender for NoMesh {
 
     fn about(&self) -> String {
         "the same pods and links, not opted in, plaintext".to_owned()
+    }
+
+    fn neighbour(&self) -> Option<Pair> {
+        Some(Pair::new("no-mesh-noisy", false).nice())
     }
 
     fn start(&mut self, _: &Lab) -> Result<()> {
@@ -82,6 +90,10 @@ impl Contender for Undercurrent {
 
     fn pair(&self) -> Pair {
         Pair::new(self.name(), true)
+    }
+
+    fn neighbour(&self) -> Option<Pair> {
+        Some(Pair::new("noisy", true).nice())
     }
 
     fn start(&mut self, _: &Lab) -> Result<()> {

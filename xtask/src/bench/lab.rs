@@ -37,6 +37,7 @@ impl Pod {
 pub struct Pair {
     namespace: String,
     opted_in: bool,
+    nice: bool,
 }
 
 impl Pair {
@@ -45,7 +46,13 @@ impl Pair {
         Pair {
             namespace: format!("bench-{contender}"),
             opted_in,
+            nice: false,
         }
+    }
+
+    /// The same, whose server gives way to every other process.
+    pub fn nice(self) -> Self {
+        Pair { nice: true, ..self }
     }
 
     /// Where load comes from.
@@ -115,6 +122,14 @@ impl Lab {
             .arg("--")
             .arg(&self.load);
         command
+    }
+
+    /// The same, giving way to every other process.
+    pub fn nice_load(&self, pod: &Pod) -> Command {
+        let load = self.load(pod);
+        let mut nice = Command::new("nice");
+        nice.args(["-n", "19"]).arg(load.get_program()).args(load.get_args());
+        nice
     }
 
     /// The pod's first IPv4 address that others can reach.
@@ -228,7 +243,12 @@ impl Drop for Scratch {
 /// The Kubernetes objects of the lab.
 fn manifest(pairs: &[Pair], load: &str) -> String {
     let mut yaml = String::new();
-    for Pair { namespace, opted_in } in pairs {
+    for Pair {
+        namespace,
+        opted_in,
+        nice,
+    } in pairs
+    {
         let labels = if *opted_in {
             "\n  labels: {istio.io/dataplane-mode: ambient}"
         } else {
@@ -238,7 +258,8 @@ fn manifest(pairs: &[Pair], load: &str) -> String {
             yaml,
             "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {namespace}{labels}\n---\n"
         );
-        let serve = format!(r#"["{load}", "serve", "--listen", "0.0.0.0:{PORT}"]"#);
+        let nice = if *nice { r#""nice", "-n", "19", "# } else { "" };
+        let serve = format!(r#"[{nice}"{load}", "serve", "--listen", "0.0.0.0:{PORT}"]"#);
         for (name, node, command) in [("client", 1, r#"["sleep", "infinity"]"#), ("server", 2, serve.as_str())] {
             let _ = write!(
                 yaml,

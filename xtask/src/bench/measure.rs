@@ -1,14 +1,16 @@
 //! The measurements, each on one contender: load from the client's pod, and what the proxies spent on it.
 
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::contender::{Contender, Sides};
-use super::lab::Lab;
+use super::lab::{Lab, PORT};
 use super::process::{cpu_seconds, machine_cpu_seconds, memory_mib};
 
 /// Something to do to every contender, in turn.
@@ -20,18 +22,35 @@ pub enum Measure {
     Requests(u32),
     /// New connections.
     Connections,
+    /// A request after the other by a pod whose neighbour on both nodes makes this noise.
+    Beside(Option<Noise>),
     /// One more proxy's start.
     Start,
 }
 
+/// What a pod's neighbour does meanwhile, through the same proxies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Noise {
+    /// Bytes on eight streams.
+    Bulk,
+    /// New connections, 64 at a time.
+    Storm,
+    /// Requests on 256 connections.
+    Crowd,
+}
+
 /// All of them, in the order of the report.
-pub const MEASURES: [Measure; 7] = [
+pub const MEASURES: [Measure; 11] = [
     Measure::Bulk(1),
     Measure::Bulk(8),
     Measure::Requests(1),
     Measure::Requests(16),
     Measure::Requests(64),
     Measure::Connections,
+    Measure::Beside(None),
+    Measure::Beside(Some(Noise::Bulk)),
+    Measure::Beside(Some(Noise::Storm)),
+    Measure::Beside(Some(Noise::Crowd)),
     Measure::Start,
 ];
 
@@ -126,6 +145,7 @@ impl Measure {
                 samples.extend(cost.samples(row, "CPU s/100k", got.count as f64 / 1e5));
                 Ok(samples)
             }
+            Measure::Beside(noise) => quiet(lab, contender, noise, seconds),
             Measure::Start => {
                 let took = contender.time_to_ready(lab)?;
                 Ok(took
@@ -142,6 +162,8 @@ impl Measure {
             Measure::Bulk(streams) => format!("bulk, streams: {streams}"),
             Measure::Requests(connections) => format!("requests, connections: {connections}"),
             Measure::Connections => "new connections".to_owned(),
+            Measure::Beside(None) => "quiet pod alone".to_owned(),
+            Measure::Beside(Some(noise)) => format!("quiet pod, {}", noise.title()),
             Measure::Start => "start to ready".to_owned(),
         }
     }
@@ -243,6 +265,70 @@ fn load<T: DeserializeOwned>(lab: &Lab, contender: &dyn Contender, words: &[&str
     let answer = serde_json::from_slice(&output.stdout);
     let answer = answer.with_context(|| format!("{}: {}", words.join(" "), String::from_utf8_lossy(&output.stdout)))?;
     Ok((answer, cost))
+}
+
+impl Noise {
+    fn words(self) -> [&'static str; 3] {
+        match self {
+            Noise::Bulk => ["bulk", "--streams", "8"],
+            Noise::Storm => ["connections", "--concurrency", "64"],
+            Noise::Crowd => ["requests", "--connections", "256"],
+        }
+    }
+
+    fn title(self) -> &'static str {
+        match self {
+            Noise::Bulk => "bulk on 8 streams",
+            Noise::Storm => "a storm of connections",
+            Noise::Crowd => "requests on 256 conn",
+        }
+    }
+}
+
+/// How long a pod's requests take while its neighbour makes noise. Only where the neighbour has the same proxies.
+fn quiet(lab: &Lab, contender: &dyn Contender, noise: Option<Noise>, seconds: f64) -> Result<Vec<Sample>> {
+    let Some(neighbour) = contender.neighbour() else {
+        return Ok(Vec::new());
+    };
+    let noisy = noise
+        .map(|noise| {
+            let target = SocketAddr::new(lab.address(&neighbour.server())?, PORT);
+            // The load's own share of the processor is not what is asked about.
+            let mut command = lab.nice_load(&neighbour.client());
+            let longer = (seconds + 1.0).to_string();
+            command.args(noise.words());
+            command.args(["--target", &target.to_string(), "--seconds", &longer]);
+            Noisy::start(&mut command)
+        })
+        .transpose()?;
+    let (got, _): (Requests, Cost) = load(lab, contender, &["requests", "--connections", "1"], seconds)?;
+    got.rate()?;
+    drop(noisy);
+    let beside = noise.map_or_else(|| "alone".to_owned(), |noise| format!("beside {}", noise.title()));
+    Ok(vec![
+        sample(format!("quiet pod {beside}, p50"), "µs", Better::Lower, got.p50_us),
+        sample(format!("quiet pod {beside}, p99"), "µs", Better::Lower, got.p99_us),
+    ])
+}
+
+/// A neighbour's load; its end is waited for when dropped.
+struct Noisy(std::process::Child);
+
+impl Noisy {
+    fn start(command: &mut Command) -> Result<Self> {
+        let silent = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = silent.spawn().context("start the noise")?;
+        // It connects, and the pools are warm.
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Noisy {
+    fn drop(&mut self) {
+        // It ends by itself, half a second after the quiet one; ended from outside, its load would go on in the pod.
+        let _ = self.0.wait();
+    }
 }
 
 /// Memory of a contender's fresh proxies without, and with more and more, idle connections through them.

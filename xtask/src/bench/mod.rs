@@ -91,7 +91,9 @@ pub fn l4(workspace: &Workspace, options: &L4) -> Result<()> {
     if contenders.is_empty() {
         bail!("--only left nothing to measure");
     }
-    let pairs: Vec<Pair> = contenders.iter().map(|contender| contender.pair()).collect();
+    let pairs = contenders.iter().map(|contender| contender.pair());
+    let neighbours = contenders.iter().filter_map(|contender| contender.neighbour());
+    let pairs: Vec<Pair> = pairs.chain(neighbours).collect();
     let lab = Lab::up(workspace, binary, &pairs)?;
     let about = contenders
         .iter()
