@@ -33,7 +33,7 @@ pub(crate) fn serve(shard: &Rc<Shard>, pod: &Rc<PodState>, sockets: Sockets) {
         match socket {
             Ok(socket) => {
                 let serving = listen(shard.clone(), pod.clone(), slot, Rc::new(socket));
-                let serving = tokio::task::spawn_local(serving).abort_handle();
+                let serving = tokio::task::spawn_local(pod.group.fair(serving)).abort_handle();
                 pod.dns.serving.borrow_mut().push(serving);
             }
             Err(error) => {
@@ -103,7 +103,8 @@ fn begin_forwarding(
     query: Vec<u8>,
 ) {
     let (shard, pod, socket) = (shard.clone(), pod.clone(), socket.clone());
-    tokio::task::spawn_local(async move {
+    let group = pod.group.clone();
+    tokio::task::spawn_local(group.fair(async move {
         let reply = match forward(&shard, &pod, slot, client, &query).await {
             Ok(response) => response,
             Err(why) => {
@@ -114,7 +115,7 @@ fn begin_forwarding(
         };
         // As above.
         let _ = socket.try_send_to(&reply, client);
-    });
+    }));
 }
 
 /// Why a query has no answer.
