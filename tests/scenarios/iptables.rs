@@ -14,6 +14,7 @@ mod lifecycle;
 mod policy;
 mod probes;
 mod reach;
+mod waypoint;
 
 use system_tests::suite;
 
@@ -43,6 +44,7 @@ fn main() -> std::process::ExitCode {
         knowledge::SCENARIOS,
         exclusions::SCENARIOS,
         enrolment::SCENARIOS,
+        waypoint::SCENARIOS,
         fallback::SCENARIOS,
         lifecycle::SCENARIOS,
     ];

@@ -15,6 +15,7 @@ mod policy;
 mod probes;
 mod reach;
 mod services;
+mod waypoint;
 
 use system_tests::suite;
 
@@ -35,6 +36,7 @@ fn main() -> std::process::ExitCode {
         knowledge::SCENARIOS,
         exclusions::SCENARIOS,
         enrolment::SCENARIOS,
+        waypoint::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("ebpf", &themes, &[])

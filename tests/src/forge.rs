@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -70,6 +71,19 @@ fn authority(mesh: &Mesh) -> Result<(String, String)> {
         anyhow::Ok(String::from_utf8(value.0.clone())?)
     };
     Ok((text("ca-cert.pem")? + &text("root-cert.pem")?, text("ca-key.pem")?))
+}
+
+/// Writes what a program of its own needs to be this identity: `chain.pem`, `key.pem` and `roots.pem`.
+pub fn write_certificates(mesh: &Mesh, identity: &str, to: &Path) -> Result<()> {
+    let issued = Offer::of(mesh, identity)?.certificate.context("it has a certificate")?;
+    let text = |tag: &str, der: &[u8]| pem::encode(&pem::Pem::new(tag, der));
+    let certificates =
+        |all: &[CertificateDer<'_>]| -> String { all.iter().map(|one| text("CERTIFICATE", one)).collect() };
+    std::fs::create_dir_all(to)?;
+    std::fs::write(to.join("chain.pem"), certificates(&issued.chain))?;
+    std::fs::write(to.join("roots.pem"), certificates(&issued.roots))?;
+    std::fs::write(to.join("key.pem"), text("PRIVATE KEY", issued.key.secret_der()))?;
+    Ok(())
 }
 
 impl Offer {

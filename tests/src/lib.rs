@@ -17,7 +17,9 @@
 #![allow(missing_docs, reason = "a harness for the scenarios beside it, not an interface")]
 
 pub mod capture;
+pub mod envoy;
 pub mod forge;
+pub mod gate;
 pub mod kubectl;
 pub mod leftovers;
 pub mod machine;

@@ -80,6 +80,23 @@ pub fn missing() -> Option<String> {
     binary().err()
 }
 
+/// Envoy, where pods see it: the one that `UNDERCURRENT_ENVOY` names, else the one that `cargo xtask setup` fetches. The
+/// reason, where there is none.
+pub fn envoy() -> Result<PathBuf, String> {
+    let given = std::env::var_os("UNDERCURRENT_ENVOY").map(PathBuf::from);
+    let found = given.unwrap_or_else(|| root().join("target/tools/envoy/envoy/_bin/envoy"));
+    if !found.exists() {
+        return Err("Envoy is not here (cargo xtask setup)".to_owned());
+    }
+    let seen = scripts().join("envoy");
+    if !seen.exists() {
+        // A link costs nothing; from another file system it has to be a copy.
+        let there = fs::hard_link(&found, &seen).or_else(|_| fs::copy(&found, &seen).map(drop));
+        there.map_err(|error| format!("Envoy can't be put where pods see it: {error}"))?;
+    }
+    Ok(seen)
+}
+
 /// Where cgroup v2 is mounted.
 pub fn cgroup_root() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/mounts").ok()?;

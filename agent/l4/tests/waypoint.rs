@@ -155,7 +155,7 @@ async fn what_is_behind_a_waypoint_is_handed_to_it_and_reached_by_it_alone() {
     expect_refused(mesh.server.receive_plaintext(new_address(), 8080).await).await;
     mesh.lab.line(&[
         "inbound",
-        "denied: the workload is behind waypoint shop/wp.shop.svc.cluster.local:15008 and takes only what comes",
+        "denied: the workload is behind waypoint shop/wp.shop.svc.cluster.local and takes only what comes",
         "plaintext",
     ]);
     assert_eq!(mesh.proxy.counters().failed(FailureKind::Denied), 1);

@@ -10,15 +10,13 @@ use std::{
     sync::Arc,
 };
 
-use model::{
-    GatewayAddress, LoadBalancingMode, NamespacedName, OriginalDst, Service, TunnelProtocol, Workload, WorkloadUid,
-};
+use model::{LoadBalancingMode, NamespacedName, OriginalDst, Service, TunnelProtocol, Workload, WorkloadUid};
 
 use crate::{
     Attempt, Snapshot,
     choice::{Choice, NoExperience},
     snapshot::Seen,
-    waypoint::{Behind, HandOff, WaypointFault, name_of},
+    waypoint::{Behind, HandOff, WaypointFault},
 };
 
 /// The port of every HBONE listener.
@@ -101,8 +99,8 @@ pub enum RefuseReason {
     Waypoint {
         /// What has the waypoint: a service or a workload.
         destination: String,
-        /// The waypoint.
-        waypoint: GatewayAddress,
+        /// The waypoint: its Gateway or its service, else its address.
+        waypoint: String,
         /// What is wrong with it.
         why: WaypointFault,
     },
@@ -142,8 +140,7 @@ impl fmt::Display for RefuseReason {
                 why,
             } => write!(
                 f,
-                "{destination} has to be reached through {}, which can't be used: {why}",
-                name_of(waypoint)
+                "{destination} has to be reached through {waypoint}, which can't be used: {why}"
             ),
             Self::OtherNetwork { workload, network } => write!(
                 f,

@@ -67,15 +67,6 @@ impl fmt::Display for WaypointFault {
     }
 }
 
-/// A waypoint in words: the Gateway, where the address tells of one.
-pub(crate) fn name_of(waypoint: &GatewayAddress) -> String {
-    match waypoint.why_unusable() {
-        Some((policy, Unusable::PolicyAlone)) => format!("the waypoint that AuthorizationPolicy {policy} needs"),
-        Some((gateway, _)) => format!("Gateway {gateway}"),
-        None => format!("waypoint {waypoint}"),
-    }
-}
-
 /// What has a waypoint.
 pub(crate) enum Behind<'a> {
     Service(&'a Arc<Service>),
@@ -99,7 +90,7 @@ impl HandOff<'_> {
     /// The way to one of the waypoint's replicas.
     pub(crate) fn route(&self) -> Result<Route, RefuseReason> {
         self.to_replica()
-            .map_err(|why| refusal(&self.behind, self.waypoint, why))
+            .map_err(|why| self.snapshot.refusal(&self.behind, self.waypoint, why))
     }
 
     fn to_replica(&self) -> Result<Route, WaypointFault> {
@@ -187,17 +178,6 @@ fn takes_hbone(workload: &Workload, at: SocketAddr) -> bool {
     workload.protocol == TunnelProtocol::Hbone && !at.ip().is_unspecified()
 }
 
-fn refusal(behind: &Behind<'_>, waypoint: &GatewayAddress, why: WaypointFault) -> RefuseReason {
-    RefuseReason::Waypoint {
-        destination: match behind {
-            Behind::Service(service) => format!("service {}", service.key()),
-            Behind::Workload(workload, _) => format!("workload {}", workload.uid),
-        },
-        waypoint: waypoint.clone(),
-        why,
-    }
-}
-
 /// What stands at a waypoint's address.
 enum Gateway<'a> {
     Service(&'a Arc<Service>),
@@ -206,6 +186,33 @@ enum Gateway<'a> {
 }
 
 impl Snapshot {
+    fn refusal(&self, behind: &Behind<'_>, waypoint: &GatewayAddress, why: WaypointFault) -> RefuseReason {
+        RefuseReason::Waypoint {
+            destination: match behind {
+                Behind::Service(service) => format!("service {}", service.key()),
+                Behind::Workload(workload, _) => format!("workload {}", workload.uid),
+            },
+            waypoint: self.name_of(waypoint),
+            why,
+        }
+    }
+
+    /// A waypoint in words: its Gateway or its service, where that is known, else its address.
+    fn name_of(&self, waypoint: &GatewayAddress) -> String {
+        match waypoint.why_unusable() {
+            Some((policy, Unusable::PolicyAlone)) => {
+                return format!("the waypoint that AuthorizationPolicy {policy} needs");
+            }
+            Some((gateway, _)) => return format!("Gateway {gateway}"),
+            None => {}
+        }
+        match self.gateway(waypoint) {
+            Some(Gateway::Service(service)) => format!("waypoint {}", service.key()),
+            Some(Gateway::Workload(workload, _)) => format!("waypoint {}", workload.uid),
+            None => format!("waypoint {waypoint}"),
+        }
+    }
+
     /// The waypoint that what `source` dials of this service is handed to; one of several by their weights.
     pub(crate) fn waypoint_of_service<'a>(
         &self,
@@ -224,7 +231,7 @@ impl Snapshot {
         // Other bits than those that choose the replica.
         let Some(mut left) = random.rotate_left(32).checked_rem(total) else {
             let behind = Behind::Service(service);
-            return Err(refusal(&behind, &first.destination, WaypointFault::NoShare));
+            return Err(self.refusal(&behind, &first.destination, WaypointFault::NoShare));
         };
         let chosen = weighted.iter().find(|one| match left.checked_sub(one.weight.into()) {
             Some(rest) => {
@@ -317,7 +324,7 @@ impl Snapshot {
                 return None;
             }
         }
-        let mut name = name_of(waypoint);
+        let mut name = self.name_of(waypoint);
         if let Some((_, why)) = waypoint.why_unusable() {
             name = format!("{name} ({why})");
         }

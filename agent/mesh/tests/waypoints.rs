@@ -74,7 +74,7 @@ fn a_service_is_handed_over_by_its_own_address_to_any_replica() {
     let none_left = handed(0, &["s1", "s2"]);
     assert_eq!(
         none_left,
-        "service n/web has to be reached through waypoint /10.9.0.2:15008, which can't be used: service \
+        "service n/web has to be reached through waypoint n/for-services, which can't be used: service \
          n/for-services has no healthy endpoint"
     );
 }
@@ -229,7 +229,7 @@ fn who_has_a_waypoint_takes_only_what_came_through_it() {
     let refused = |account, source| takes(FILE, account, source).unwrap_err();
     assert_eq!(
         refused(Some("client"), "10.0.0.9"),
-        "denied: the workload is behind waypoint n/for-pods:15008 and takes only what comes through it: the peer is \
+        "denied: the workload is behind waypoint n/for-pods and takes only what comes through it: the peer is \
          spiffe://cluster.local/ns/n/sa/client"
     );
     assert!(refused(None, "192.0.2.1").ends_with("the peer came in plaintext, without an identity"));

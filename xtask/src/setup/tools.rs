@@ -7,7 +7,7 @@ pub enum Purpose {
     Build,
     /// The playground: demo and system tests.
     Run,
-    /// The tests: `cargo deny`, `kubectl`.
+    /// The tests: `cargo deny`, `kubectl`, Envoy.
     Audit,
     /// The benchmarks.
     Bench,
