@@ -15,6 +15,11 @@ pub const VIP: &str = "10.96.88.1";
 
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
+/// The labels of what a controller makes for a Gateway: what has them is behind no waypoint itself.
+fn made_for(gateway: &str) -> Value {
+    json!({GATEWAY_NAME: gateway, "gateway.istio.io/managed": "istio.io-mesh-controller"})
+}
+
 fn object(kind: &str, version: &str, name: &str, labels: Value, more: Value) -> Value {
     let metadata = json!({"name": name, "namespace": NAMESPACE, "labels": labels});
     let mut object = json!({"apiVersion": version, "kind": kind, "metadata": metadata});
@@ -43,7 +48,7 @@ fn envoy_container(binary: &Path, config: &Value) -> Value {
 /// A replica of the waypoint `wp`, whose HBONE the agent terminates.
 pub fn replica(binary: &Path, name: &str, node: &str) -> Value {
     let container = envoy_container(binary, &envoy::handed(name));
-    pod(name, node, json!({GATEWAY_NAME: "wp"}), container)
+    pod(name, node, made_for("wp"), container)
 }
 
 fn account(name: &str) -> Value {
@@ -103,7 +108,9 @@ pub fn stage(kubectl: &Kubectl, binary: &Path) -> Result<()> {
 
 /// A waypoint `own` of one replica that speaks HBONE itself, outside the mesh, and goes on to this pod.
 pub fn stage_native(kubectl: &Kubectl, binary: &Path, certificates: &Path, web: &str) -> Result<()> {
-    let labels = json!({GATEWAY_NAME: "own", "networking.istio.io/tunnel": "http", "istio.io/dataplane-mode": "none"});
+    let mut labels = made_for("own");
+    labels["networking.istio.io/tunnel"] = json!("http");
+    labels["istio.io/dataplane-mode"] = json!("none");
     let container = envoy_container(binary, &envoy::native("own-1", certificates, web, 8080));
     let replica = pod("own-1", "node-1", labels, container);
     apply(kubectl, &[account("own"), gateway_service("own"), replica])?;
