@@ -125,8 +125,7 @@ fn is_ready(pod: &Value) -> bool {
 /// `kubectl apply` of all of them.
 pub fn apply(kubectl: &Kubectl, objects: &[Value]) -> Result<()> {
     let documents: Vec<_> = objects.iter().map(Value::to_string).collect();
-    let separated = documents.join("\n---\n");
-    kubectl.apply(&separated).map(drop)
+    kubectl.apply(&documents.join("\n")).map(drop)
 }
 
 /// The Gateway, and what its controller says of it. `wp` has its HBONE terminated by the agent.
