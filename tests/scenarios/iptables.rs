@@ -14,6 +14,7 @@ mod lifecycle;
 mod policy;
 mod probes;
 mod reach;
+mod services;
 mod waypoint;
 
 use system_tests::suite;
@@ -40,6 +41,7 @@ fn main() -> std::process::ExitCode {
         policy::SCENARIOS,
         cluster::SCENARIOS,
         dns::SCENARIOS,
+        services::SCENARIOS,
         labels::SCENARIOS,
         knowledge::SCENARIOS,
         exclusions::SCENARIOS,
