@@ -32,6 +32,8 @@ pub struct Config {
     pub half_open: usize,
     /// Who knows the addresses of workloads that have only a name; by default nobody does, and they are refused.
     pub lookup: Arc<dyn Lookup>,
+    /// Where connections are counted.
+    pub metrics: telemetry::Metrics,
 }
 
 impl Default for Config {
@@ -48,6 +50,7 @@ impl Default for Config {
             patience: Duration::from_secs(2),
             half_open: 256,
             lookup: Arc::new(NoLookup),
+            metrics: telemetry::Metrics::default(),
         }
     }
 }

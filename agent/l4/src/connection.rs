@@ -22,10 +22,11 @@ use identity::Proof;
 use mesh::Snapshot;
 use model::{Identity, Service, Workload, WorkloadUid, canonical_socket};
 use policy::{Facts, Reason, Verdict};
-use telemetry::{ConnectionRecord, Direction, Party};
+use telemetry::{AccessLog, ConnectionRecord, Direction, Party, ResponseFlag, TraceId};
 
 use crate::{
     counters::increment,
+    counting::Counting,
     egress::Left,
     experience::Counted,
     failure::Failure,
@@ -44,6 +45,7 @@ pub(crate) struct Live {
     /// Why it was told to stop.
     pub stopped: RefCell<Option<Box<Failure>>>,
     pub known: RefCell<Known>,
+    pub(crate) counting: Counting,
     key: Cell<usize>,
 }
 
@@ -72,6 +74,8 @@ pub(crate) struct Known {
     pub dry_run: Option<Box<Verdict>>,
     /// Outbound, to what is not in the mesh: what it left by, to judge it again.
     pub exit: Option<Box<Left>>,
+    /// The trace that both ends' log lines share.
+    pub trace: Option<TraceId>,
     pub established: bool,
 }
 
@@ -113,6 +117,7 @@ impl Connection {
             relay: hbone::Live::default(),
             stopped: RefCell::default(),
             known: RefCell::default(),
+            counting: Counting::default(),
             key: Cell::default(),
         });
         let key = shard.connections.borrow_mut().insert(live.clone());
@@ -202,10 +207,31 @@ impl Connection {
         self.known.borrow_mut().source_workload = snapshot.workload_by_ip(self.client.ip()).cloned();
     }
 
+    /// The service that the peer said was dialled, if the workload is an endpoint of it: telemetry should not have names
+    /// that a peer made up.
+    pub(crate) fn claimed_service(&self, snapshot: &Snapshot, workload: &Workload) -> Option<Arc<Service>> {
+        let known = self.known.borrow();
+        let host = known.service_host.as_deref()?;
+        let mut services = workload.services.keys();
+        let key = services.find(|service| *service.name == *host)?;
+        snapshot.service(key).cloned()
+    }
+
+    /// Begins the connection's trace.
+    pub(crate) fn begin_trace(&self) -> TraceId {
+        let trace = TraceId::new(self.shard.random(), self.shard.random());
+        self.known.borrow_mut().trace = Some(trace);
+        trace
+    }
+
     /// The two ends are joined.
     pub(crate) fn establish(&self) {
         self.known.borrow_mut().established = true;
         increment(&self.shard.counters.established);
+        self.count_opened();
+        if self.shard.log.tells_opening() {
+            self.log(None, |log, record| log.opened(record));
+        }
     }
 
     /// The connection ended. When it was told to stop, that is what it ended by.
@@ -214,24 +240,15 @@ impl Connection {
         self.record(failure);
     }
 
-    /// Bytes that this agent's pod sent and received. A plaintext client is not the pod, but counts as the relay's first
-    /// end; a tunnel's first end is always the pod.
-    fn bytes(&self) -> (u64, u64) {
-        let (to_peer, from_peer) = (self.relay.to_peer(), self.relay.from_peer());
-        match (self.direction, self.known.borrow().hbone_target) {
-            (Direction::Inbound, None) => (from_peer, to_peer),
-            _ => (to_peer, from_peer),
-        }
-    }
-
     fn record(&self, failure: Option<Failure>) {
         let failure = self.stopped.take().map(|failure| *failure).or(failure);
         match &failure {
             Some(failure) => self.shard.counters.fail(failure.kind()),
             None => increment(&self.shard.counters.completed),
         }
+        self.count_closed(failure.as_ref().map_or(ResponseFlag::None, Failure::flag));
         if self.shard.log.is_on() {
-            self.log(failure.as_ref());
+            self.log(failure.as_ref(), |log, record| log.record(record));
         } else if let Some(failure) = failure.as_ref().filter(|failure| failure.is_refusal()) {
             let direction = self.direction.as_str();
             self.shard.refusals.say(|| {
@@ -240,7 +257,7 @@ impl Connection {
         }
     }
 
-    fn log(&self, failure: Option<&Failure>) {
+    fn log(&self, failure: Option<&Failure>, write: impl FnOnce(&AccessLog, &ConnectionRecord<'_>)) {
         let (sent, received) = self.bytes();
         let known = self.known.borrow();
         let own_identity = |workload: &Option<Arc<Workload>>| workload.as_ref().map(|workload| workload.identity());
@@ -248,7 +265,7 @@ impl Connection {
             Direction::Outbound => (own_identity(&known.source_workload), known.peer.clone()),
             Direction::Inbound => (known.peer.clone(), own_identity(&known.destination_workload)),
         };
-        self.shard.log.record(&ConnectionRecord {
+        let record = ConnectionRecord {
             direction: self.direction,
             source: Party {
                 address: Some(self.client),
@@ -274,8 +291,11 @@ impl Connection {
                 .or(known.rule.as_ref())
                 .map(|rule| rule as _),
             dry_run: known.dry_run.as_deref().map(|dry_run| &dry_run.reason as _),
+            flag: failure.map_or(ResponseFlag::None, Failure::flag),
+            trace: known.trace,
             error: failure.map(|failure| failure as _),
-        });
+        };
+        write(&self.shard.log, &record);
     }
 }
 
@@ -305,6 +325,16 @@ impl Drop for Connection {
 }
 
 impl Live {
+    /// Bytes that this agent's pod sent and received. A plaintext client is not the pod, but counts as the relay's first
+    /// end; a tunnel's first end is always the pod.
+    pub(crate) fn bytes(&self) -> (u64, u64) {
+        let (to_peer, from_peer) = (self.relay.to_peer(), self.relay.from_peer());
+        match (self.direction, self.known.borrow().hbone_target) {
+            (Direction::Inbound, None) => (from_peer, to_peer),
+            _ => (to_peer, from_peer),
+        }
+    }
+
     /// Tells the connection to stop; the first reason stays.
     pub(crate) fn stop(&self, why: Failure) {
         self.stopped.borrow_mut().get_or_insert_with(|| Box::new(why));
@@ -323,8 +353,8 @@ impl Live {
 
     /// What a person sees of it.
     pub(crate) fn info(&self) -> ConnectionInfo {
+        let (sent, received) = self.bytes();
         let known = self.known.borrow();
-        let (sent, received) = (self.relay.to_peer(), self.relay.from_peer());
         ConnectionInfo {
             pod: self.pod.uid.clone(),
             shard: self.shard.index,
@@ -335,7 +365,11 @@ impl Live {
             service: known.service.as_ref().map(|service| service.hostname.clone()),
             peer: known.peer.clone(),
             established: known.established,
-            bytes: sent + received,
+            sent,
+            received,
+            source_workload: known.source_workload.as_ref().map(|workload| workload.uid.clone()),
+            destination_workload: known.destination_workload.as_ref().map(|workload| workload.uid.clone()),
+            trace: known.trace,
             age: self.started.elapsed(),
             rule: known.rule.as_ref().map(ToString::to_string),
         }
@@ -364,8 +398,16 @@ pub struct ConnectionInfo {
     pub peer: Option<Identity>,
     /// Whether the two ends are joined.
     pub established: bool,
-    /// Moved so far, both ways.
-    pub bytes: u64,
+    /// Bytes that the pod of this node sent so far.
+    pub sent: u64,
+    /// Bytes that it received.
+    pub received: u64,
+    /// Who opened it, where that is known.
+    pub source_workload: Option<WorkloadUid>,
+    /// To whom, where that is known.
+    pub destination_workload: Option<WorkloadUid>,
+    /// The trace that both ends' log lines share.
+    pub trace: Option<TraceId>,
     /// Since accept.
     pub age: std::time::Duration,
     /// What allowed it.

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use mesh::RefuseReason;
 use model::{Authority, Identity, WorkloadUid};
 use policy::Reason;
+use telemetry::ResponseFlag;
 
 use crate::{
     lookup::LookupError,
@@ -204,6 +205,29 @@ impl Failure {
         }
     }
 
+    /// How the connection ended, as metrics and log say it in a word. A reset by one of its ends is an end like another.
+    pub fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::NoRoute(RefuseReason::NoHealthyEndpoint(_)) => ResponseFlag::NoHealthyUpstream,
+            Self::Open(hbone::OpenError::ConnectTimeout { .. }) => ResponseFlag::NetworkPolicy,
+            Self::Open(hbone::OpenError::Handshake { source, .. }) => flag_of_handshake(source),
+            Self::Open(hbone::OpenError::Refused { status: 401 | 403 }) => ResponseFlag::Deny,
+            Self::Open(_) => ResponseFlag::Connect,
+            Self::Tunnel(hbone::TunnelError::Handshake(source)) => flag_of_handshake(source),
+            Self::GivenUp => ResponseFlag::DownstreamTermination,
+            failure => match failure.kind() {
+                FailureKind::Denied | FailureKind::NoLongerAllowed => ResponseFlag::Deny,
+                FailureKind::Misdirected | FailureKind::NoRoute => ResponseFlag::NoRoute,
+                FailureKind::Identity => ResponseFlag::IdentityError,
+                FailureKind::Connect => ResponseFlag::Connect,
+                FailureKind::Tunnel => ResponseFlag::UpstreamTermination,
+                FailureKind::BadRequest => ResponseFlag::DownstreamProtocolError,
+                FailureKind::Reset => ResponseFlag::None,
+                FailureKind::Ended | FailureKind::Panicked => ResponseFlag::LocalReset,
+            },
+        }
+    }
+
     /// What decided, where it was a policy.
     pub(crate) fn rule(&self) -> Option<&Reason> {
         match self {
@@ -248,5 +272,12 @@ impl Failure {
             RelayError::Io(end, error) => Some(Self::Relay(format!("the {}'s socket failed: {error}", name(end)))),
             RelayError::Cut => None,
         }
+    }
+}
+
+fn flag_of_handshake(error: &hbone::HandshakeError) -> ResponseFlag {
+    match error {
+        hbone::HandshakeError::Http2(_) | hbone::HandshakeError::NotHttp2 => ResponseFlag::H2HandshakeFailure,
+        _ => ResponseFlag::TlsFailure,
     }
 }

@@ -59,12 +59,6 @@ pub(crate) fn forwarded_host(forwarded: &str) -> Option<&str> {
     (!host.is_empty() && host.len() <= 253).then_some(host)
 }
 
-/// `00-<32 hex>-<16 hex>-00`, new for each connection. <https://www.w3.org/TR/trace-context/>
-pub(crate) fn traceparent(random: impl Fn() -> u64) -> String {
-    // An id of only zeros is invalid.
-    format!("00-{:016x}{:016x}-{:016x}-00", random(), random() | 1, random() | 1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,9 +87,6 @@ mod tests {
         assert_eq!(forwarded_host(&with_host), Some("server.default.svc.cluster.local"));
         assert_eq!(forwarded(client, None), r#"for="10.77.0.1:35930""#);
         assert_eq!(forwarded_host(r#"for="10.77.0.1:35930""#), None);
-        let trace = traceparent(|| 0);
-        assert_eq!(trace, "00-00000000000000000000000000000001-0000000000000001-00");
-        assert_eq!(trace.len(), 55);
     }
 
     #[test]

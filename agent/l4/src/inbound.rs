@@ -24,7 +24,7 @@ use mesh::Snapshot;
 use model::{Authority, AuthorityError, OriginalDst, PeerAddr, Workload, canonical_ip, canonical_socket};
 use policy::Facts;
 use socket2::SockRef;
-use telemetry::Direction;
+use telemetry::{Direction, TraceId};
 use tokio::net::TcpStream;
 
 use crate::{
@@ -223,6 +223,7 @@ impl hbone::Handler for Handler {
         let connection = Connection::begin(&self.shard, &self.pod, Direction::Inbound, tunnel.peer_address);
         let peer = self.shard.identities.trust().normalize(tunnel.peer.clone());
         connection.learn_tunnel(tunnel.local_address, &peer, forwarded_host(&request));
+        connection.known.borrow_mut().trace = trace(&request);
         let opening = Box::pin(Self::open(&connection, tunnel, request.authority));
         let opened = connection.unless_stopped(opening).await;
         match opened {
@@ -259,6 +260,11 @@ fn forwarded_host(request: &IncomingRequest) -> Option<Arc<str>> {
     headers::forwarded_host(request.headers.get("forwarded")?.to_str().ok()?).map(Arc::from)
 }
 
+/// The trace that the peer began for this connection.
+fn trace(request: &IncomingRequest) -> Option<TraceId> {
+    TraceId::of_traceparent(request.headers.get("traceparent")?.to_str().ok()?)
+}
+
 impl Handler {
     /// Everything before the 200: what it is joined to, or why not.
     async fn open(
@@ -273,7 +279,8 @@ impl Handler {
         let workload = own_workload(connection, &snapshot)?.clone();
         connection.learn_source(&snapshot);
         let target = target_of(&authority, own, &snapshot, &workload)?;
-        connection.learn_destination(workload.clone(), None, Some(target));
+        let service = connection.claimed_service(&snapshot, &workload);
+        connection.learn_destination(workload.clone(), service, Some(target));
         if is_own_port(target.port()) {
             return Err(Failure::NotServed(authority));
         }

@@ -34,6 +34,7 @@ mod distrust;
 pub mod dns;
 mod egress;
 mod experience;
+mod counting;
 mod failure;
 mod half_open;
 mod handed;

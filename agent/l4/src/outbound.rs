@@ -370,7 +370,7 @@ async fn tunnel(
         headers: vec![
             ("baggage", pod.baggage(source)),
             ("forwarded", forwarded),
-            ("traceparent", headers::traceparent(|| shard.random())),
+            ("traceparent", connection.begin_trace().traceparent(shard.random())),
         ],
     };
     let alternatives = end.names.into_iter().flat_map(|service| &service.subject_alt_names);

@@ -18,7 +18,7 @@ use identity::Identities;
 use mesh::Knowledge;
 use model::WorkloadUid;
 use slab::Slab;
-use telemetry::AccessLog;
+use telemetry::{AccessLog, Recorder};
 use tokio::{
     runtime::{Builder, LocalOptions},
     sync::{mpsc, oneshot, watch},
@@ -198,6 +198,16 @@ impl Proxy {
         connections
     }
 
+    /// Brings [`Config::metrics`] up to date: the bytes of connections that live are counted when somebody asks.
+    pub async fn count(&self) {
+        for shard in &self.shards {
+            let (answer, answered) = oneshot::channel();
+            shard.tell(Command::Count(answer));
+            // A shard that died counts nothing more.
+            let _ = answered.await;
+        }
+    }
+
     /// What was counted since the start.
     pub fn counters(&self) -> Counters {
         Counters::sum(self.shards.iter().map(|shard| &*shard.counters))
@@ -295,6 +305,7 @@ impl Start {
                 let shard = Rc::new(Shard {
                     index,
                     hbone: Rc::new(config.hbone.clone()),
+                    recorder: Recorder::new(config.metrics.clone()),
                     config,
                     knowledge,
                     identities,

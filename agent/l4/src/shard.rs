@@ -26,6 +26,8 @@ use model::{Workload, WorkloadUid};
 use slab::Slab;
 use tasks::{DrainMode, DrainSignal, DrainTrigger, Group, Turns, drain_channel};
 use telemetry::AccessLog;
+use tasks::{DrainMode, DrainSignal, DrainTrigger, drain_channel};
+use telemetry::{AccessLog, Recorder};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, mpsc, oneshot},
@@ -74,6 +76,7 @@ pub(crate) enum Command {
         uid: WorkloadUid,
     },
     Connections(oneshot::Sender<Vec<ConnectionInfo>>),
+    Count(oneshot::Sender<()>),
     Drain {
         grace: Duration,
     },
@@ -123,6 +126,7 @@ pub(crate) struct Shard {
     pub knowledge: Knowledge,
     pub identities: Identities,
     pub log: AccessLog,
+    pub recorder: Recorder,
     pub counters: Arc<ShardCounters>,
     pub experience: Arc<Experience>,
     pub peers: Arc<[Peer]>,
@@ -432,6 +436,10 @@ pub(crate) async fn run(
                     let connections = shard.connections.borrow().iter().map(|(_, live)| live.info()).collect();
                     // Whoever asked may have gone away.
                     let _ = answer.send(connections);
+                }
+                Some(Command::Count(counted)) => {
+                    shard.count_all();
+                    let _ = counted.send(());
                 }
                 Some(Command::Drain { grace }) => {
                     shard.drain(grace).await;

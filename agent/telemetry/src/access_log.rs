@@ -1,4 +1,4 @@
-//! One line for each connection, when it ends: Istio's names, text or JSON.
+//! One line for each connection, when it ends, and if it is wished another when it opens: Istio's names, text or JSON.
 //!
 //! ```text
 //! shard ─ record() ─► buffer (bounded) ─► one writer thread ─► stdout     at most 20 writes a second
@@ -17,6 +17,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use crate::{ResponseFlag, TraceId};
 use model::{Identity, Workload};
 use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
 
@@ -82,8 +83,28 @@ pub struct ConnectionRecord<'a> {
     pub rule: Option<&'a dyn Display>,
     /// What policies in dry run would have made of it; none where none of them concerns it.
     pub dry_run: Option<&'a dyn Display>,
+    /// How it ended, in a word.
+    pub flag: ResponseFlag,
+    /// The trace that both ends' lines share, where it went through a tunnel.
+    pub trace: Option<TraceId>,
     /// What went wrong and whose fault it is; none for a connection that ended well.
     pub error: Option<&'a dyn Display>,
+}
+
+/// What happened to the connection that a line is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Event {
+    Opened,
+    Complete,
+}
+
+impl Event {
+    fn message(self) -> &'static str {
+        match self {
+            Self::Opened => "connection opened",
+            Self::Complete => "connection complete",
+        }
+    }
 }
 
 /// Where the lines go. Cheap to clone, shared by all shards.
@@ -91,6 +112,7 @@ pub struct ConnectionRecord<'a> {
 pub struct AccessLog {
     shared: Option<Arc<Shared>>,
     format: Format,
+    opening: bool,
 }
 
 struct Shared {
@@ -119,6 +141,7 @@ impl AccessLog {
         Self {
             shared: None,
             format: Format::Text,
+            opening: false,
         }
     }
 
@@ -142,6 +165,7 @@ impl AccessLog {
         Ok(Self {
             shared: Some(shared),
             format,
+            opening: false,
         })
     }
 
@@ -150,14 +174,36 @@ impl AccessLog {
         self.shared.is_some()
     }
 
+    /// With a line for each connection's opening, too.
+    pub fn with_opening(mut self, opening: bool) -> Self {
+        self.opening = opening;
+        self
+    }
+
+    /// Whether openings are written.
+    pub fn tells_opening(&self) -> bool {
+        self.opening && self.is_on()
+    }
+
     /// Takes a line over. Never blocks on the output.
     pub fn record(&self, record: &ConnectionRecord<'_>) {
+        self.write(record, Event::Complete);
+    }
+
+    /// Takes the line of a connection over that just came to be, if those are wished.
+    pub fn opened(&self, record: &ConnectionRecord<'_>) {
+        if self.opening {
+            self.write(record, Event::Opened);
+        }
+    }
+
+    fn write(&self, record: &ConnectionRecord<'_>, event: Event) {
         let Some(shared) = &self.shared else { return };
         let now = SystemTime::now();
         let mut line = String::with_capacity(640);
         let written = match self.format {
-            Format::Text => write_text(&mut line, now, record),
-            Format::Json => write_json(&mut line, now, record),
+            Format::Text => write_text(&mut line, now, record, event),
+            Format::Json => write_json(&mut line, now, record, event),
         };
         written.expect("writing to a String does not fail");
         shared.push(line.as_bytes());
@@ -256,11 +302,11 @@ fn timestamp(now: SystemTime) -> String {
         .unwrap_or_else(|_| "-".to_owned())
 }
 
-fn write_text(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>) -> fmt::Result {
+fn write_text(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>, event: Event) -> fmt::Result {
     let level = if record.error.is_some() { "error" } else { "info" };
-    write!(line, "{}\t{level}\taccess\tconnection complete\t", timestamp(now))?;
+    write!(line, "{}\t{level}\taccess\t{}\t", timestamp(now), event.message())?;
     let mut first = true;
-    each_field(record, |name, value| {
+    each_field(record, event, |name, value| {
         let space = if std::mem::take(&mut first) { "" } else { " " };
         match value {
             Value::Text(text) => write!(line, "{space}{name}={:?}", Plain(text)),
@@ -271,14 +317,15 @@ fn write_text(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>)
     Ok(())
 }
 
-fn write_json(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>) -> fmt::Result {
+fn write_json(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>, event: Event) -> fmt::Result {
     let level = if record.error.is_some() { "error" } else { "info" };
     let time = timestamp(now);
     write!(
         line,
-        r#"{{"time":"{time}","level":"{level}","scope":"access","message":"connection complete""#
+        r#"{{"time":"{time}","level":"{level}","scope":"access","message":"{}""#,
+        event.message()
     )?;
-    each_field(record, |name, value| match value {
+    each_field(record, event, |name, value| match value {
         Value::Text(text) => {
             let quoted = serde_json::to_string(&text.to_string()).map_err(|_| fmt::Error)?;
             write!(line, r#","{name}":{quoted}"#)
@@ -307,13 +354,20 @@ impl fmt::Debug for Plain<'_> {
     }
 }
 
-/// The names and order of ztunnel's access log, and `rule` and `dry_run` after them.
+/// The names and order of ztunnel's access log; `response_flags`, `trace_id`, `rule` and `dry_run` beside them are ours.
 fn each_field(
     record: &ConnectionRecord<'_>,
+    event: Event,
     mut field: impl FnMut(&'static str, Value<'_>) -> fmt::Result,
 ) -> fmt::Result {
-    let [addr, workload, namespace, identity] = ["src.addr", "src.workload", "src.namespace", "src.identity"];
-    party(&mut field, [addr, workload, namespace, identity], &record.source)?;
+    let source = [
+        "src.addr",
+        "src.workload",
+        "src.namespace",
+        "src.identity",
+        "src.cluster",
+    ];
+    party(&mut field, source, &record.source)?;
     if let Some(address) = record.destination.address {
         field("dst.addr", Value::Bare(&address))?;
     }
@@ -329,14 +383,26 @@ fn each_field(
     };
     party(
         &mut field,
-        ["dst.addr", "dst.workload", "dst.namespace", "dst.identity"],
+        [
+            "dst.addr",
+            "dst.workload",
+            "dst.namespace",
+            "dst.identity",
+            "dst.cluster",
+        ],
         &destination,
     )?;
     field("direction", Value::Text(&record.direction.as_str()))?;
-    field("bytes_sent", Value::Bare(&record.bytes_sent))?;
-    field("bytes_recv", Value::Bare(&record.bytes_received))?;
-    let duration = format!("{}ms", record.duration.as_millis());
-    field("duration", Value::Text(&duration))?;
+    if event == Event::Complete {
+        field("bytes_sent", Value::Bare(&record.bytes_sent))?;
+        field("bytes_recv", Value::Bare(&record.bytes_received))?;
+        let duration = format!("{}ms", record.duration.as_millis());
+        field("duration", Value::Text(&duration))?;
+        field("response_flags", Value::Text(&record.flag.as_str()))?;
+    }
+    if let Some(trace) = record.trace {
+        field("trace_id", Value::Text(&trace))?;
+    }
     if let Some(rule) = record.rule {
         field("rule", Value::Text(rule))?;
     }
@@ -351,7 +417,7 @@ fn each_field(
 
 fn party(
     field: &mut impl FnMut(&'static str, Value<'_>) -> fmt::Result,
-    [addr, workload, namespace, identity]: [&'static str; 4],
+    [addr, workload, namespace, identity, cluster]: [&'static str; 5],
     party: &Party<'_>,
 ) -> fmt::Result {
     if let Some(address) = party.address {
@@ -363,6 +429,9 @@ fn party(
     }
     if let Some(known) = party.identity {
         field(identity, Value::Text(known))?;
+    }
+    if let Some(known) = party.workload {
+        field(cluster, Value::Text(&known.cluster_id))?;
     }
     Ok(())
 }
@@ -406,17 +475,23 @@ mod tests {
             duration: Duration::from_millis(56),
             rule: None,
             dry_run: None,
+            flag: ResponseFlag::None,
+            trace: TraceId::of_traceparent("00-ec50774d1b7461a33d83204b87ab2156-1801cc63f96add87-00"),
             error,
         }
     }
 
     fn line(format: Format, error: Option<&dyn Display>) -> String {
+        line_of(format, error, Event::Complete)
+    }
+
+    fn line_of(format: Format, error: Option<&dyn Display>, event: Event) -> String {
         let identity: Identity = "spiffe://td/ns/a/sa/b".parse().unwrap();
         let mut line = String::new();
         let record = record(&identity, error);
         let written = match format {
-            Format::Text => write_text(&mut line, SystemTime::UNIX_EPOCH, &record),
-            Format::Json => write_json(&mut line, SystemTime::UNIX_EPOCH, &record),
+            Format::Text => write_text(&mut line, SystemTime::UNIX_EPOCH, &record, event),
+            Format::Json => write_json(&mut line, SystemTime::UNIX_EPOCH, &record, event),
         };
         written.unwrap();
         line
@@ -428,7 +503,14 @@ mod tests {
             line(Format::Text, None),
             "1970-01-01T00:00:00.000000Z\tinfo\taccess\tconnection complete\tsrc.addr=10.0.0.1:4000 \
              src.identity=\"spiffe://td/ns/a/sa/b\" dst.addr=10.0.0.2:15008 dst.hbone_addr=10.0.0.2:80 \
-             dst.service=\"web.shop\" direction=\"inbound\" bytes_sent=12 bytes_recv=34 duration=\"56ms\"\n"
+             dst.service=\"web.shop\" direction=\"inbound\" bytes_sent=12 bytes_recv=34 duration=\"56ms\" \
+             response_flags=\"-\" trace_id=\"ec50774d1b7461a33d83204b87ab2156\"\n"
+        );
+        assert_eq!(
+            line_of(Format::Text, None, Event::Opened),
+            "1970-01-01T00:00:00.000000Z\tinfo\taccess\tconnection opened\tsrc.addr=10.0.0.1:4000 \
+             src.identity=\"spiffe://td/ns/a/sa/b\" dst.addr=10.0.0.2:15008 dst.hbone_addr=10.0.0.2:80 \
+             dst.service=\"web.shop\" direction=\"inbound\" trace_id=\"ec50774d1b7461a33d83204b87ab2156\"\n"
         );
     }
 

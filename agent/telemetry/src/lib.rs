@@ -5,6 +5,8 @@
 
 mod access_log;
 pub mod metrics;
+mod trace;
 
 pub use access_log::{AccessLog, ConnectionRecord, Direction, Format, Party};
 pub use metrics::{Metrics, Recorder, ResponseFlag, Series, Traffic};
+pub use trace::TraceId;

@@ -273,6 +273,12 @@ impl Lab {
         SocketAddr::new(vip, port)
     }
 
+    /// Every line that was written and not read yet; of what has ended before.
+    pub fn lines(&self) -> Vec<String> {
+        self.log.flush(Duration::from_secs(30));
+        self.lines.try_iter().collect()
+    }
+
     /// Waits for the access-log line that holds all of these texts.
     pub fn line(&self, texts: &[&str]) -> String {
         let mut others = Vec::new();
