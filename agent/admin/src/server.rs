@@ -2,20 +2,21 @@
 //! [`CONNECTION_LIMIT`]; at most [`CONNECTIONS`] at once.
 
 use std::{convert::Infallible, fs, future::Future, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path};
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     sync::Semaphore,
 };
 
-use crate::status::{PodAdded, PodChecked, PodRemoved, Status, ValidAttachments};
+use crate::{
+    agent::{Agent, Health, Scraped},
+    listing::Body,
+    routes,
+};
 
 /// How many connections are served at once; more wait.
 const CONNECTIONS: usize = 64;
@@ -23,31 +24,6 @@ const CONNECTIONS: usize = 64;
 const CONNECTION_LIMIT: Duration = Duration::from_secs(120);
 /// How long a peer may take to send a request's header.
 const HEADER_LIMIT: Duration = Duration::from_secs(5);
-/// How large a request's body may be: the ids of all sandboxes of a node fit.
-const BODY_LIMIT: usize = 256 << 10;
-
-/// The answer to a pod event, when it is there.
-pub type Answer = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
-
-/// Whether the process can do its work.
-pub trait Health: Send + Sync + 'static {
-    /// What is pending; nothing when it is ready.
-    fn pending(&self) -> Vec<String>;
-}
-
-/// What the socket asks of the agent.
-pub trait Agent: Health {
-    /// What it is and does.
-    fn status(&self) -> Status;
-    /// A pod is about to start: resolves once it is captured, or known not to be.
-    fn pod_added(&self, event: PodAdded) -> Answer;
-    /// A pod is gone.
-    fn pod_removed(&self, event: PodRemoved) -> Answer;
-    /// Whether a pod is captured, or known not to be.
-    fn pod_checked(&self, event: PodChecked) -> Answer;
-    /// Pods of other sandboxes than these are gone.
-    fn garbage(&self, valid: ValidAttachments) -> Answer;
-}
 
 /// Why nothing can be served.
 #[derive(Debug, thiserror::Error)]
@@ -68,12 +44,43 @@ pub async fn serve_socket(path: &Path, agent: Arc<dyn Agent>) -> Result<Infallib
     loop {
         let accepted = listener.accept().await.map(|(stream, _)| stream);
         let agent = agent.clone();
-        start(accepted, &places, move |request| answer(agent.clone(), request)).await;
+        start(accepted, &places, move |request| routes::local(agent.clone(), request)).await;
     }
+}
+
+/// Serves what concerns no pod's start at an address of this machine until the future is dropped. Others than loopback
+/// are refused: whoever can ask can end the agent.
+pub async fn serve_admin(address: SocketAddr, agent: Arc<dyn Agent>) -> Result<Infallible, ServeError> {
+    if !address.ip().is_loopback() {
+        return Err(ServeError {
+            at: address.to_string(),
+            source: io::Error::other(
+                "the admin endpoint is for this machine alone: give an address of 127.0.0.0/8 or [::1]",
+            ),
+        });
+    }
+    serve_tcp(address, move |request| routes::admin(agent.clone(), request)).await
 }
 
 /// Serves `/healthz/ready` for a kubelet until the future is dropped.
 pub async fn serve_health(address: SocketAddr, health: Arc<dyn Health>) -> Result<Infallible, ServeError> {
+    serve_tcp(address, move |request| {
+        let answer = routes::health(&*health, &request);
+        async move { answer }
+    })
+    .await
+}
+
+/// Serves `/stats/prometheus` and `/metrics` until the future is dropped.
+pub async fn serve_metrics(address: SocketAddr, scraped: Arc<dyn Scraped>) -> Result<Infallible, ServeError> {
+    serve_tcp(address, move |request| routes::metrics(scraped.clone(), request)).await
+}
+
+async fn serve_tcp<F, Fut>(address: SocketAddr, handler: F) -> Result<Infallible, ServeError>
+where
+    F: Fn(Request<Incoming>) -> Fut + Clone + Send + 'static,
+    Fut: Future<Output = Response<Body>> + Send + 'static,
+{
     let listener = TcpListener::bind(address).await.map_err(|source| ServeError {
         at: address.to_string(),
         source,
@@ -81,17 +88,7 @@ pub async fn serve_health(address: SocketAddr, health: Arc<dyn Health>) -> Resul
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let accepted = listener.accept().await.map(|(stream, _)| stream);
-        let health = health.clone();
-        start(accepted, &places, move |request| {
-            let health = health.clone();
-            async move {
-                match (request.method(), request.uri().path()) {
-                    (&Method::GET, "/healthz/ready") => readiness(&health.pending()),
-                    _ => text(StatusCode::NOT_FOUND, "not found\n".to_owned()),
-                }
-            }
-        })
-        .await;
+        start(accepted, &places, handler.clone()).await;
     }
 }
 
@@ -115,7 +112,7 @@ async fn start<S, F, Fut>(accepted: io::Result<S>, places: &Arc<Semaphore>, hand
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     F: Fn(Request<Incoming>) -> Fut + Send + 'static,
-    Fut: Future<Output = Response<Full<Bytes>>> + Send + 'static,
+    Fut: Future<Output = Response<Body>> + Send + 'static,
 {
     let stream = match accepted {
         Ok(stream) => stream,
@@ -143,70 +140,28 @@ where
     });
 }
 
-async fn answer(agent: Arc<dyn Agent>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-    let (head, body) = request.into_parts();
-    match (&head.method, head.uri.path()) {
-        (&Method::GET, "/status") => match serde_json::to_string_pretty(&agent.status()) {
-            Ok(json) => text(StatusCode::OK, json),
-            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
-        },
-        (&Method::GET, "/healthz/ready") => readiness(&agent.pending()),
-        (&Method::POST, "/cmdadd") => tell(body, |event| agent.pod_added(event)).await,
-        (&Method::POST, "/cmddel") => tell(body, |event| agent.pod_removed(event)).await,
-        (&Method::POST, "/cmdcheck") => tell(body, |event| agent.pod_checked(event)).await,
-        (&Method::POST, "/gc") => tell(body, |valid| agent.garbage(valid)).await,
-        (method, path) => text(StatusCode::NOT_FOUND, format!("there is no {method} {path} here\n")),
-    }
-}
-
-async fn tell<T: DeserializeOwned>(body: Incoming, what: impl FnOnce(T) -> Answer) -> Response<Full<Bytes>> {
-    match read(body).await {
-        Ok(event) => outcome(what(event).await),
-        Err(error) => text(StatusCode::BAD_REQUEST, error),
-    }
-}
-
-async fn read<T: DeserializeOwned>(body: Incoming) -> Result<T, String> {
-    let body = Limited::new(body, BODY_LIMIT)
-        .collect()
-        .await
-        .map_err(|error| error.to_string())?;
-    serde_json::from_slice(&body.to_bytes()).map_err(|error| format!("the request's body can't be used: {error}\n"))
-}
-
-fn readiness(pending: &[String]) -> Response<Full<Bytes>> {
-    if pending.is_empty() {
-        return text(StatusCode::OK, "ready\n".to_owned());
-    }
-    text(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        format!("not ready, pending: {}\n", pending.join(", ")),
-    )
-}
-
-fn outcome(result: Result<(), String>) -> Response<Full<Bytes>> {
-    match result {
-        Ok(()) => text(StatusCode::OK, String::new()),
-        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error),
-    }
-}
-
-fn text(status: StatusCode, text: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(text));
-    *response.status_mut() = status;
-    response
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::{get, post};
+    use crate::{
+        Listing, PodAdded, PodChecked, PodRemoved, Reply, Section, Status, ValidAttachments,
+        agent::Answer,
+        client::{get, post},
+        why::{Question, Why},
+    };
 
     struct Fake;
 
     impl Health for Fake {
         fn pending(&self) -> Vec<String> {
             vec!["knowledge".to_owned()]
+        }
+    }
+
+    impl Scraped for Fake {
+        fn scrape(&self, accept: &str) -> Reply<(&'static str, String)> {
+            let text = format!("accept {accept}");
+            Box::pin(async move { ("text/plain", text) })
         }
     }
 
@@ -239,6 +194,29 @@ mod tests {
         fn garbage(&self, valid: ValidAttachments) -> Answer {
             Box::pin(async move { Err(valid.container_ids.join("+")) })
         }
+
+        fn list(&self, section: Section) -> Reply<Listing> {
+            let name = serde_json::json!(section.as_str());
+            Box::pin(async move { Listing::Values(Box::new(std::iter::once(name))) })
+        }
+
+        fn logging(&self, change: Option<&str>) -> Result<String, String> {
+            change.map_or_else(|| Ok("info".to_owned()), |change| Err(format!("{change:?}?")))
+        }
+
+        fn why(&self, question: Question) -> Reply<Result<Why, String>> {
+            Box::pin(async move { Err(format!("{question:?}")) })
+        }
+
+        fn profile(&self, _: Duration) -> Reply<Result<Vec<u8>, String>> {
+            Box::pin(async { Err("no".to_owned()) })
+        }
+
+        fn memory(&self) -> String {
+            String::new()
+        }
+
+        fn quit(&self) {}
     }
 
     #[tokio::test]
