@@ -5,7 +5,7 @@ use std::{future::Future, pin::Pin, time::Duration};
 use crate::{
     listing::Listing,
     status::{PodAdded, PodChecked, PodRemoved, Status, ValidAttachments},
-    why::{Question, Why},
+    why::{Arrival, Question, Step, Why},
 };
 
 /// An answer, when it is there.
@@ -91,6 +91,11 @@ pub trait Agent: Health + Scraped {
     fn logging(&self, change: Option<&str>) -> Result<String, String>;
     /// What would become of a connection, and why.
     fn why(&self, question: Question) -> Reply<Result<Why, String>>;
+    /// What would become of a connection that comes to a pod of this node.
+    ///
+    /// # Errors
+    /// The pod is none of this node.
+    fn arrival(&self, arrival: Arrival) -> Result<Vec<Step>, String>;
     /// Where the CPU goes for a while, in pprof's form (protobuf, not compressed).
     fn profile(&self, during: Duration) -> Reply<Result<Vec<u8>, String>>;
     /// What memory is used for, as text.

@@ -15,7 +15,7 @@ use crate::{
     agent::{Agent, Health, Scraped, Section},
     guard,
     listing::Body,
-    why::Question,
+    why::{Arrival, Question},
 };
 
 /// How large a request's body may be: the ids of all sandboxes of a node fit.
@@ -32,7 +32,7 @@ GET  /status                      what the agent is and does
 GET  /logging                     what is logged
 POST /logging?level=debug         log this from now on; per part: level=info,l4=debug
 POST /logging?reset               log what the agent was started with
-POST /why                         what would become of a connection, and why
+POST /why, /why/arrival           what would become of a connection, and why
 GET  /stats/prometheus, /metrics  counters
 GET  /debug/pprof/profile?seconds=10  where the CPU goes (pprof)
 GET  /debug/pprof/heap            what memory is used for (text: the allocator keeps no call stacks)
@@ -85,6 +85,13 @@ async fn common(agent: Arc<dyn Agent>, request: Request<Incoming>) -> Response<B
         (&Method::POST, "/why") => match read::<Question>(body).await {
             Ok(question) => match agent.why(question).await {
                 Ok(why) => json(full(serde_json::to_string(&why).unwrap_or_default())),
+                Err(error) => text(StatusCode::NOT_FOUND, error),
+            },
+            Err(error) => text(StatusCode::BAD_REQUEST, error),
+        },
+        (&Method::POST, "/why/arrival") => match read::<Arrival>(body).await {
+            Ok(arrival) => match agent.arrival(arrival) {
+                Ok(steps) => json(full(serde_json::to_string(&steps).unwrap_or_default())),
                 Err(error) => text(StatusCode::NOT_FOUND, error),
             },
             Err(error) => text(StatusCode::BAD_REQUEST, error),

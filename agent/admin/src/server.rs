@@ -147,7 +147,7 @@ mod tests {
         Listing, PodAdded, PodChecked, PodRemoved, Reply, Section, Status, ValidAttachments,
         agent::Answer,
         client::{get, post},
-        why::{Question, Why},
+        why::{Arrival, Question, Step, Why},
     };
 
     struct Fake;
@@ -206,6 +206,10 @@ mod tests {
 
         fn why(&self, question: Question) -> Reply<Result<Why, String>> {
             Box::pin(async move { Err(format!("{question:?}")) })
+        }
+
+        fn arrival(&self, arrival: Arrival) -> Result<Vec<Step>, String> {
+            Err(arrival.workload)
         }
 
         fn profile(&self, _: Duration) -> Reply<Result<Vec<u8>, String>> {

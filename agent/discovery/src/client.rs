@@ -8,6 +8,7 @@ use std::{
 
 use identity::ControlAddress;
 use mesh::{Delta, Demands, Wanted, Writer};
+use prost::Message as _;
 use proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use tasks::Backoff;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
@@ -149,7 +150,7 @@ impl Client {
         };
         // There is at least one.
         let (name, address) = &addresses[turn % addresses.len()];
-        let error = match self.connect(name, *address).await {
+        let (error, termination) = match self.connect(name, *address).await {
             Ok(connection) => {
                 tracing::info!("discovery: connected to {name} at {address}");
                 let connected = Connected {
@@ -159,10 +160,15 @@ impl Client {
                     synchronised: false,
                 };
                 self.status.send_modify(|status| status.connected = Some(connected));
-                connection.serve(self).await
+                match connection.serve(self).await {
+                    error @ ConnectionError::Ended => (error, "Complete"),
+                    error => (error, "Error"),
+                }
             }
-            Err(error) => error,
+            Err(error) => (error, "ConnectionError"),
         };
+        self.status
+            .send_modify(|status| *status.traffic.terminations.entry(termination).or_default() += 1);
         format!("{name} ({address}): {error}")
     }
 
@@ -180,6 +186,7 @@ impl Client {
 
     /// Takes a response; what is to be answered. It is in force when this returns.
     pub(crate) fn take(&mut self, response: DeltaDiscoveryResponse) -> Result<Vec<DeltaDiscoveryRequest>, NotAskedFor> {
+        self.count(&response);
         let step = self.books.response(response)?;
         if let Some(delta) = step.delta {
             self.apply(delta);
@@ -212,6 +219,17 @@ impl Client {
             let conflicts = conflicts.iter().take(LISTED).map(ToString::to_string).collect();
             self.status.send_modify(|status| status.conflicts = conflicts);
         }
+    }
+
+    fn count(&self, response: &DeltaDiscoveryResponse) {
+        // One that was not asked for ends the connection.
+        let Some(type_) = Type::of_url(&response.type_url) else {
+            return;
+        };
+        self.status.send_modify(|status| {
+            *status.traffic.messages.entry(type_.url()).or_default() += 1;
+            *status.traffic.bytes.entry(type_.url()).or_default() += response.encoded_len() as u64;
+        });
     }
 
     fn counts(&self) -> (usize, usize) {

@@ -36,4 +36,4 @@ mod status;
 pub use books::RejectedResource;
 pub use client::{Client, Handle};
 pub use config::{Config, Limits, Mode, NodeId};
-pub use status::{Connected, Source, Status};
+pub use status::{Connected, Source, Status, Traffic};

@@ -1,6 +1,6 @@
 //! What the client is at, for the administrator.
 
-use std::{net::SocketAddr, time::SystemTime};
+use std::{collections::BTreeMap, net::SocketAddr, time::SystemTime};
 
 use crate::RejectedResource;
 
@@ -52,6 +52,20 @@ pub struct Status {
     pub conflicts: Vec<String>,
     /// What is wrong with the state on the disk.
     pub disk: Option<String>,
+    /// What has been counted.
+    pub traffic: Traffic,
+}
+
+/// What has been counted since the start.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Traffic {
+    /// Responses, by the type URL that they are of.
+    pub messages: BTreeMap<&'static str, u64>,
+    /// Their bytes.
+    pub bytes: BTreeMap<&'static str, u64>,
+    /// Connections that ended, or did not come to be, in ztunnel's words: `ConnectionError` (none came to be), `Error` (it
+    /// failed), `Complete` (the control plane ended it).
+    pub terminations: BTreeMap<&'static str, u64>,
 }
 
 /// Of what is listed in the status.

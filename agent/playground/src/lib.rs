@@ -166,6 +166,23 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
+/// The local socket of each node's agent, by the node's name, of the playground in this directory.
+///
+/// # Errors
+/// There is none, or it has no agents.
+pub fn agent_sockets(directory: &std::path::Path) -> Result<Vec<(String, PathBuf)>> {
+    let layout = Layout::new(std::path::absolute(directory)?);
+    let state = State::expect(&layout)?;
+    if state.capture == "none" {
+        bail!("there are no agents: the playground is up without capture");
+    }
+    let socket = |node: String| (node.clone(), layout.node(&node).agent_socket());
+    Ok(state.node_names().map(|node| socket(node.to_string())).collect())
+}
+
+/// Where a playground keeps its state where nothing is said.
+pub const STATE: &str = "/var/lib/undercurrent/playground";
+
 fn kubeconfig(layout: &Layout) -> Result<()> {
     use std::io::Write;
     State::expect(layout)?;

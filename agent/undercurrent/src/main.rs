@@ -1,6 +1,7 @@
 //! Undercurrent: a service mesh without sidecars, in one binary. This is where the roles are chosen and wired.
 
 mod app;
+mod cli;
 mod cni;
 mod control;
 mod node;
@@ -25,6 +26,12 @@ enum Role {
     Node(Box<node::NodeArgs>),
     /// The control plane: what agents know, and who they are, from the objects of a Kubernetes API.
     Control(Box<control::ControlArgs>),
+    /// What a node's agent is at, on one page.
+    Status(cli::StatusArgs),
+    /// What a node's agent knows: workloads, services, policies, certificates, connections.
+    Get(cli::GetArgs),
+    /// Whether a connection may be, and what decides it, step by step.
+    Why(cli::WhyArgs),
     /// What a container runtime calls for each pod (a chained CNI plugin); also installs itself.
     Cni(cni::CniArgs),
     /// Take a node's capture down for good, once its agent has ended.
@@ -44,6 +51,9 @@ fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().role {
         Role::Node(args) => node::run(*args),
         Role::Control(args) => control::run(*args),
+        Role::Status(args) => cli::status(&args),
+        Role::Get(args) => cli::get(&args),
+        Role::Why(args) => return cli::why(&args),
         Role::Cni(args) => return cni::run(args),
         Role::Uninstall(args) => uninstall::run(&args),
         Role::Playground(args) => playground::run(args),

@@ -76,6 +76,31 @@ pub struct NodeArgs {
     /// One line for each connection, on standard output.
     #[arg(long, env = "UNDERCURRENT_ACCESS_LOG", value_enum, default_value_t = AccessLogMode::Text)]
     pub access_log: AccessLogMode,
+    /// A line when a connection opens, too.
+    #[arg(long, env = "UNDERCURRENT_ACCESS_LOG_OPENING")]
+    pub access_log_opening: bool,
+    /// Where Prometheus scrapes (`/stats/prometheus`, `/metrics`).
+    #[arg(
+        long,
+        env = "UNDERCURRENT_METRICS",
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:15020"
+    )]
+    pub metrics: SocketAddr,
+    /// Sets of labels that connections are counted under at most; what is too many is counted as `overflow`.
+    #[arg(long, env = "UNDERCURRENT_METRICS_SERIES", value_name = "N", default_value_t = 4000)]
+    pub metrics_series: usize,
+    /// How long a set of labels stays after its last connection.
+    #[arg(long, env = "UNDERCURRENT_METRICS_EXPIRY_SECONDS", value_name = "SECONDS", default_value = "600", value_parser = seconds)]
+    pub metrics_expiry: Duration,
+    /// Where people of this machine ask the agent (loopback only; the same as the socket in the state directory).
+    #[arg(
+        long,
+        env = "UNDERCURRENT_ADMIN",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:15000"
+    )]
+    pub admin: SocketAddr,
     /// Where a kubelet asks for readiness (`/healthz/ready`).
     #[arg(
         long,
@@ -217,6 +242,27 @@ impl ControlArgs {
         name.unwrap_or_else(|| "Kubernetes".to_owned())
     }
 
+    /// For the configuration that is shown: files by their names, never what is in them.
+    fn shown(&self) -> serde_json::Value {
+        let words = |addresses: &[ControlAddress]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let aliases = self.trust_domain_aliases.iter().map(ToString::to_string);
+        serde_json::json!({
+            "xdsAddress": words(&self.xds),
+            "caAddress": words(self.ca()),
+            "clusterId": self.cluster(),
+            "network": self.network,
+            "trustDomain": self.trust_domain.to_string(),
+            "trustDomainAliases": aliases.collect::<Vec<_>>(),
+            "xdsOnDemand": self.xds_on_demand,
+            "tokenFile": self.token,
+            "rootsFile": self.roots,
+            "kubeconfigFile": self.kubeconfig,
+            "podName": self.pod_name,
+            "podNamespace": self.pod_namespace,
+            "instanceIp": self.instance_ip,
+        })
+    }
+
     /// Where certificates come from.
     pub fn ca(&self) -> &[ControlAddress] {
         if self.ca.is_empty() { &self.xds } else { &self.ca }
@@ -228,6 +274,36 @@ fn trust_domain(text: &str) -> Result<TrustDomain, String> {
         return Err("expected a domain, such as cluster.local".to_owned());
     }
     Ok(TrustDomain::new(text))
+}
+
+impl NodeArgs {
+    /// The configuration as it is shown; nothing secret is in it.
+    pub fn shown(&self) -> serde_json::Value {
+        let mut shown = serde_json::json!({
+            "localNode": self.node,
+            "staticFile": self.fixed.static_file,
+            "stateDir": self.state_dir,
+            "podsCgroup": self.pods_cgroup,
+            "capture": format!("{:?}", self.capture).to_lowercase(),
+            "pinDir": self.pin_dir,
+            "shards": self.shards,
+            "accessLog": format!("{:?}", self.access_log).to_lowercase(),
+            "accessLogOpening": self.access_log_opening,
+            "statsAddr": self.metrics,
+            "metricsSeries": self.metrics_series,
+            "metricsExpirySeconds": self.metrics_expiry.as_secs(),
+            "adminAddr": self.admin,
+            "readinessAddr": self.health,
+            "selfTerminationDeadlineSeconds": self.drain.as_secs(),
+            "resolvConfFile": self.resolv_conf,
+        });
+        if self.fixed.static_file.is_none()
+            && let (Some(shown), serde_json::Value::Object(control)) = (shown.as_object_mut(), self.control.shown())
+        {
+            shown.extend(control);
+        }
+        shown
+    }
 }
 
 /// How traffic is captured.

@@ -13,6 +13,7 @@
 mod agent;
 mod config;
 mod dns;
+mod dump;
 mod kube_source;
 #[cfg(test)]
 mod kube_tests;
@@ -21,11 +22,14 @@ mod outbound_source;
 #[cfg(test)]
 mod outbound_tests;
 mod pods;
+mod profile;
 mod records;
 mod redirection;
 mod resolver;
+mod scrape;
 mod source;
 mod static_source;
+mod why;
 
 use std::{sync::Arc, time::Duration};
 
@@ -46,9 +50,14 @@ static EBPF_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("UNDERCURRENT
 #[repr(C, align(8))]
 struct Aligned<T: ?Sized>(T);
 
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    source::seconds(std::time::SystemTime::now())
+}
+
 /// Runs the role until it is told to end.
 pub fn run(args: NodeArgs) -> anyhow::Result<()> {
-    logging::start()?;
+    let log_level = logging::start()?;
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -56,10 +65,10 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(serve(args))
+    runtime.block_on(serve(args, log_level))
 }
 
-async fn serve(args: NodeArgs) -> anyhow::Result<()> {
+async fn serve(args: NodeArgs, log_level: logging::LogLevel) -> anyhow::Result<()> {
     let (node, capture_why) = start_capture(&args)?;
     let source::Sources {
         knowledge,
@@ -69,8 +78,13 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         source,
         background,
     } = source::start(&args).await?;
-    let access_log = start_access_log(args.access_log).context("cannot start the access log")?;
+    let access_log = start_access_log(&args).context("cannot start the access log")?;
+    let metrics = telemetry::Metrics::new(telemetry::metrics::Limits {
+        series: args.metrics_series,
+        expiry: args.metrics_expiry,
+    });
     let mut config = l4::Config {
+        metrics: metrics.clone(),
         lookup: Arc::new(resolver::NodeResolver::new(&args.resolv_conf)),
         dns: args.dns.config(&args.resolv_conf),
         ..l4::Config::default()
@@ -91,6 +105,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         board,
     };
     let (pods, view, reconciler) = pods::start(parts, &args.state_dir.join("pods"))?;
+    let quit = Arc::new(tokio::sync::Notify::new());
     let agent = Arc::new(agent::NodeAgent {
         started: std::time::Instant::now(),
         node_name: args.node.clone(),
@@ -104,6 +119,10 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         access_log: access_log.clone(),
         pods,
         view,
+        metrics,
+        log_level,
+        config: args.shown(),
+        quit: quit.clone(),
     });
     let socket = args.state_dir.join("agent.sock");
     let mut terminate = signal(SignalKind::terminate())?;
@@ -111,6 +130,8 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
     tracing::info!(node = args.node, version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), "agent started");
     tokio::select! {
         never = admin::serve_socket(&socket, agent.clone()) => never.map(drop).context("the local socket")?,
+        never = admin::serve_admin(args.admin, agent.clone()) => never.map(drop).context("the admin endpoint")?,
+        never = admin::serve_metrics(args.metrics, agent.clone()) => never.map(drop).context("the metrics endpoint")?,
         never = admin::serve_health(args.health, agent) => never.map(drop).context("the readiness endpoint")?,
         failure = proxy.failed() => bail!("the proxy failed: {failure}"),
         ended = reconciler => bail!("the pods' reconciler ended: {ended:?}"),
@@ -118,6 +139,7 @@ async fn serve(args: NodeArgs) -> anyhow::Result<()> {
         () = background.run() => bail!("the watches of the cluster ended"),
         () = identities.rotate() => bail!("the rotation of certificates ended"),
         _ = terminate.recv() => {}
+        () = quit.notified() => {}
         _ = interrupt.recv() => {}
     }
     tracing::info!(
@@ -177,12 +199,13 @@ async fn kernel_log(node: &Capture) -> std::io::Result<()> {
     }
 }
 
-fn start_access_log(mode: AccessLogMode) -> std::io::Result<AccessLog> {
-    match mode {
-        AccessLogMode::Off => Ok(AccessLog::off()),
+fn start_access_log(args: &NodeArgs) -> std::io::Result<AccessLog> {
+    let log = match args.access_log {
+        AccessLogMode::Off => return Ok(AccessLog::off()),
         AccessLogMode::Text => AccessLog::start(std::io::stdout(), telemetry::Format::Text),
         AccessLogMode::Json => AccessLog::start(std::io::stdout(), telemetry::Format::Json),
-    }
+    }?;
+    Ok(log.with_opening(args.access_log_opening))
 }
 
 /// Every connection takes two descriptors: the soft limit is raised to the hard one.

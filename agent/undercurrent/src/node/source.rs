@@ -26,6 +26,7 @@ use super::{
     outbound_source::OutboundSource,
     pods::{Oracle, PodsOfCluster},
     redirection::{self, Board},
+    scrape::Gathered,
     static_source::{self, Problems},
 };
 
@@ -262,6 +263,23 @@ impl Source {
                 all.chain(outbound.problems()).collect()
             }
         }
+    }
+
+    /// What discovery has counted, in ztunnel's names.
+    pub fn gather(&self, gathered: &mut Gathered) {
+        let Self::Control { discovery, .. } = self else { return };
+        let traffic = discovery.status().traffic;
+        let help = "Responses of the control plane, by type";
+        gathered.counters("istio_xds_message", help, "url", traffic.messages);
+        let help = "Bytes of the control plane's responses, by type";
+        gathered.counters("istio_xds_message_bytes", help, "url", traffic.bytes);
+        let help = "Connections to the control plane that ended, by why";
+        gathered.counters(
+            "istio_xds_connection_terminations",
+            help,
+            "reason",
+            traffic.terminations,
+        );
     }
 
     /// What a pod's annotation says, where there is an API that has it.

@@ -1,0 +1,503 @@
+//! What would become of a connection, and why: the decisions of a real one, made by the same code on what is known now, with
+//! the object behind each. Nothing is dialled; whether the application answers is for the application.
+//!
+//! ```text
+//! source ─► capture ─► destination ─► route (mesh::Snapshot::resolve) ─► certificate ─► policy (Snapshot::verdict)
+//! ```
+//! The destination's agent decides by what *it* knows: [`Why::arrival`] is the question to ask it.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use admin::why::{Arrival, Outcome, Question, Step, Why};
+use identity::Identities;
+use mesh::{Route, Snapshot};
+use model::{Identity, NamespacedName, OriginalDst, Policy, Service, Workload, WorkloadUid, canonical_socket};
+use policy::{Facts, Origin, Reason};
+
+use super::pods::PodView;
+
+/// What the agent sees at one moment.
+pub struct Seen {
+    pub node: String,
+    pub capture: &'static str,
+    pub snapshot: Arc<Snapshot>,
+    pub pods: Vec<PodView>,
+    pub identities: Identities,
+}
+
+/// The way so far; `None` once it has ended.
+type Goes<T> = Option<T>;
+
+struct Way(Vec<Step>);
+
+impl Way {
+    fn step(&mut self, stage: &str, outcome: Outcome, text: impl Into<String>, object: Option<String>) {
+        self.0.push(Step {
+            stage: stage.to_owned(),
+            outcome,
+            text: text.into(),
+            object,
+        });
+    }
+
+    fn passes(&mut self, stage: &str, text: impl Into<String>, object: Option<String>) {
+        self.step(stage, Outcome::Passes, text, object);
+    }
+
+    fn refused<T>(&mut self, stage: &str, text: impl Into<String>, object: Option<String>) -> Goes<T> {
+        self.step(stage, Outcome::Refused, text, object);
+        None
+    }
+}
+
+/// Who comes to a workload, and at which address of it.
+struct Comes {
+    workload: Arc<Workload>,
+    facts: Facts,
+}
+
+/// Where the agent takes a connection.
+struct To {
+    workload: Arc<Workload>,
+    target: SocketAddr,
+    mutual_tls: bool,
+}
+
+impl Seen {
+    /// The whole way, as far as this agent knows it.
+    ///
+    /// # Errors
+    /// The source or the destination is nobody that is known here.
+    pub fn explain(&self, question: &Question) -> Result<Why, String> {
+        let source = self.source(&question.source)?.clone();
+        let (destination, dialled, about) = self.destination(&source, &question.destination, question.port)?;
+        let mut way = Way(Vec::new());
+        let comes = self.goes(&mut way, &source, dialled, about);
+        let arrival = comes.flatten().map(|comes| {
+            self.judge(&mut way, &comes);
+            Arrival {
+                node: comes.workload.node.to_string(),
+                workload: comes.workload.uid.to_string(),
+                identity: comes.facts.identity.as_ref().map(ToString::to_string),
+                source: comes.facts.source,
+                target: comes.facts.destination,
+            }
+        });
+        Ok(Why {
+            node: self.node.clone(),
+            source: format!("{}/{}", source.namespace, source.name),
+            destination: format!("{destination}:{}", question.port),
+            allowed: way.0.iter().all(|step| step.outcome != Outcome::Refused),
+            steps: way.0,
+            arrival,
+        })
+    }
+
+    /// What becomes of a connection that comes to a pod of this node.
+    ///
+    /// # Errors
+    /// The pod is none of this node, or its source's name is no identity.
+    pub fn arrives(&self, arrival: &Arrival) -> Result<Vec<Step>, String> {
+        let uid = WorkloadUid(arrival.workload.as_str().into());
+        let workload = self
+            .snapshot
+            .workload(&uid)
+            .ok_or_else(|| format!("the agent of {} does not know {uid} (yet)", self.node))?;
+        let identity = arrival.identity.as_deref().map(str::parse::<Identity>).transpose();
+        let comes = Comes {
+            workload: workload.clone(),
+            facts: Facts {
+                identity: identity.map_err(|error| error.to_string())?,
+                source: arrival.source,
+                destination: arrival.target,
+            },
+        };
+        let mut way = Way(Vec::new());
+        self.judge(&mut way, &comes);
+        Ok(way.0)
+    }
+
+    /// From the source to who is to take it; `Some(None)` where nobody of the mesh judges it.
+    fn goes(
+        &self,
+        way: &mut Way,
+        source: &Arc<Workload>,
+        dialled: SocketAddr,
+        about: Option<String>,
+    ) -> Goes<Option<Comes>> {
+        let captured = self.captured(way, source)?;
+        way.passes("destination", format!("{dialled}"), about);
+        let own = |address: &SocketAddr| source.workload_ips.contains(&address.ip());
+        if captured && l4::OWN_PORTS.contains(&dialled.port()) && own(&dialled) {
+            let text = "a port of the mesh's own proxy on the pod itself: it would go round in circles";
+            return way.refused("route", text, None);
+        }
+        if !captured {
+            return Some(self.uncaptured(way, source, dialled));
+        }
+        let route = self.snapshot.resolve(source, OriginalDst(dialled), 0, &[]);
+        let Some(To {
+            workload,
+            target,
+            mutual_tls,
+        }) = self.routed(way, route)?
+        else {
+            return Some(None);
+        };
+        if mutual_tls {
+            self.certified(way, source)?;
+        }
+        let facts = Facts {
+            identity: mutual_tls.then(|| source.identity()),
+            source: source_address(source, target.ip()),
+            destination: target,
+        };
+        Some(workload.is_captured().then_some(Comes { workload, facts }))
+    }
+
+    /// Whether the pod's connections come to this agent.
+    fn captured(&self, way: &mut Way, source: &Workload) -> Goes<bool> {
+        let name = format!("{}/{}", source.namespace, source.name);
+        let object = Some(format!("Pod {name}"));
+        let view = self.pods.iter().find(|pod| pod.uid == source.uid);
+        match view {
+            Some(PodView { captured: true, .. }) => {
+                let how = if self.capture == "ebpf" { "eBPF" } else { self.capture };
+                let text = format!("captured on {} by {how}, as {}", self.node, source.identity());
+                way.passes("capture", text, object);
+                Some(true)
+            }
+            Some(PodView {
+                problem: Some(problem), ..
+            }) => way.refused("capture", format!("to be captured and not yet: {problem}"), object),
+            _ if source.is_captured() => way.refused(
+                "capture",
+                "in the mesh, and this agent was not told that it runs here",
+                object,
+            ),
+            _ => {
+                let text = "not in the mesh (no istio.io/dataplane-mode=ambient on it or its namespace): its connections \
+                            leave as they are, in plaintext and without an identity";
+                way.step("capture", Outcome::Notable, text, object);
+                Some(false)
+            }
+        }
+    }
+
+    /// A connection that the source's node does not touch: it comes in plaintext, by the address that the cluster's
+    /// network gives it.
+    fn uncaptured(&self, way: &mut Way, source: &Workload, dialled: SocketAddr) -> Option<Comes> {
+        let route = self.snapshot.resolve(source, OriginalDst(dialled), 0, &[]);
+        let (workload, target) = match route {
+            Route::Tunnel { workload, target, .. } | Route::Plaintext { workload, target, .. } => (workload, target),
+            _ => {
+                way.passes("route", "as the cluster's own network has it", None);
+                return None;
+            }
+        };
+        let text = format!(
+            "as the cluster's own network has it, such as to {} in plaintext",
+            at(&workload, target)
+        );
+        way.passes(
+            "route",
+            text,
+            Some(format!("Pod {}/{}", workload.namespace, workload.name)),
+        );
+        let facts = Facts {
+            identity: None,
+            source: source_address(source, target.ip()),
+            destination: target,
+        };
+        Some(Comes { workload, facts }).filter(|comes| comes.workload.is_captured())
+    }
+
+    /// Where the agent takes it; `Some(None)` where that is nobody that the mesh knows.
+    fn routed(&self, way: &mut Way, route: Route) -> Goes<Option<To>> {
+        match route {
+            Route::Refused { reason } => way.refused("route", reason.to_string(), None),
+            Route::Unknown { target } => {
+                let text = format!(
+                    "nothing is known of {} yet: a connection asks the control plane and waits",
+                    target.ip()
+                );
+                way.step("route", Outcome::Notable, text, None);
+                Some(None)
+            }
+            Route::Passthrough { target } => {
+                let text = format!("the mesh has nothing at {target}: passed through in plaintext");
+                way.step("route", Outcome::Notable, text, None);
+                Some(None)
+            }
+            Route::Plaintext {
+                workload,
+                service,
+                target,
+            } => {
+                let to = at(&workload, target);
+                let text = format!(
+                    "to {to}{}, which is not in the mesh: in plaintext",
+                    self.one_of(service.as_deref())
+                );
+                way.step("route", Outcome::Notable, text, Some(object_of(&workload)));
+                Some(Some(To {
+                    workload,
+                    target,
+                    mutual_tls: false,
+                }))
+            }
+            Route::Named {
+                workload, host, port, ..
+            } => {
+                let text = format!(
+                    "to {host}:{port}, looked up when a connection comes, in plaintext unless it is the mesh's"
+                );
+                way.step("route", Outcome::Notable, text, Some(object_of(&workload)));
+                Some(None)
+            }
+            Route::Tunnel {
+                workload,
+                service,
+                target,
+                hbone,
+            } => {
+                let of = self.one_of(service.as_deref());
+                let text = format!("to {}{of}, by mutual TLS (HBONE at {hbone})", at(&workload, target));
+                way.passes("route", text, Some(object_of(&workload)));
+                Some(Some(To {
+                    workload,
+                    target,
+                    mutual_tls: true,
+                }))
+            }
+        }
+    }
+
+    fn one_of(&self, service: Option<&Service>) -> String {
+        let Some(service) = service else { return String::new() };
+        let (healthy, unhealthy) = (
+            self.snapshot.endpoints(&service.key()).len(),
+            self.snapshot.unhealthy_endpoints(&service.key()).len(),
+        );
+        match unhealthy {
+            0 => format!(", one of {healthy} healthy endpoints"),
+            _ => format!(", one of {healthy} healthy endpoints ({unhealthy} are not)"),
+        }
+    }
+
+    fn certified(&self, way: &mut Way, source: &Workload) -> Goes<()> {
+        let identity = source.identity();
+        let Some(credentials) = self.identities.cached(&identity) else {
+            let why = self.identities.last_error(&identity);
+            let why = why.map_or_else(|| "it was not asked for yet".to_owned(), |error| error.to_string());
+            return way.refused("certificate", format!("no certificate for {identity}: {why}"), None);
+        };
+        let left = credentials
+            .not_after()
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
+        let text = format!(
+            "of {identity}, good for another {}",
+            super::super::cli::duration(left.as_secs())
+        );
+        way.passes("certificate", text, None);
+        Some(())
+    }
+
+    /// The destination's policies.
+    fn judge(&self, way: &mut Way, comes: &Comes) {
+        let policies = || self.snapshot.policies_for(&comes.workload).filter_map(Result::ok);
+        for policy in policies().filter(|policy| policy.dry_run && policy::matches(&comes.facts, policy)) {
+            let text = format!("{} matches and is a dry run: it changes nothing", Origin::from(policy));
+            way.step("policy", Outcome::Notable, text, Some(resource(policy)));
+        }
+        let verdict = self.snapshot.verdict(&comes.facts, &comes.workload);
+        let origin = match &verdict.reason {
+            Reason::AllowedBy(origin) | Reason::DeniedBy(origin, _) => Some(origin),
+            _ => None,
+        };
+        let matched = origin.and_then(|origin| {
+            policies().find(|policy| Origin::from(*policy) == *origin && policy::matches(&comes.facts, policy))
+        });
+        let object = matched.map(|policy| match rule_of(policy, &comes.facts) {
+            Some(rule) => format!("{}, rule {rule} of {}", resource(policy), policy.rules.len()),
+            None => resource(policy),
+        });
+        let outcome = if verdict.allowed {
+            Outcome::Passes
+        } else {
+            Outcome::Refused
+        };
+        way.step("policy", outcome, verdict.reason.to_string(), object);
+    }
+
+    fn source(&self, name: &str) -> Result<&Arc<Workload>, String> {
+        let workload = self.workload(name).ok_or_else(|| {
+            format!(
+                "the agent of {} knows no workload {name}: give namespace/pod, or an address of it",
+                self.node
+            )
+        })?;
+        let is_here = *workload.node == *self.node || self.pods.iter().any(|pod| pod.uid == workload.uid);
+        match is_here {
+            true => Ok(workload),
+            false => Err(format!(
+                "{name} runs on {}: ask the agent there, for only it knows whether the pod is captured",
+                workload.node
+            )),
+        }
+    }
+
+    fn workload(&self, name: &str) -> Option<&Arc<Workload>> {
+        if let Ok(ip) = name.parse::<IpAddr>() {
+            return self.snapshot.workload_by_ip(ip);
+        }
+        if let Some(workload) = self.snapshot.workload(&WorkloadUid(name.into())) {
+            return Some(workload);
+        }
+        let (namespace, pod) = name.split_once('/')?;
+        let local = self
+            .pods
+            .iter()
+            .find(|known| *known.pod.namespace == *namespace && *known.pod.name == *pod);
+        if let Some(workload) = local.and_then(|pod| self.snapshot.workload(&pod.uid)) {
+            return Some(workload);
+        }
+        let mut workloads = self.snapshot.workloads();
+        workloads.find(|workload| *workload.namespace == *namespace && *workload.name == *pod)
+    }
+
+    /// The address behind a name, and the object that it is of.
+    fn destination(
+        &self,
+        source: &Workload,
+        name: &str,
+        port: u16,
+    ) -> Result<(String, SocketAddr, Option<String>), String> {
+        if let Ok(ip) = name.trim_matches(['[', ']']).parse::<IpAddr>() {
+            let workload = self.snapshot.workload_by_ip(ip).map(|workload| object_of(workload));
+            let service = || Some(service_object(self.snapshot.service_by_vip(ip)?));
+            let dialled = canonical_socket(SocketAddr::new(ip, port));
+            return Ok((name.to_owned(), dialled, workload.or_else(service)));
+        }
+        if name.contains('/') {
+            let unknown = || format!("the agent of {} knows no pod {name}", self.node);
+            let workload = self.workload(name).ok_or_else(unknown)?;
+            let address = address_for(source, workload).ok_or_else(|| format!("{name} has no address"))?;
+            return Ok((
+                name.to_owned(),
+                SocketAddr::new(address, port),
+                Some(object_of(workload)),
+            ));
+        }
+        let service = self.service(source, name).ok_or_else(|| {
+            format!(
+                "no service is called {name} as seen from namespace {}: the pod's DNS would be asked; give an address",
+                source.namespace
+            )
+        })?;
+        let vips = service
+            .vips
+            .iter()
+            .filter(|vip| *vip.network == **self.snapshot.network());
+        let vip = vips.map(|vip| vip.address).find(|ip| speaks(source, *ip));
+        let headless = || {
+            let mut endpoints = self.snapshot.endpoints(&service.key()).iter();
+            endpoints.find_map(|endpoint| address_for(source, endpoint))
+        };
+        let address = vip.or_else(headless).ok_or_else(|| {
+            format!(
+                "{} has no address that {} can dial, and no healthy endpoint",
+                service.key(),
+                source.name
+            )
+        })?;
+        let shown = service.hostname.to_string();
+        Ok((shown, SocketAddr::new(address, port), Some(service_object(service))))
+    }
+
+    /// As a resolver with the pod's search domains finds it.
+    fn service(&self, source: &Workload, name: &str) -> Option<&Arc<Service>> {
+        let name = name.trim_end_matches('.');
+        if let Some(service) = self
+            .snapshot
+            .service(&NamespacedName::new(source.namespace.clone(), name))
+        {
+            return Some(service);
+        }
+        let prefixes = [
+            format!("{name}.{}.svc.", source.namespace),
+            format!("{name}.svc."),
+            format!("{name}."),
+        ];
+        let ranked = self.snapshot.services().filter_map(|service| {
+            let rank = match *service.hostname == *name {
+                true => 0,
+                false => {
+                    1 + prefixes.iter().position(|prefix| {
+                        let rest = service.hostname.strip_prefix(prefix.as_str());
+                        // `web.` alone may only be followed by `NAMESPACE.svc.…` if it says the namespace itself.
+                        rest.is_some_and(|rest| !prefix.ends_with(&format!("{name}.")) || rest.starts_with("svc."))
+                    })?
+                }
+            };
+            Some((rank, service))
+        });
+        ranked
+            .min_by_key(|(rank, service)| (*rank, service.key()))
+            .map(|(_, service)| service)
+    }
+}
+
+fn speaks(source: &Workload, ip: IpAddr) -> bool {
+    source.workload_ips.iter().any(|own| own.is_ipv4() == ip.is_ipv4())
+}
+
+fn address_for(source: &Workload, workload: &Workload) -> Option<IpAddr> {
+    workload.workload_ips.iter().copied().find(|ip| speaks(source, *ip))
+}
+
+fn source_address(source: &Workload, to: IpAddr) -> IpAddr {
+    let same = source.workload_ips.iter().find(|ip| ip.is_ipv4() == to.is_ipv4());
+    same.or(source.workload_ips.first()).copied().unwrap_or(to)
+}
+
+fn at(workload: &Workload, target: SocketAddr) -> String {
+    format!("{}/{} ({target})", workload.namespace, workload.name)
+}
+
+fn object_of(workload: &Workload) -> String {
+    let kind = match workload.uid.0.contains("/Pod/") {
+        true => "Pod",
+        false => "Workload",
+    };
+    format!("{kind} {}/{}", workload.namespace, workload.name)
+}
+
+fn service_object(service: &Arc<Service>) -> String {
+    format!("Service {}/{} ({})", service.namespace, service.name, service.hostname)
+}
+
+fn resource(policy: &Policy) -> String {
+    match &policy.origin {
+        Some(origin) => format!("{origin} (as {})", policy.key()),
+        None => format!("AuthorizationPolicy {}", policy.key()),
+    }
+}
+
+/// Which of the policy's rules holds, from one.
+fn rule_of(policy: &Policy, facts: &Facts) -> Option<usize> {
+    let alone = |rule: &model::Rule| Policy {
+        rules: vec![rule.clone()],
+        ..policy.clone()
+    };
+    let rule = policy
+        .rules
+        .iter()
+        .position(|rule| policy::matches(facts, &alone(rule)))?;
+    Some(rule + 1)
+}
