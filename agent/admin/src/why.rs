@@ -32,7 +32,7 @@ pub enum Outcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Step {
-    /// Which: `source`, `capture`, `destination`, `route`, `certificate`, `policy`.
+    /// Which: `capture`, `destination`, `route`, `egress`, `certificate`, `policy`.
     pub stage: String,
     /// What it came to.
     pub outcome: Outcome,

@@ -25,8 +25,6 @@ use mesh::Knowledge;
 use model::{Workload, WorkloadUid};
 use slab::Slab;
 use tasks::{DrainMode, DrainSignal, DrainTrigger, Group, Turns, drain_channel};
-use telemetry::AccessLog;
-use tasks::{DrainMode, DrainSignal, DrainTrigger, drain_channel};
 use telemetry::{AccessLog, Recorder};
 use tokio::{
     net::{TcpListener, TcpStream},

@@ -113,8 +113,24 @@ impl NodeAgent {
         let hooks = named(&self.capture.counters().total);
         let help = "What the kernel's hooks did, by reason";
         gathered.counters("undercurrent_capture", help, "reason", hooks);
+        let counters = self.proxy.counters();
+        for (name, help, count) in [
+            ("istio_dns_requests", "DNS requests of pods", counters.dns_queries),
+            (
+                "istio_dns_upstream_requests",
+                "DNS requests that were forwarded",
+                counters.dns_forwarded,
+            ),
+            (
+                "istio_dns_upstream_failures",
+                "DNS requests that nobody answered",
+                counters.dns_failed,
+            ),
+        ] {
+            gathered.counter(name, help, count);
+        }
         let help = "Connections by what became of them";
-        gathered.counters("undercurrent_connections", help, "what", self.proxy.counters());
+        gathered.counters("undercurrent_connections", help, "what", counters);
         gathered.counter(
             "undercurrent_access_log_dropped",
             "Access-log lines dropped since the output was too slow",

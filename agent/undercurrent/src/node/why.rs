@@ -2,7 +2,7 @@
 //! the object behind each. Nothing is dialled; whether the application answers is for the application.
 //!
 //! ```text
-//! source ─► capture ─► destination ─► route (mesh::Snapshot::resolve) ─► certificate ─► policy (Snapshot::verdict)
+//! capture ─► destination ─► route (mesh::Snapshot::resolve), egress (exit) ─► certificate ─► policy (verdict)
 //! ```
 //! The destination's agent decides by what *it* knows: [`Why::arrival`] is the question to ask it.
 
@@ -14,9 +14,9 @@ use std::{
 
 use admin::why::{Arrival, Outcome, Question, Step, Why};
 use identity::Identities;
-use mesh::{Route, Snapshot};
-use model::{Identity, NamespacedName, OriginalDst, Policy, Service, Workload, WorkloadUid, canonical_socket};
-use policy::{Facts, Origin, Reason};
+use mesh::{Exit, Route, Snapshot};
+use model::{Identity, OriginalDst, Policy, Service, Workload, WorkloadUid, canonical_socket};
+use policy::{Facts, Origin};
 
 use super::pods::PodView;
 
@@ -65,6 +65,8 @@ struct To {
     workload: Arc<Workload>,
     target: SocketAddr,
     mutual_tls: bool,
+    /// Whether policy is for the agent of its node; else it is for the waypoint.
+    judged: bool,
 }
 
 impl Seen {
@@ -76,7 +78,7 @@ impl Seen {
         let source = self.source(&question.source)?.clone();
         let (destination, dialled, about) = self.destination(&source, &question.destination, question.port)?;
         let mut way = Way(Vec::new());
-        let comes = self.goes(&mut way, &source, dialled, about);
+        let comes = self.goes(&mut way, &source, dialled, about, &destination);
         let arrival = comes.flatten().map(|comes| {
             self.judge(&mut way, &comes);
             Arrival {
@@ -112,6 +114,7 @@ impl Seen {
             workload: workload.clone(),
             facts: Facts {
                 identity: identity.map_err(|error| error.to_string())?,
+                aliases: self.identities.trust().aliases(),
                 source: arrival.source,
                 destination: arrival.target,
             },
@@ -128,8 +131,9 @@ impl Seen {
         source: &Arc<Workload>,
         dialled: SocketAddr,
         about: Option<String>,
+        name: &str,
     ) -> Goes<Option<Comes>> {
-        let captured = self.captured(way, source)?;
+        let captured = self.captured(way, source, dialled)?;
         way.passes("destination", format!("{dialled}"), about);
         let own = |address: &SocketAddr| source.workload_ips.contains(&address.ip());
         if captured && l4::OWN_PORTS.contains(&dialled.port()) && own(&dialled) {
@@ -140,10 +144,12 @@ impl Seen {
             return Some(self.uncaptured(way, source, dialled));
         }
         let route = self.snapshot.resolve(source, OriginalDst(dialled), 0, &[]);
+        self.may_leave(way, source, dialled, &route, name)?;
         let Some(To {
             workload,
             target,
             mutual_tls,
+            judged,
         }) = self.routed(way, route)?
         else {
             return Some(None);
@@ -153,18 +159,50 @@ impl Seen {
         }
         let facts = Facts {
             identity: mutual_tls.then(|| source.identity()),
+            aliases: self.identities.trust().aliases(),
             source: source_address(source, target.ip()),
             destination: target,
         };
-        Some(workload.is_captured().then_some(Comes { workload, facts }))
+        Some((judged && workload.is_captured()).then_some(Comes { workload, facts }))
+    }
+
+    /// Whether the mesh lets the pod go there (`outboundTrafficPolicy`).
+    fn may_leave(&self, way: &mut Way, source: &Workload, dialled: SocketAddr, route: &Route, name: &str) -> Goes<()> {
+        // What a pod dials by a name it has learned by that name.
+        let names = [Arc::from(name)];
+        let names = if name.parse::<IpAddr>().is_ok() {
+            &[][..]
+        } else {
+            &names
+        };
+        match self.snapshot.exit(source, dialled, route, names) {
+            Exit::Open(_) => Some(()),
+            Exit::Closed(reason) => way.refused("egress", reason.to_string(), None),
+            Exit::NotKnown => way.refused(
+                "egress",
+                mesh::RefuseReason::OutboundNotKnown(dialled).to_string(),
+                None,
+            ),
+        }
     }
 
     /// Whether the pod's connections come to this agent.
-    fn captured(&self, way: &mut Way, source: &Workload) -> Goes<bool> {
+    fn captured(&self, way: &mut Way, source: &Workload, dialled: SocketAddr) -> Goes<bool> {
         let name = format!("{}/{}", source.namespace, source.name);
         let object = Some(format!("Pod {name}"));
         let view = self.pods.iter().find(|pod| pod.uid == source.uid);
         match view {
+            Some(PodView {
+                captured: true,
+                exclusions,
+                ..
+            }) if exclusions.excludes_outbound(dialled.ip(), dialled.port()) => {
+                let text = format!(
+                    "the pod's annotations keep {dialled} out of the mesh: it is reached directly, in plaintext"
+                );
+                way.step("capture", Outcome::Notable, text, object);
+                Some(false)
+            }
             Some(PodView { captured: true, .. }) => {
                 let how = if self.capture == "ebpf" { "eBPF" } else { self.capture };
                 let text = format!("captured on {} by {how}, as {}", self.node, source.identity());
@@ -194,6 +232,11 @@ impl Seen {
         let route = self.snapshot.resolve(source, OriginalDst(dialled), 0, &[]);
         let (workload, target) = match route {
             Route::Tunnel { workload, target, .. } | Route::Plaintext { workload, target, .. } => (workload, target),
+            Route::Refused { .. } | Route::Waypoint { .. } => {
+                let text = "as the cluster's own network has it: the mesh's waypoints and refusals are not for it";
+                way.step("route", Outcome::Notable, text, None);
+                return None;
+            }
             _ => {
                 way.passes("route", "as the cluster's own network has it", None);
                 return None;
@@ -210,6 +253,7 @@ impl Seen {
         );
         let facts = Facts {
             identity: None,
+            aliases: self.identities.trust().aliases(),
             source: source_address(source, target.ip()),
             destination: target,
         };
@@ -248,6 +292,7 @@ impl Seen {
                     workload,
                     target,
                     mutual_tls: false,
+                    judged: true,
                 }))
             }
             Route::Named {
@@ -258,6 +303,29 @@ impl Seen {
                 );
                 way.step("route", Outcome::Notable, text, Some(object_of(&workload)));
                 Some(None)
+            }
+            Route::Waypoint {
+                workload,
+                service,
+                target,
+                hbone,
+                ..
+            } => {
+                let of = service
+                    .map(|service| format!("of {}: ", service_object(&service)))
+                    .unwrap_or_default();
+                let text = format!(
+                    "{of}by mutual TLS to the waypoint {} (HBONE at {hbone}), which takes it to {target}; what the waypoint \
+                     does with it is not seen from here",
+                    at(&workload, hbone)
+                );
+                way.passes("route", text, Some(object_of(&workload)));
+                Some(Some(To {
+                    workload,
+                    target,
+                    mutual_tls: true,
+                    judged: false,
+                }))
             }
             Route::Tunnel {
                 workload,
@@ -272,6 +340,7 @@ impl Seen {
                     workload,
                     target,
                     mutual_tls: true,
+                    judged: true,
                 }))
             }
         }
@@ -310,29 +379,22 @@ impl Seen {
 
     /// The destination's policies.
     fn judge(&self, way: &mut Way, comes: &Comes) {
-        let policies = || self.snapshot.policies_for(&comes.workload).filter_map(Result::ok);
-        for policy in policies().filter(|policy| policy.dry_run && policy::matches(&comes.facts, policy)) {
-            let text = format!("{} matches and is a dry run: it changes nothing", Origin::from(policy));
-            way.step("policy", Outcome::Notable, text, Some(resource(policy)));
-        }
         let verdict = self.snapshot.verdict(&comes.facts, &comes.workload);
-        let origin = match &verdict.reason {
-            Reason::AllowedBy(origin) | Reason::DeniedBy(origin, _) => Some(origin),
-            _ => None,
-        };
-        let matched = origin.and_then(|origin| {
-            policies().find(|policy| Origin::from(*policy) == *origin && policy::matches(&comes.facts, policy))
-        });
-        let object = matched.map(|policy| match rule_of(policy, &comes.facts) {
-            Some(rule) => format!("{}, rule {rule} of {}", resource(policy), policy.rules.len()),
-            None => resource(policy),
-        });
+        if let Some(rehearsed) = &verdict.dry_run {
+            let text = format!("with the policies in dry run: {}", rehearsed.reason);
+            way.step("policy", Outcome::Notable, text, None);
+        }
+        let words = verdict.reason.to_string();
+        let policies = self.snapshot.policies_for(&comes.workload).filter_map(Result::ok);
+        let mut enforced = policies.filter(|policy| !policy.dry_run);
+        let behind = enforced
+            .find(|policy| words.contains(&Origin::from(*policy).to_string()) && policy::matches(&comes.facts, policy));
         let outcome = if verdict.allowed {
             Outcome::Passes
         } else {
             Outcome::Refused
         };
-        way.step("policy", outcome, verdict.reason.to_string(), object);
+        way.step("policy", outcome, words, behind.map(resource));
     }
 
     fn source(&self, name: &str) -> Result<&Arc<Workload>, String> {
@@ -423,33 +485,21 @@ impl Seen {
     /// As a resolver with the pod's search domains finds it.
     fn service(&self, source: &Workload, name: &str) -> Option<&Arc<Service>> {
         let name = name.trim_end_matches('.');
-        if let Some(service) = self
+        // The cluster's domain is what the hosts of its services end with.
+        let domain = self
             .snapshot
-            .service(&NamespacedName::new(source.namespace.clone(), name))
-        {
-            return Some(service);
-        }
-        let prefixes = [
-            format!("{name}.{}.svc.", source.namespace),
-            format!("{name}.svc."),
-            format!("{name}."),
+            .services()
+            .find_map(|service| service.hostname.split_once(".svc."));
+        let domain = domain.map_or("cluster.local", |(_, domain)| domain);
+        let searched = [
+            name.to_owned(),
+            format!("{name}.{}.svc.{domain}", source.namespace),
+            format!("{name}.svc.{domain}"),
+            format!("{name}.{domain}"),
         ];
-        let ranked = self.snapshot.services().filter_map(|service| {
-            let rank = match *service.hostname == *name {
-                true => 0,
-                false => {
-                    1 + prefixes.iter().position(|prefix| {
-                        let rest = service.hostname.strip_prefix(prefix.as_str());
-                        // `web.` alone may only be followed by `NAMESPACE.svc.…` if it says the namespace itself.
-                        rest.is_some_and(|rest| !prefix.ends_with(&format!("{name}.")) || rest.starts_with("svc."))
-                    })?
-                }
-            };
-            Some((rank, service))
-        });
-        ranked
-            .min_by_key(|(rank, service)| (*rank, service.key()))
-            .map(|(_, service)| service)
+        let found = |host: &String| self.snapshot.service_by_host(host, &source.namespace);
+        let wildcard = || self.snapshot.service_by_wildcard(name, &source.namespace);
+        searched.iter().find_map(found).or_else(wildcard)
     }
 }
 
@@ -487,17 +537,4 @@ fn resource(policy: &Policy) -> String {
         Some(origin) => format!("{origin} (as {})", policy.key()),
         None => format!("AuthorizationPolicy {}", policy.key()),
     }
-}
-
-/// Which of the policy's rules holds, from one.
-fn rule_of(policy: &Policy, facts: &Facts) -> Option<usize> {
-    let alone = |rule: &model::Rule| Policy {
-        rules: vec![rule.clone()],
-        ..policy.clone()
-    };
-    let rule = policy
-        .rules
-        .iter()
-        .position(|rule| policy::matches(facts, &alone(rule)))?;
-    Some(rule + 1)
 }

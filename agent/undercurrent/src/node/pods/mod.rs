@@ -25,7 +25,7 @@ use std::{
 };
 
 use admin::{PodAdded, PodChecked, PodRemoved, ValidAttachments};
-use model::{Identity, NamespacedName, WorkloadUid};
+use model::{Exclusions, Identity, NamespacedName, WorkloadUid};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -120,6 +120,8 @@ pub struct PodView {
     pub captured: bool,
     pub identity: Option<Identity>,
     pub problem: Option<String>,
+    /// What of its traffic is not captured.
+    pub exclusions: Exclusions,
     /// What of its annotations is not done; it is captured all the same.
     pub notes: Vec<String>,
 }

@@ -431,6 +431,12 @@ impl Reconciler {
                 captured,
                 identity: pod.captured_as().cloned(),
                 problem: pod.trouble.as_ref().map(|trouble| trouble.text().to_owned()),
+                exclusions: pod
+                    .record
+                    .api
+                    .as_ref()
+                    .map(|api| api.settings.exclusions.clone())
+                    .unwrap_or_default(),
                 notes: pod
                     .record
                     .api
