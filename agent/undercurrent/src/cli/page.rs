@@ -240,7 +240,7 @@ mod tests {
             uptime_seconds: 4000,
             capture: CaptureStatus {
                 mode: "ebpf".to_owned(),
-                capabilities: vec![],
+                ..CaptureStatus::default()
             },
             knowledge: KnowledgeStatus {
                 workloads: 12,
