@@ -63,7 +63,8 @@ impl LogLevel {
 fn checked(level: &str) -> Result<&str, String> {
     for directive in level.split(',') {
         let (part, level) = directive.split_once('=').unwrap_or(("all", directive));
-        if part.is_empty() || level.parse::<LevelFilter>().is_err() {
+        // An empty level is one to the parser.
+        if part.is_empty() || level.is_empty() || level.parse::<LevelFilter>().is_err() {
             return Err(format!(
                 "{directive:?} is not a level: give error, warn, info, debug or off, or PART=LEVEL, such as l4=debug"
             ));
