@@ -15,9 +15,7 @@
 use abi::{Address, CAPTURED, DNS, DNS_MARK, DNS_PORT, DNS_SLOTS, DnsSlot, Endpoint, NAME_SERVER_PORT, Pod, Reason};
 use aya_ebpf::{
     bindings::{BPF_NOEXIST, bpf_sock_tuple},
-    helpers::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_sk_lookup_udp, bpf_sk_release,
-    },
+    helpers::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_sk_lookup_udp, bpf_sk_release},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };

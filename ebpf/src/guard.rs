@@ -12,7 +12,9 @@
 //!
 //! All other TCP is dropped and counted. What is not TCP passes unless the pod's setting forbids it.
 
-use abi::{Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, INBOUND_PORT, Interface, Reason};
+use abi::{
+    Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, INBOUND_PORT, Interface, Reason,
+};
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
     helpers::{bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},

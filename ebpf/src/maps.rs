@@ -1,8 +1,8 @@
 //! Maps and constants, shared by the hooks. All maps are pinned by the agent; the constants are set when it loads.
 
 use abi::{
-    Address, CounterKey, Dialled, DnsSlot, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey, OriginalKey, PlaintextClient,
-    Pod, Reason, Restore,
+    Address, CounterKey, Dialled, DnsSlot, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey,
+    OriginalKey, PlaintextClient, Pod, Reason, Restore,
 };
 use aya_ebpf::{
     Global,

@@ -14,7 +14,8 @@
 //! listener: refused (the kernel answers with RST).
 
 use abi::{
-    Address, CAPTURE_PORTS, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, PlaintextClient, Reason, is_capture_port,
+    Address, CAPTURE_PORTS, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, PlaintextClient, Reason,
+    is_capture_port,
 };
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},

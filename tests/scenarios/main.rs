@@ -15,6 +15,7 @@ mod policy;
 mod probes;
 mod reach;
 mod services;
+mod telemetry;
 mod waypoint;
 
 use system_tests::suite;
@@ -34,6 +35,7 @@ fn main() -> std::process::ExitCode {
         dns::SCENARIOS,
         labels::SCENARIOS,
         knowledge::SCENARIOS,
+        telemetry::SCENARIOS,
         exclusions::SCENARIOS,
         enrolment::SCENARIOS,
         waypoint::SCENARIOS,

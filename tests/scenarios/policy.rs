@@ -30,19 +30,19 @@ fn server(mesh: &Mesh) -> Pod<'_> {
 }
 
 /// Replaces the policies that an earlier scenario made.
-fn with_policies(mesh: &Mesh, policies: &str) -> Result<()> {
+pub(crate) fn with_policies(mesh: &Mesh, policies: &str) -> Result<()> {
     mesh.change(FILE, |text| {
         let base = text.split(OWN).next().unwrap_or_default().trim_end().to_owned();
         format!("{base}\n{OWN}\n{policies}")
     })
 }
 
-fn authorization(name: &str, spec: &str) -> String {
+pub(crate) fn authorization(name: &str, spec: &str) -> String {
     let head = "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n";
     format!("{head}metadata: {{name: {name}, namespace: policy}}\nspec: {spec}\n")
 }
 
-fn peer_authentication(mode: &str) -> String {
+pub(crate) fn peer_authentication(mode: &str) -> String {
     let head = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n";
     format!("{head}metadata: {{name: default, namespace: policy}}\nspec: {{mtls: {{mode: {mode}}}}}\n")
 }

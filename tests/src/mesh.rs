@@ -153,6 +153,15 @@ impl Mesh {
         Ok(text(&output.stdout))
     }
 
+    /// A command of the binary that asks agents; how it ended, and its standard output.
+    pub fn ask(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after=5", "60"]).arg(&self.binary).args(arguments);
+        let output = command.envs(self.environment()).stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        Ok((output.status.code(), said.into_owned()))
+    }
+
     pub(crate) fn binary(&self) -> &Path {
         &self.binary
     }

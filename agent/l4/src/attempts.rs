@@ -80,8 +80,8 @@ impl Attempts<'_> {
         loop {
             let failure = match self.follow(way).await {
                 Ok(upstream) => return Ok(upstream),
-                Err((failure, false)) => return Err(failure),
-                Err((failure, true)) => failure,
+                Err((failure, false)) => return Err(*failure),
+                Err((failure, true)) => *failure,
             };
             way = match self.next_way().await {
                 Some(next) => next,
@@ -92,7 +92,7 @@ impl Attempts<'_> {
     }
 
     /// Follows one way, and when that takes long, others beside it. A failure, and whether to go on.
-    async fn follow(&self, (source, route): Way) -> Result<Upstream, (Failure, bool)> {
+    async fn follow(&self, (source, route): Way) -> Result<Upstream, (Box<Failure>, bool)> {
         let connection = self.connection;
         let shard = &connection.shard;
         let endpoint = endpoint_of_service(&route);
@@ -119,7 +119,7 @@ impl Attempts<'_> {
         outcome: Result<Upstream, Failure>,
         endpoint: Option<&Endpoint>,
         counted: Option<Counted>,
-    ) -> Result<Upstream, (Failure, bool)> {
+    ) -> Result<Upstream, (Box<Failure>, bool)> {
         let experience = &self.connection.shard.experience;
         match (outcome, endpoint) {
             (Ok(upstream), endpoint) => {
@@ -134,9 +134,9 @@ impl Attempts<'_> {
                     true => experience.failed(&endpoint.uid, endpoint.at, Instant::now()),
                     false => experience.succeeded(&endpoint.uid, endpoint.at),
                 }
-                Err((failure, self.may_go_on()))
+                Err((failure.into(), self.may_go_on()))
             }
-            (Err(failure), _) => Err((failure, false)),
+            (Err(failure), _) => Err((failure.into(), false)),
         }
     }
 
@@ -146,7 +146,7 @@ impl Attempts<'_> {
         mut late: Pin<&mut impl Future<Output = Result<Upstream, Failure>>>,
         endpoint: Option<Endpoint>,
         counted: Option<Counted>,
-    ) -> Result<Upstream, (Failure, bool)> {
+    ) -> Result<Upstream, (Box<Failure>, bool)> {
         if let Some(Endpoint { uid, at, .. }) = &endpoint {
             self.connection.shard.experience.failed(uid, *at, Instant::now());
         }
@@ -158,7 +158,7 @@ impl Attempts<'_> {
         match select(late.as_mut(), others).await {
             Either::Left((Err(failure), others)) if is_endpoints_fault(&failure) => {
                 self.first_failure.borrow_mut().get_or_insert(failure);
-                others.await.map_err(|failure| (failure, false))
+                others.await.map_err(|failure| (failure.into(), false))
             }
             Either::Left((outcome, others)) => {
                 drop(others);

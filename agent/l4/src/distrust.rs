@@ -23,9 +23,12 @@ const TURN: usize = 16;
 pub(crate) async fn run(shard: Rc<Shard>) {
     let mut left = shard.identities.trust().root_left();
     while left.changed().await.is_ok() {
-        let connections = shard.connections.borrow();
-        let live: Vec<Rc<Live>> = connections.iter().map(|(_, live)| live.clone()).collect();
-        drop(connections);
+        let live: Vec<Rc<Live>> = shard
+            .connections
+            .borrow()
+            .iter()
+            .map(|(_, live)| live.clone())
+            .collect();
         for turn in live.chunks(TURN) {
             for connection in turn {
                 if let Some(failure) = untrusted(&shard, connection) {

@@ -156,18 +156,22 @@ async fn play(fates: &[Fate]) {
         lines.len() >= fates.iter().map(|fate| lines_of(*fate)).sum(),
         "{lines:#?}"
     );
-    let text = scrape(&metrics);
-    let said = logged(&lines);
+    compare(&scrape(&metrics), &lines);
+}
+
+/// Every sum of the counters with that of the log's lines.
+fn compare(text: &str, lines: &[String]) {
+    let said = logged(lines);
     for ((reporter, flag), [count, ..]) in &said {
         let with = [format!("reporter=\"{reporter}\""), format!("response_flags=\"{flag}\"")];
         assert_eq!(
-            sum(&text, "istio_tcp_connections_closed_total", &with),
+            sum(text, "istio_tcp_connections_closed_total", &with),
             *count,
             "{with:?} {lines:#?}"
         );
         let failed = if flag == "-" { 0 } else { *count };
         assert_eq!(
-            sum(&text, "istio_tcp_connections_failed_total", &with),
+            sum(text, "istio_tcp_connections_failed_total", &with),
             failed,
             "{with:?}"
         );
@@ -178,9 +182,9 @@ async fn play(fates: &[Fate]) {
             own.map(|(_, sums)| sums[index]).sum()
         };
         let with = [format!("reporter=\"{reporter}\"")];
-        assert_eq!(sum(&text, "istio_tcp_connections_opened_total", &with), of(0));
-        assert_eq!(sum(&text, "istio_tcp_received_bytes_total", &with), of(1));
-        assert_eq!(sum(&text, "istio_tcp_sent_bytes_total", &with), of(2));
+        assert_eq!(sum(text, "istio_tcp_connections_opened_total", &with), of(0));
+        assert_eq!(sum(text, "istio_tcp_received_bytes_total", &with), of(1));
+        assert_eq!(sum(text, "istio_tcp_sent_bytes_total", &with), of(2));
     }
 }
 

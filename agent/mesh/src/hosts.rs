@@ -6,7 +6,7 @@
 //! name and is found by walking up the labels (`a_wildcard_is_found_by_its_labels_and_the_longest_goes_first`).
 //!
 //! Shared between snapshots as every index; the keys are the services' own host names, so that a service costs an entry
-//! and no text (88 bytes of it: `examples/lookups.rs`).
+//! and no text.
 
 use std::sync::Arc;
 

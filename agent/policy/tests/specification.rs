@@ -91,8 +91,8 @@ fn match_holds(facts: &Facts, one: &Match) -> bool {
     let each = [
         given(one.namespaces.iter().map(|p| text(p, &namespace)).collect()),
         !one.not_namespaces.iter().any(|p| text(p, &namespace)),
-        given(one.principals.iter().map(|p| principal(p)).collect()),
-        !one.not_principals.iter().any(|p| principal(p)),
+        given(one.principals.iter().map(&principal).collect()),
+        !one.not_principals.iter().any(principal),
         given(one.service_accounts.iter().map(|a| same(a, &account)).collect()),
         !one.not_service_accounts.iter().any(|a| same(a, &account)),
         given(one.source_ips.iter().map(|net| net.contains(&facts.source)).collect()),

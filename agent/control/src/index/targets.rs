@@ -142,9 +142,8 @@ impl Tables {
             .filter(|target| !is_elsewhere(target, &name.namespace))
         {
             let of = NamespacedName::new(&*name.namespace, target.name.as_str());
-            match dialled(target) {
-                Some(kind) => self.mark_source(&Source { kind, name: of }),
-                None => {}
+            if let Some(kind) = dialled(target) {
+                self.mark_source(&Source { kind, name: of });
             }
         }
     }

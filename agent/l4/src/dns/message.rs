@@ -2,7 +2,7 @@
 //!
 //! What it answers itself are questions for A and AAAA; all else is [`Read::Other`] and passed on byte by byte, so nothing
 //! of it is decoded here (`what_is_not_ours_is_told_apart_by_its_header_alone`). Whatever the bytes are, nothing panics
-//! (`any_bytes_are_read_or_refused`, and the fuzz target `dns_query`).
+//! (`any_bytes_are_read_or_refused`, and the fuzz target `dns_message`).
 
 use std::{collections::HashSet, net::IpAddr, time::Duration};
 

@@ -7,7 +7,7 @@
 //! `message` reads and writes, `resolve` looks up, `udp` and `tcp` carry. Which server a pod addressed is asked of
 //! [`crate::PodSockets`]; nothing here knows how queries are captured.
 //!
-//! What holds (`tests/dns.rs`, `tests/scenarios/dns.rs`):
+//! What holds (`tests/scenarios/dns.rs`):
 //! - What the mesh knows is answered without any name server, however slow or far away that is.
 //! - What is forwarded is not changed by a bit, in either direction, and comes from the pod's own address: network policy
 //!   and the server's views apply. Only the source port is another.

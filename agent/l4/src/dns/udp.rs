@@ -5,7 +5,7 @@
 //! query's id.
 //!
 //! Datagrams come from inside the pod alone: a socket on the pod's own address takes only what has that address as its
-//! source, which the kernel lets no other machine claim (`somebody_elses_query_is_not_answered`).
+//! source, which the kernel lets no other machine claim (scenario `nobody_else_is_answered`).
 
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 

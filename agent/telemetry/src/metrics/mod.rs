@@ -267,7 +267,8 @@ impl Collector for Metrics {
                 counter.encode(family.encode_family(&labels)?)?;
             }
         }
-        let flagged: [(&str, &str, fn(ResponseFlag) -> bool); 2] = [
+        type Flagged = (&'static str, &'static str, fn(ResponseFlag) -> bool);
+        let flagged: [Flagged; 2] = [
             ("istio_tcp_connections_closed", "Connections closed", |_| true),
             (
                 "istio_tcp_connections_failed",

@@ -170,7 +170,8 @@ fn or_dash(text: String) -> Cell {
 }
 
 fn shown(kind: Kind, items: &[Value], wide: bool, colours: bool) -> String {
-    let (header, row): (&[&str], fn(&Value, bool) -> Vec<Cell>) = match (kind, wide) {
+    type Row = fn(&Value, bool) -> Vec<Cell>;
+    let (header, row): (&[&str], Row) = match (kind, wide) {
         (Kind::Workloads, false) => (
             &["NAMESPACE", "NAME", "ADDRESS", "NODE", "PROTOCOL", "STATUS", "WAYPOINT"],
             workload,

@@ -83,15 +83,7 @@ async fn serve(args: NodeArgs, log_level: logging::LogLevel) -> anyhow::Result<(
         series: args.metrics_series,
         expiry: args.metrics_expiry,
     });
-    let mut config = l4::Config {
-        metrics: metrics.clone(),
-        lookup: Arc::new(resolver::NodeResolver::new(&args.resolv_conf)),
-        dns: args.dns.config(&args.resolv_conf),
-        ..l4::Config::default()
-    };
-    if let Some(shards) = args.shards {
-        config.shards = shards.max(1);
-    }
+    let config = proxy_config(&args, &metrics);
     let proxy = l4::Proxy::start(config, knowledge.clone(), identities.clone(), access_log.clone())
         .context("cannot start the proxy")?;
     let proxy = Arc::new(proxy);
@@ -149,6 +141,19 @@ async fn serve(args: NodeArgs, log_level: logging::LogLevel) -> anyhow::Result<(
     proxy.drain(args.drain).await;
     access_log.flush(Duration::from_secs(1));
     Ok(())
+}
+
+fn proxy_config(args: &NodeArgs, metrics: &telemetry::Metrics) -> l4::Config {
+    let mut config = l4::Config {
+        metrics: metrics.clone(),
+        lookup: Arc::new(resolver::NodeResolver::new(&args.resolv_conf)),
+        dns: args.dns.config(&args.resolv_conf),
+        ..l4::Config::default()
+    };
+    if let Some(shards) = args.shards {
+        config.shards = shards.max(1);
+    }
+    config
 }
 
 /// Starts the capture that is set, or that this kernel can do; and says why that one. Only what the kernel lacks chooses:

@@ -282,11 +282,8 @@ impl Seen {
                 service,
                 target,
             } => {
-                let to = at(&workload, target);
-                let text = format!(
-                    "to {to}{}, which is not in the mesh: in plaintext",
-                    self.one_of(service.as_deref())
-                );
+                let (to, of) = (at(&workload, target), self.one_of(service.as_deref()));
+                let text = format!("to {to}{of}, which is not in the mesh: in plaintext");
                 way.step("route", Outcome::Notable, text, Some(object_of(&workload)));
                 Some(Some(To {
                     workload,
