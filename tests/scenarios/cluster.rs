@@ -240,9 +240,15 @@ fn a_deleted_pod_ends_its_connections_and_no_others(mesh: &Mesh) -> Result<()> {
         after.len() == 2 && after.contains(kept) && !after.contains(gone),
         "{pods:?} became {after:?}"
     );
-    // While it lives, the other pod is the less loaded one, and has all that comes.
-    drop(lives);
-    served_by(mesh, 2)
+    // The one with the connection that lives is the more loaded of the two.
+    let fresh = after.iter().find(|pod| *pod != kept).context("no other")?;
+    let addresses = mesh.pod("apps", fresh).addresses()?.map(|address| address.to_string());
+    for from in clients(mesh) {
+        wait::until_true(&format!("{fresh} answers {}", from.key()), || {
+            Ok(addresses.contains(&who_answers(from, "web.apps.svc.cluster.local")?))
+        })?;
+    }
+    Ok(())
 }
 
 fn a_deleted_deployment_leaves_nothing_behind(mesh: &Mesh) -> Result<()> {

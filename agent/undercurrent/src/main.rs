@@ -53,7 +53,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Role::Control(args) => control::run(*args),
         Role::Status(args) => cli::status(&args),
         Role::Get(args) => cli::get(&args),
-        Role::Why(args) => return cli::why(&args),
+        Role::Why(args) => return Ok(cli::why(&args)),
         Role::Cni(args) => return cni::run(args),
         Role::Uninstall(args) => uninstall::run(&args),
         Role::Playground(args) => playground::run(args),

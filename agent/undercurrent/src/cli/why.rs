@@ -15,6 +15,9 @@ use super::{
     table::{Cell, wrap},
 };
 
+/// The exit code where it is not known whether the connection is allowed.
+const NOBODY_CAN_SAY: u8 = 2;
+
 /// Options of `why`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct WhyArgs {
@@ -44,7 +47,19 @@ fn destination(text: &str) -> Result<(String, u16), String> {
 }
 
 /// Asks, shows, and tells by the exit code.
-pub fn run(args: &WhyArgs) -> Result<ExitCode> {
+pub fn run(args: &WhyArgs) -> ExitCode {
+    match answer(args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("Error: {error:#}");
+            ExitCode::from(NOBODY_CAN_SAY)
+        }
+    }
+}
+
+/// Whether it is allowed.
+fn answer(args: &WhyArgs) -> Result<bool> {
     let agents = args.reach.agents()?;
     let question = Question {
         source: args.source.clone(),
@@ -57,11 +72,7 @@ pub fn run(args: &WhyArgs) -> Result<ExitCode> {
         true => print(&(serde_json::to_string_pretty(&why)? + "\n"))?,
         false => print(&shown(&why, asked, colours()))?,
     }
-    Ok(if why.allowed {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(why.allowed)
 }
 
 /// The source's agent is the one that can answer; the others say that the pod is not theirs.
