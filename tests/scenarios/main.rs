@@ -3,6 +3,7 @@
 mod bytes;
 mod cluster;
 mod dns;
+mod egress;
 mod encrypted;
 mod enrolment;
 mod escape;
@@ -33,6 +34,7 @@ fn main() -> std::process::ExitCode {
         cluster::SCENARIOS,
         services::SCENARIOS,
         dns::SCENARIOS,
+        egress::SCENARIOS,
         labels::SCENARIOS,
         knowledge::SCENARIOS,
         telemetry::SCENARIOS,
