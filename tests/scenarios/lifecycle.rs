@@ -13,7 +13,6 @@ scenarios![
     an_address_that_went_to_another_pod_has_its_identity,
     a_running_pod_is_enrolled_without_disturbing_its_connections,
     a_released_pod_is_as_if_it_had_never_been_enrolled,
-    a_captured_pod_has_no_firewall_rules,
     up_after_everything_was_killed_works,
     down_leaves_nothing_and_may_be_said_twice,
 ];
@@ -313,24 +312,6 @@ fn a_released_pod_is_as_if_it_had_never_been_enrolled(mesh: &Mesh) -> Result<()>
     carried.kill()?;
     comer.exec(&["pkill", "-f", "client.py"])?;
     is_restored(comer, &before)
-}
-
-fn a_captured_pod_has_no_firewall_rules(mesh: &Mesh) -> Result<()> {
-    for pod in [client(mesh), server(mesh)] {
-        for program in ["iptables-save", "ip6tables-save"] {
-            let said = netns::says(&pod.netns(), program, &[])?;
-            let rules: Vec<_> = said.lines().filter(|line| line.starts_with("-A")).collect();
-            ensure!(rules.is_empty(), "{}: {rules:?}", pod.key());
-        }
-        // A pod that was captured by rules once keeps iptables' own empty tables.
-        let said = netns::says(&pod.netns(), "nft", &["list", "ruleset"])?;
-        let empty = |line: &str| {
-            let first = line.split_whitespace().next();
-            first.is_none_or(|word| ["table", "chain", "type", "}"].contains(&word))
-        };
-        ensure!(said.lines().all(empty), "{}: {said}", pod.key());
-    }
-    Ok(())
 }
 
 fn works(mesh: &Mesh) -> Result<()> {
