@@ -16,7 +16,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context, dns, exclusion,
-    maps::{DIALLED, PODS, agent_cgroup, count},
+    maps::{DIALLED, PODS, count, is_agents},
 };
 
 const SOCK_STREAM: u32 = 1;
@@ -109,9 +109,8 @@ fn decide(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
     if kind != SOCK_STREAM || (protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP) {
         return Decision::Proceed;
     }
-    let (agent, level) = agent_cgroup();
     // SAFETY: a helper without memory arguments.
-    if unsafe { bpf_get_current_ancestor_cgroup_id(level) } == agent {
+    if is_agents(|level| unsafe { bpf_get_current_ancestor_cgroup_id(level) }) {
         return Decision::Proceed;
     }
     let decision = decide_for_pod(ctx, destination);

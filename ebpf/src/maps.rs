@@ -79,6 +79,16 @@ static AGENT_CGROUP: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static AGENT_LEVEL: Global<i32> = Global::new(0);
 
+/// The same of the agents before it that may still finish their connections; 0: none, which the verifier removes.
+#[unsafe(no_mangle)]
+static FORMER_CGROUP: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static FORMER_LEVEL: Global<i32> = Global::new(0);
+#[unsafe(no_mangle)]
+static ELDER_CGROUP: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static ELDER_LEVEL: Global<i32> = Global::new(0);
+
 /// The id of the cgroup of all pods, and its depth.
 #[unsafe(no_mangle)]
 static PODS_CGROUP: Global<u64> = Global::new(0);
@@ -89,10 +99,14 @@ static PODS_LEVEL: Global<i32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static NODE_COOKIE: Global<u64> = Global::new(0);
 
-/// The id and the depth of the agent's cgroup.
+/// Whether a cgroup is an agent's, by what its ancestor at a depth is.
 #[inline(always)]
-pub fn agent_cgroup() -> (u64, i32) {
-    (AGENT_CGROUP.load(), AGENT_LEVEL.load())
+pub fn is_agents(ancestor: impl Fn(i32) -> u64) -> bool {
+    if ancestor(AGENT_LEVEL.load()) == AGENT_CGROUP.load() {
+        return true;
+    }
+    let (former, elder) = (FORMER_CGROUP.load(), ELDER_CGROUP.load());
+    (former != 0 && ancestor(FORMER_LEVEL.load()) == former) || (elder != 0 && ancestor(ELDER_LEVEL.load()) == elder)
 }
 
 /// The id and the depth of the pods' cgroup.

@@ -20,7 +20,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     exclusion::{begins_inbound, is_own},
-    maps::{ADMITTED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, agent_cgroup, count, pods_cgroup},
+    maps::{ADMITTED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, count, is_agents, pods_cgroup},
     packet::{Direction, Packet, Segment, parse},
 };
 
@@ -99,9 +99,8 @@ fn is_of_the_host(ctx: &TcContext) -> bool {
             return false;
         }
         let (pods, pods_level) = pods_cgroup();
-        let (agent, agent_level) = agent_cgroup();
         bpf_skb_ancestor_cgroup_id(skb, pods_level) != pods
-            && bpf_skb_ancestor_cgroup_id(skb, agent_level) != agent
+            && !is_agents(|level| bpf_skb_ancestor_cgroup_id(skb, level))
             && (NODE_COOKIE.load() == 0 || bpf_get_netns_cookie(skb.cast()) == NODE_COOKIE.load())
     }
 }

@@ -26,6 +26,7 @@
 //! What it does not do: it spawns no task. [`Node::reconcile`] wants to be called now and then, and a [`KernelLog`] to
 //! be run.
 
+mod agents;
 mod capabilities;
 mod cgroup;
 mod counters;
@@ -41,6 +42,7 @@ mod mode;
 mod netlink;
 mod netns;
 mod node;
+mod offered;
 mod pins;
 mod plan;
 mod pod;

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
 };
 
 use model::{OriginalDst, PeerAddr, PodSettings, WorkloadUid};
@@ -80,6 +81,22 @@ impl Capture {
         }
     }
 
+    /// Sockets that another process opened in a pod, to be used when it is captured.
+    pub fn offer(&self, uid: WorkloadUid, sockets: Vec<(String, OwnedFd)>) {
+        match self {
+            Self::Ebpf(node) => node.offer(uid, sockets),
+            Self::Iptables(node) => node.offer(uid, sockets),
+        }
+    }
+
+    /// The agents before this one have ended. With iptables a mark says who is an agent, and nothing is to be forgotten.
+    pub async fn forget_former(&self) -> Result<(), CaptureError> {
+        match self {
+            Self::Ebpf(node) => node.forget_former().await,
+            Self::Iptables(_) => Ok(()),
+        }
+    }
+
     /// Forgets the pods that this agent was not told of.
     pub async fn forget_untold(&self) -> Result<(), CaptureError> {
         match self {
@@ -120,6 +137,14 @@ impl CapturedPod {
         match self {
             Self::Ebpf(pod) => pod.listeners(),
             Self::Iptables(pod) => pod.listeners(),
+        }
+    }
+
+    /// Duplicates of the agent's listeners in the pod, by what they are for: to be handed over.
+    pub fn sockets(&self) -> io::Result<Vec<(&'static str, OwnedFd)>> {
+        match self {
+            Self::Ebpf(pod) => pod.sockets(),
+            Self::Iptables(pod) => pod.sockets(),
         }
     }
 

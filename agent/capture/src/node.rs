@@ -13,6 +13,7 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -20,6 +21,7 @@ use std::{
 use model::{PodSettings, WorkloadUid};
 
 use crate::{
+    agents::{self, AgentCgroup},
     capabilities,
     cgroup::{self, Cgroup},
     counters::{self, GuardCounters},
@@ -28,6 +30,7 @@ use crate::{
     kernel_log::KernelLog,
     maps::Maps,
     netns::Netns,
+    offered::Offered,
     pins::{self, Pins},
     plan::Addresses,
     pod::{self, PodState},
@@ -49,6 +52,9 @@ pub struct NodeConfig {
     pub pods_cgroup: PathBuf,
     /// The agent's own cgroup; none: the one that this process is in. Not the root, and not one that holds pods.
     pub agent_cgroup: Option<PathBuf>,
+    /// Whether an agent before this one still finishes its connections: what it sends passes until
+    /// [`Node::forget_former`].
+    pub takes_over: bool,
     /// The eBPF object, `ebpf/target/bpfel-unknown-none/release/undercurrent`.
     pub object: &'static [u8],
     /// Whether the programs write to the log ([`Node::kernel_log`]). Off costs nothing: the verifier removes the code.
@@ -78,12 +84,15 @@ pub struct Node {
 pub(crate) struct Inner {
     pub(crate) pins: Pins,
     pub(crate) home: Netns,
-    pub(crate) agent: Cgroup,
+    /// This agent's, and those of agents before it that still finish their connections.
+    pub(crate) agents: Vec<AgentCgroup>,
     pub(crate) programs: Programs,
     pub(crate) maps: Maps,
     pub(crate) pods: HashMap<WorkloadUid, PodState>,
     /// What an agent left that captured by iptables.
     pub(crate) former: FormerRules,
+    /// Sockets of pods that are yet to be captured.
+    pub(crate) offered: HashMap<WorkloadUid, Offered>,
 }
 
 impl Node {
@@ -110,12 +119,21 @@ impl Node {
             });
         }
         let home = Netns::own().tried(|| "opening the node's network namespace".into())?;
-        let constants = Constants {
-            agent: &agent,
+        let own = AgentCgroup::of(&agent);
+        let at_most = if config.takes_over { agents::FORMER } else { 0 };
+        let former = agents::keep(&pins, own, at_most).tried(|| "looking for agents before this one".into())?;
+        let mut constants = Constants {
+            agent: own,
+            former: [AgentCgroup::NOBODY; agents::FORMER],
             pods: &pods,
             node_cookie: if capabilities.tc_netns_cookie { home.cookie() } else { 0 },
             log_level: if config.kernel_log { KernelLog::LEVEL } else { 0 },
         };
+        constants
+            .former
+            .iter_mut()
+            .zip(&former)
+            .for_each(|(place, agent)| *place = *agent);
         let (programs, mut maps, mut ebpf) = programs::load(config.object, &pins, &constants)?;
         let kernel_log = config.kernel_log.then(|| KernelLog::of(&mut ebpf)).transpose()?;
         // Host-network pods are in the pods' cgroup and in the node's namespace.
@@ -125,11 +143,12 @@ impl Node {
         let mut inner = Inner {
             pins,
             home,
-            agent,
+            agents: std::iter::once(own).chain(former).collect(),
             programs,
             maps,
             pods: HashMap::new(),
             former: FormerRules::default(),
+            offered: HashMap::new(),
         };
         inner.adopt_pods()?;
         inner.pins.remove_other_versions();
@@ -186,6 +205,25 @@ impl Node {
         self.run(|inner| Ok(inner.reconcile())).await
     }
 
+    /// Sockets that another process opened in a pod, by what they are for: those that fit are used when the pod is
+    /// captured, the others are closed.
+    pub fn offer(&self, uid: WorkloadUid, sockets: Vec<(String, OwnedFd)>) {
+        lock(&self.inner).offered.insert(uid, Offered::new(sockets));
+    }
+
+    /// The agents before this one have ended: nobody counts as an agent any more but this one. Programs that were loaded
+    /// with their cgroups keep them; nothing is in these any more, and their ids are not given again.
+    pub async fn forget_former(&self) -> Result<(), CaptureError> {
+        self.run(|inner| {
+            inner.agents.truncate(1);
+            let own = inner.agents.first().copied().unwrap_or(AgentCgroup::NOBODY);
+            agents::keep(&inner.pins, own, 0)
+                .map(drop)
+                .tried(|| "forgetting the agents before this one".into())
+        })
+        .await
+    }
+
     /// Forgets every pod that this agent was not told of since it started. To be called when it has been told all:
     /// pods may have gone while no agent ran.
     pub async fn forget_untold(&self) -> Result<(), CaptureError> {
@@ -234,9 +272,10 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
 
 /// Connects last: what they rewrite to must be recorded from the first one on.
 fn attach_to_cgroups(pins: &Pins, programs: &Programs, pods: &Cgroup, agent: &Cgroup) -> Result<(), CaptureError> {
+    let agents_link = AgentCgroup::of(agent).pin();
     let links = [
         ("sock_ops_pods", &programs.sock_ops_pods, AttachType::SockOps, pods),
-        ("sock_ops_agent", &programs.sock_ops_agent, AttachType::SockOps, agent),
+        (&*agents_link, &programs.sock_ops_agent, AttachType::SockOps, agent),
         ("getpeername4", &programs.getpeername4, AttachType::GetPeerName4, pods),
         ("getpeername6", &programs.getpeername6, AttachType::GetPeerName6, pods),
         ("recvmsg4", &programs.recvmsg4, AttachType::RecvMsg4, pods),
@@ -339,6 +378,7 @@ impl Inner {
     }
 
     fn forget_untold(&mut self) {
+        self.offered.clear();
         let told: Vec<u64> = self.pods.values().map(|pod| pod.netns.cookie()).collect();
         let untold = |cookie: &u64| *cookie != self.home.cookie() && !told.contains(cookie);
         let mut gone: Vec<u64> = self.maps.pod_cookies();

@@ -75,7 +75,7 @@ impl Inner {
         plan.pod.flags |= self.dns_flag(&spec.uid);
         let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
             Some(captured) => captured.listeners.clone(),
-            None => Listeners::open(&netns, plan.ip6)
+            None => Listeners::open(&netns, plan.ip6, self.offered.remove(&spec.uid).unwrap_or_default())
                 .map(Arc::new)
                 .tried(|| format!("listening in {}", spec.netns.display()))?,
         };
@@ -281,14 +281,16 @@ impl Inner {
     /// Of a pod that rules captured, what they redirected is not let out: nor what may have been, and has lost its other
     /// end.
     fn keep_connections(&mut self, netns: &Netns, plan: &PodPlan, had_rules: bool) -> Result<(), CaptureError> {
-        let agent = self.agent.id;
+        let agents: Vec<u64> = self.agents.iter().map(|agent| agent.id).collect();
         let list = |states| {
             netns
                 .enter(|| diag::list(states))
                 .and_then(|result| result)
                 .tried(|| "listing the pod's connections".into())
         };
-        let is_the_pods = |socket: &diag::TcpSocket| socket.cgroup != Some(agent) && !socket.is_local();
+        let is_the_pods = |socket: &diag::TcpSocket| {
+            !socket.cgroup.is_some_and(|cgroup| agents.contains(&cgroup)) && !socket.is_local()
+        };
         for socket in list(diag::state::SYN_SENT)?.iter().filter(|socket| is_the_pods(socket)) {
             if let Err(error) = netns.enter(|| diag::destroy(socket)).and_then(|result| result) {
                 tracing::debug!(%error, "aborting an attempt to connect");
@@ -346,6 +348,7 @@ impl Inner {
     }
 
     pub(crate) fn forget(&mut self, uid: &WorkloadUid) {
+        self.offered.remove(uid);
         let Some(state) = self.pods.remove(uid) else {
             return;
         };

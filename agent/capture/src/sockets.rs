@@ -5,6 +5,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::fd::OwnedFd,
     sync::Arc,
 };
 
@@ -12,7 +13,15 @@ use abi::{Address, DnsSlot, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MA
 use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_socket};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{dns::datagram, maps::Lookups, netns::Netns, ports::PortsBeside, routes::same_family, sys};
+use crate::{
+    dns::datagram,
+    maps::Lookups,
+    netns::Netns,
+    offered::{Offered, Wanted},
+    ports::PortsBeside,
+    routes::same_family,
+    sys,
+};
 
 const BACKLOG: i32 = 4096;
 
@@ -35,15 +44,26 @@ pub type DnsQueries = Vec<(usize, std::net::UdpSocket)>;
 pub(crate) struct Listeners([(ListenerKind, TcpListener); 3]);
 
 impl Listeners {
-    /// Opens them in the pod's namespace.
-    pub(crate) fn open(netns: &Netns, ip6: bool) -> io::Result<Self> {
-        netns.enter(|| {
-            Ok(Self([
-                (ListenerKind::Outbound, listen(abi::CAPTURE_PORTS[0], ip6)?),
-                (ListenerKind::Inbound, listen(INBOUND_PORT, ip6)?),
-                (ListenerKind::Hbone, listen(HBONE_PORT, ip6)?),
-            ]))
-        })?
+    /// Takes those that are offered and fit, and opens the others in the pod's namespace.
+    pub(crate) fn open(netns: &Netns, ip6: bool, mut offered: Offered) -> io::Result<Self> {
+        let mut one = |kind: ListenerKind, port| {
+            let wanted = Wanted {
+                kind: name(kind),
+                cookie: netns.cookie(),
+                ip6,
+                port: None,
+            };
+            let listener = match offered.take_listener(wanted) {
+                Some(listener) => listener,
+                None => netns.enter(|| listen(port, ip6))??,
+            };
+            io::Result::Ok((kind, listener))
+        };
+        Ok(Self([
+            one(ListenerKind::Outbound, abi::CAPTURE_PORTS[0])?,
+            one(ListenerKind::Inbound, INBOUND_PORT)?,
+            one(ListenerKind::Hbone, HBONE_PORT)?,
+        ]))
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (ListenerKind, &TcpListener)> {
@@ -62,6 +82,15 @@ impl Listeners {
             inbound: vec![inbound.try_clone()?],
             hbone: vec![hbone.try_clone()?],
         })
+    }
+}
+
+/// What a listener is called where listeners are handed over.
+pub(crate) fn name(kind: ListenerKind) -> &'static str {
+    match kind {
+        ListenerKind::Outbound => "outbound",
+        ListenerKind::Inbound => "inbound",
+        ListenerKind::Hbone => "hbone",
     }
 }
 
@@ -127,6 +156,14 @@ impl PodHandle {
     /// Duplicates of the listeners: they share one accept queue each.
     pub fn listeners(&self) -> io::Result<PodListeners> {
         self.0.listeners.duplicate()
+    }
+
+    /// Duplicates of all the agent's listeners in the pod, by what they are for: to be handed over.
+    pub fn sockets(&self) -> io::Result<Vec<(&'static str, OwnedFd)>> {
+        let listeners = self.0.listeners.iter();
+        listeners
+            .map(|(kind, listener)| Ok((name(kind), listener.try_clone()?.into())))
+            .collect()
     }
 
     /// Where a captured connection was meant to go: `peer` is the application's end, as accept tells it, and `local`

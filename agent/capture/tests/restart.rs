@@ -193,3 +193,50 @@ fn an_agent_in_another_cgroup_takes_over() {
         app.must("l.settimeout(5); l.accept()");
     });
 }
+
+/// In an upgrade by a surge: two agents in two cgroups, and the former one finishes its connections.
+#[test]
+fn a_former_agent_passes_the_guard_until_it_is_forgotten() {
+    lab::test(
+        "a_former_agent_passes_the_guard_until_it_is_forgotten",
+        |lab| async move {
+            let pod = lab.pod("a", 2);
+            let former = lab.node();
+            let (handle, _) = captured(&former, &pod).await;
+            let links = lab.links();
+            let mut config = lab.config();
+            config.agent_cgroup = Some(config.pods_cgroup.with_file_name("elsewhere"));
+            config.takes_over = true;
+            let node = Node::start(config).unwrap_or_else(|error| panic!("{error}"));
+            node.offer(
+                pod.uid().clone(),
+                handle
+                    .sockets()
+                    .unwrap()
+                    .into_iter()
+                    .map(|(kind, socket)| (kind.to_owned(), socket))
+                    .collect(),
+            );
+            let (_, listeners) = captured(&node, &pod).await;
+            let address = |listeners: &[std::net::TcpListener]| listeners[0].local_addr().unwrap();
+            assert_eq!(
+                address(&listeners.outbound),
+                address(&handle.listeners().unwrap().outbound),
+                "the listener is the former agent's: a new one would have another port"
+            );
+            // What the former agent opens, out and in, is an agent's as before.
+            let mut outside = lab.outside();
+            outside.must(SERVE);
+            let target = SocketAddr::new(OUTSIDE4.parse().unwrap(), 8080);
+            connect(handle.outbound_socket(target).unwrap(), target).expect("the guard still knows the former cgroup");
+            let mut app = lab.in_pod(&pod);
+            app.must(SERVE);
+            let target = SocketAddr::new(pod.ip4(), 8080);
+            let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+            connect(socket, target).unwrap();
+            app.must("l.settimeout(5); l.accept()");
+            node.forget_former().await.unwrap();
+            assert_eq!(lab.links().len(), links.len(), "the former agent's link is gone");
+        },
+    );
+}

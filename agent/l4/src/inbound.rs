@@ -118,6 +118,7 @@ async fn dial_application(connection: &Connection, target: SocketAddr) -> Result
 /// Carries an accepted tunnel.
 pub(crate) fn carry_tunnel(shard: &Rc<Shard>, pod: &Rc<PodState>, socket: TcpStream, peer: SocketAddr) {
     shard.peers[shard.index].tunnels.fetch_add(1, Relaxed);
+    pod.tunnels.set(pod.tunnels.get() + 1);
     let tunnel = Tunnel {
         shard: shard.clone(),
         pod: pod.clone(),
@@ -142,6 +143,11 @@ struct Tunnel {
 impl Drop for Tunnel {
     fn drop(&mut self) {
         self.shard.peers[self.shard.index].tunnels.fetch_sub(1, Relaxed);
+        let left = self.pod.tunnels.get() - 1;
+        self.pod.tunnels.set(left);
+        if left == 0 {
+            self.pod.idle.notify_waiters();
+        }
         if let Some(task) = tokio::task::try_id() {
             self.pod.half_open.leave(task);
         }

@@ -222,9 +222,27 @@ impl Proxy {
         }
     }
 
+    /// Accepts nothing more, on any shard; what was accepted is carried. The listeners are closed and not shut down: what
+    /// waits in their queues is for whoever holds duplicates, and is reset if nobody does. Resolves when all shards have
+    /// stopped, with nothing under way from one to another but what they will find in their queues.
+    pub async fn stop_accepting(&self) {
+        let mut stopped = Vec::with_capacity(self.shards.len());
+        for shard in &self.shards {
+            let (answer, answered) = oneshot::channel();
+            shard.tell(Command::StopAccepting(answer));
+            stopped.push(answered);
+        }
+        for shard in stopped {
+            // A shard that died accepts nothing.
+            let _ = shard.await;
+        }
+    }
+
     /// Takes nothing new, tells the peers (GOAWAY), and waits until what lives has ended; after `grace` it is reset.
-    /// Afterwards the proxy serves nothing and takes no more pods.
+    /// Afterwards the proxy serves nothing and takes no more pods. What was accepted before is no less served for it: it
+    /// still opens its tunnels, and a peer's stream that was under way is still answered.
     pub async fn drain(&self, grace: Duration) {
+        self.stop_accepting().await;
         for shard in &self.shards {
             shard.tell(Command::Drain { grace });
         }

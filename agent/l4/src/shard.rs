@@ -75,6 +75,7 @@ pub(crate) enum Command {
     },
     Connections(oneshot::Sender<Vec<ConnectionInfo>>),
     Count(oneshot::Sender<()>),
+    StopAccepting(oneshot::Sender<()>),
     Drain {
         grace: Duration,
     },
@@ -155,8 +156,10 @@ pub(crate) struct PodState {
     pub half_open: HalfOpen,
     /// Of the tunnels that are accepted now.
     drain: RefCell<DrainSignal>,
-    /// Live connections, and the wake-up when there are none.
+    /// Live connections and the tunnels that peers opened, finished handshakes or not; and the wake-up when there are
+    /// none of either.
     pub connections: Cell<usize>,
+    pub tunnels: Cell<usize>,
     pub idle: Notify,
     /// Of the tunnels accepted now, last; before it those of tunnels that were told to go away.
     triggers: RefCell<Vec<DrainTrigger>>,
@@ -244,6 +247,7 @@ impl Shard {
             half_open: HalfOpen::new(self.config.half_open),
             drain: RefCell::new(drain),
             connections: Cell::default(),
+            tunnels: Cell::default(),
             idle: Notify::new(),
             triggers: RefCell::new(vec![trigger]),
             accepting: RefCell::default(),
@@ -272,6 +276,13 @@ impl Shard {
             pod.accepting
                 .borrow_mut()
                 .push(tokio::task::spawn_local(pod.group.fair(accepting)).abort_handle());
+        }
+    }
+
+    /// Carries what another shard accepted. A pod that was removed meanwhile takes nothing: the socket closes.
+    fn receive(self: &Rc<Self>, one: HandedOver) {
+        if let (Some(pod), Ok(socket)) = (self.pod(&one.pod), TcpStream::from_std(one.socket)) {
+            self.carry(&pod, one.kind, socket, one.peer);
         }
     }
 
@@ -327,7 +338,11 @@ impl Shard {
         tokio::task::yield_now().await;
     }
 
-    async fn drain(&self, grace: Duration) {
+    /// What was accepted, by this shard or one that handed it over, is carried to its end.
+    async fn drain(self: &Rc<Self>, grace: Duration, handed_over: &mut mpsc::Receiver<HandedOver>) {
+        while let Ok(one) = handed_over.try_recv() {
+            self.receive(one);
+        }
         let mut pods: Vec<Rc<PodState>> = self.pods.borrow_mut().drain().map(|(_, pod)| pod).collect();
         for pod in &pods {
             pod.drain_gracefully();
@@ -350,10 +365,11 @@ impl PodState {
         }
     }
 
+    /// The pool goes on: a connection that was accepted just before still needs a tunnel. Its tunnels close when the
+    /// last connection has ended and the pod's state with it.
     fn drain_gracefully(&self) {
         self.stop_accepting();
         self.drain_tunnels(DrainMode::Graceful);
-        self.pool.drain();
     }
 
     /// Drains the tunnels that peers have to the pod.
@@ -380,8 +396,9 @@ impl PodState {
         self.drain.borrow().clone()
     }
 
+    /// A tunnel without streams ends once its peer has heard of the drain: a stream that it sent before is still carried.
     async fn wait_idle(&self) {
-        while self.connections.get() > 0 {
+        while self.connections.get() > 0 || self.tunnels.get() > 0 {
             // Nothing comes between the look and the wait: all of it is on one thread.
             self.idle.notified().await;
         }
@@ -439,22 +456,21 @@ pub(crate) async fn run(
                     shard.count_all();
                     let _ = counted.send(());
                 }
+                Some(Command::StopAccepting(answer)) => {
+                    shard.pods.borrow().values().for_each(|pod| pod.stop_accepting());
+                    let _ = answer.send(());
+                }
                 Some(Command::Drain { grace }) => {
-                    shard.drain(grace).await;
+                    shard.drain(grace, &mut handed_over).await;
                     break;
                 }
                 // The proxy was dropped.
                 None => {
-                    shard.drain(Duration::ZERO).await;
+                    shard.drain(Duration::ZERO, &mut handed_over).await;
                     break;
                 }
             },
-            Some(HandedOver { pod, kind, socket, peer }) = handed_over.recv() => {
-                // A pod that was removed meanwhile takes nothing: the socket closes.
-                if let (Some(pod), Ok(socket)) = (shard.pod(&pod), TcpStream::from_std(socket)) {
-                    shard.carry(&pod, kind, socket, peer);
-                }
-            }
+            Some(one) = handed_over.recv() => shard.receive(one),
         }
     }
     rechecking.abort();

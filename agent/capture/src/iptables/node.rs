@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -26,6 +27,7 @@ use crate::{
     error::{CaptureError, Tried},
     interfaces,
     netns::Netns,
+    offered::Offered,
     plan::{self, Addresses},
     routes::{self, CONNECTION_MARK},
 };
@@ -45,6 +47,8 @@ struct Inner {
     former: Option<FormerHooks>,
     /// What namespaces had right after their rules were made, where iptables prints them in words other than ours.
     printed: HashMap<(u64, Family), Saved>,
+    /// Sockets of pods that are yet to be captured.
+    offered: HashMap<WorkloadUid, Offered>,
 }
 
 struct PodState {
@@ -85,6 +89,7 @@ impl IptablesNode {
             probed,
             former,
             printed: HashMap::new(),
+            offered: HashMap::new(),
         }))))
     }
 
@@ -127,9 +132,17 @@ impl IptablesNode {
         self.run(Inner::reconcile).await
     }
 
+    /// Sockets that another process opened in a pod, by what they are for: those that fit are used when the pod is
+    /// captured, the others are closed.
+    pub fn offer(&self, uid: WorkloadUid, sockets: Vec<(String, OwnedFd)>) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.offered.insert(uid, Offered::new(sockets));
+    }
+
     /// Forgets every pod that this agent was not told of since it started.
     pub async fn forget_untold(&self) -> Result<(), CaptureError> {
         self.run(|inner| {
+            inner.offered.clear();
             let captured = inner.pods.values().filter(|pod| pod.captured.is_some());
             inner.probed = captured.flat_map(|pod| pod.spec.addresses.clone()).collect();
             inner.apply_to_node()?;
@@ -252,7 +265,14 @@ impl Inner {
         self.forget_former_namespace(spec, netns.cookie())?;
         let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
             Some(captured) => captured.listeners.clone(),
-            None => Arc::new(sockets::listen(&netns, families(&netns).contains(&Family::Ip6))?),
+            None => {
+                let offered = self.offered.remove(&spec.uid).unwrap_or_default();
+                Arc::new(sockets::listen(
+                    &netns,
+                    families(&netns).contains(&Family::Ip6),
+                    offered,
+                )?)
+            }
         };
         let addresses: Vec<IpAddr> = Addresses::of(spec)?.iter().collect();
         self.check_addresses(spec, &netns)?;
@@ -419,6 +439,7 @@ impl Inner {
     }
 
     fn forget(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
+        self.offered.remove(uid);
         match self.pods.remove(uid) {
             Some(state) => self.remove_from(&state.netns, &state.spec.addresses),
             None => Ok(()),

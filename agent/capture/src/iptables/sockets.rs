@@ -4,11 +4,12 @@ use std::{
     collections::HashSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use abi::{CAPTURE_PORTS, DNS_PORT, HBONE_PORT, INBOUND_PORT, MARK};
+use abi::{CAPTURE_PORTS, DNS_PORT, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK};
 use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_ip, canonical_socket};
 use socket2::{Domain, SockRef, Socket};
 
@@ -17,9 +18,10 @@ use crate::{
     dns::datagram,
     error::{CaptureError, Tried},
     netns::Netns,
+    offered::{Offered, Wanted},
     ports::PortsBeside,
     routes::same_family,
-    sockets::{PodListeners, listen_on, tcp},
+    sockets::{PodListeners, listen_on, name, tcp},
     sys,
 };
 
@@ -28,9 +30,18 @@ const CLOSING: Duration = Duration::from_millis(500);
 /// Clients that are remembered to have come in plaintext; beyond that all are treated as such.
 const CLIENTS: usize = 4096;
 
-/// Opens the listeners, on exactly the ports that the rules name.
-pub(crate) fn listen(netns: &Netns, ip6: bool) -> Result<PodListeners, CaptureError> {
-    let listen = |port| {
+/// Takes the listeners that are offered, or opens them, on exactly the ports that the rules name.
+pub(crate) fn listen(netns: &Netns, ip6: bool, mut offered: Offered) -> Result<PodListeners, CaptureError> {
+    let mut listen = |kind, port| {
+        let wanted = Wanted {
+            kind: name(kind),
+            cookie: netns.cookie(),
+            ip6,
+            port: Some(port),
+        };
+        if let Some(listener) = offered.take_listener(wanted) {
+            return Ok(vec![listener]);
+        }
         let listener = netns.enter(|| listen_when_free(port, ip6)).and_then(|result| result);
         match listener {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(CaptureError::PortTaken {
@@ -43,9 +54,9 @@ pub(crate) fn listen(netns: &Netns, ip6: bool) -> Result<PodListeners, CaptureEr
         }
     };
     Ok(PodListeners {
-        outbound: listen(CAPTURE_PORTS[0])?,
-        inbound: listen(INBOUND_PORT)?,
-        hbone: listen(HBONE_PORT)?,
+        outbound: listen(ListenerKind::Outbound, CAPTURE_PORTS[0])?,
+        inbound: listen(ListenerKind::Inbound, INBOUND_PORT)?,
+        hbone: listen(ListenerKind::Hbone, HBONE_PORT)?,
     })
 }
 
@@ -97,6 +108,20 @@ impl IptablesPodHandle {
             inbound: duplicate(&self.0.listeners.inbound)?,
             hbone: duplicate(&self.0.listeners.hbone)?,
         })
+    }
+
+    /// Duplicates of all the agent's listeners in the pod, by what they are for: to be handed over.
+    pub fn sockets(&self) -> io::Result<Vec<(&'static str, OwnedFd)>> {
+        let PodListeners {
+            outbound,
+            inbound,
+            hbone,
+        } = self.listeners()?;
+        let named = |kind, listeners: Vec<TcpListener>| listeners.into_iter().map(move |one| (name(kind), one.into()));
+        Ok(named(ListenerKind::Outbound, outbound)
+            .chain(named(ListenerKind::Inbound, inbound))
+            .chain(named(ListenerKind::Hbone, hbone))
+            .collect())
     }
 
     /// Where a redirected connection was meant to go. None for one that was made to the capture port itself.

@@ -112,6 +112,7 @@ impl Lab {
             pin_dir: self.pin_dir(),
             pods_cgroup: self.boxes.cgroup("pods"),
             agent_cgroup: None,
+            takes_over: false,
             object: std::fs::read(object_path()).unwrap().leak(),
             kernel_log: env::var_os("UCCAP_LOG").is_some(),
         }

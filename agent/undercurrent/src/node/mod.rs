@@ -189,6 +189,7 @@ fn start_capture(args: &NodeArgs) -> anyhow::Result<(Capture, String)> {
         pin_dir: args.pin_dir.clone(),
         pods_cgroup: args.pods_cgroup.clone(),
         agent_cgroup: None,
+        takes_over: false,
         object: &EBPF_OBJECT.0,
         kernel_log: args.ebpf_log,
     };
