@@ -8,7 +8,7 @@
 
 use abi::{Address, CAPTURED, Dialled, Endpoint, Reason, capture_port};
 use aya_ebpf::{
-    helpers::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_set_retval},
+    helpers::{bpf_get_netns_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -16,7 +16,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context, dns, exclusion,
-    maps::{DIALLED, PODS, count, is_agents},
+    maps::{DIALLED, PODS, count, is_agents_process},
 };
 
 const SOCK_STREAM: u32 = 1;
@@ -109,8 +109,7 @@ fn decide(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
     if kind != SOCK_STREAM || (protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP) {
         return Decision::Proceed;
     }
-    // SAFETY: a helper without memory arguments.
-    if is_agents(|level| unsafe { bpf_get_current_ancestor_cgroup_id(level) }) {
+    if is_agents_process() {
         return Decision::Proceed;
     }
     let decision = decide_for_pod(ctx, destination);

@@ -15,7 +15,7 @@
 use abi::{Address, CAPTURED, DNS, DNS_MARK, DNS_PORT, DNS_SLOTS, DnsSlot, Endpoint, NAME_SERVER_PORT, Pod, Reason};
 use aya_ebpf::{
     bindings::{BPF_NOEXIST, bpf_sock_tuple},
-    helpers::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_sk_lookup_udp, bpf_sk_release},
+    helpers::{bpf_get_netns_cookie, bpf_sk_lookup_udp, bpf_sk_release},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -23,7 +23,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context,
-    maps::{DNS_SERVERS, PODS, agent_cgroup, count},
+    maps::{DNS_SERVERS, PODS, count, is_agents_process},
 };
 
 pub const IPPROTO_UDP: u32 = 17;
@@ -125,9 +125,7 @@ pub fn redirect(ctx: &SockAddrContext, destination: &Endpoint) -> Option<Endpoin
     if protocol != IPPROTO_UDP {
         return None;
     }
-    let (agent, level) = agent_cgroup();
-    // SAFETY: a helper without memory arguments.
-    if unsafe { bpf_get_current_ancestor_cgroup_id(level) } == agent {
+    if is_agents_process() {
         return None;
     }
     // SAFETY: the context is valid.

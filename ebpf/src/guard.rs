@@ -17,7 +17,7 @@ use abi::{
 };
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
-    helpers::{bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
+    helpers::bpf_skb_cgroup_id,
     macros::classifier,
     programs::TcContext,
 };
@@ -26,7 +26,7 @@ use aya_log_ebpf::debug;
 use crate::{
     context,
     exclusion::{is_own, lets_out},
-    maps::{FLOWS, INTERFACES, PROBES, count, is_agents},
+    maps::{FLOWS, INTERFACES, PROBES, count, is_agents_packet},
     packet::{ACK, Direction, FIN, Packet, RST, SYN, Segment, parse},
 };
 
@@ -70,23 +70,23 @@ fn judge(ctx: &TcContext, interface: &Interface) -> Result<(), Reason> {
     match parse(ctx, Direction::FromPod) {
         Packet::Tcp(segment) => judge_tcp(ctx, interface, &segment),
         Packet::Vital => Ok(()),
-        Packet::Other if interface.flags & FORBID_NON_TCP != 0 && !is_an_agents(ctx) => Err(Reason::NonTcpForbidden),
+        Packet::Other if interface.flags & FORBID_NON_TCP != 0 && !is_agents(ctx) => Err(Reason::NonTcpForbidden),
         Packet::Other => Ok(()),
         Packet::Bad(reason) => Err(reason),
     }
 }
 
 #[inline(always)]
-fn is_an_agents(ctx: &TcContext) -> bool {
+fn is_agents(ctx: &TcContext) -> bool {
     // SAFETY: the context is valid.
-    is_agents(|level| unsafe { bpf_skb_ancestor_cgroup_id(ctx.skb.skb, level) })
+    unsafe { is_agents_packet(ctx.skb.skb) }
 }
 
 #[inline(always)]
 fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Result<(), Reason> {
     // SAFETY: the context is valid.
     let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
-    if !sk.is_null() && is_an_agents(ctx) {
+    if !sk.is_null() && is_agents(ctx) {
         // SAFETY: not null, as checked above.
         let state = unsafe { core::ptr::read_volatile(&raw const (*sk).state) };
         // The SYN-ACK of a SYN cookie has only the listener.

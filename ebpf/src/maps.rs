@@ -6,8 +6,11 @@ use abi::{
 };
 use aya_ebpf::{
     Global,
-    bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
+    bindings::{__sk_buff, BPF_ANY, BPF_F_NO_PREALLOC},
     btf_maps::SkStorage,
+    helpers::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
+    },
     macros::{btf_map, map},
     maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SockHash},
 };
@@ -73,21 +76,16 @@ pub static DNS_SERVERS: HashMap<DnsSlot, Address> = HashMap::with_max_entries(65
 #[map]
 pub static RESTORE: HashMap<u64, Restore> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 
+/// The cgroups of this node's agents, by id, in the order of the values. A socket keeps the cgroup of the process that
+/// opened it, and what a listener accepts has the listener's: so those of agents that have ended stay.
+#[map]
+pub static AGENTS: HashMap<u64, u64> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+
 /// The id of the agent's cgroup, and its depth.
 #[unsafe(no_mangle)]
 static AGENT_CGROUP: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static AGENT_LEVEL: Global<i32> = Global::new(0);
-
-/// The same of the agents before it that may still finish their connections; 0: none, which the verifier removes.
-#[unsafe(no_mangle)]
-static FORMER_CGROUP: Global<u64> = Global::new(0);
-#[unsafe(no_mangle)]
-static FORMER_LEVEL: Global<i32> = Global::new(0);
-#[unsafe(no_mangle)]
-static ELDER_CGROUP: Global<u64> = Global::new(0);
-#[unsafe(no_mangle)]
-static ELDER_LEVEL: Global<i32> = Global::new(0);
 
 /// The id of the cgroup of all pods, and its depth.
 #[unsafe(no_mangle)]
@@ -99,14 +97,33 @@ static PODS_LEVEL: Global<i32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static NODE_COOKIE: Global<u64> = Global::new(0);
 
-/// Whether a cgroup is an agent's, by what its ancestor at a depth is.
+/// Whether this process is an agent's.
 #[inline(always)]
-pub fn is_agents(ancestor: impl Fn(i32) -> u64) -> bool {
-    if ancestor(AGENT_LEVEL.load()) == AGENT_CGROUP.load() {
-        return true;
+pub fn is_agents_process() -> bool {
+    // SAFETY: helpers without memory arguments.
+    unsafe {
+        bpf_get_current_ancestor_cgroup_id(AGENT_LEVEL.load()) == AGENT_CGROUP.load()
+            || is_agents_cgroup(bpf_get_current_cgroup_id())
     }
-    let (former, elder) = (FORMER_CGROUP.load(), ELDER_CGROUP.load());
-    (former != 0 && ancestor(FORMER_LEVEL.load()) == former) || (elder != 0 && ancestor(ELDER_LEVEL.load()) == elder)
+}
+
+/// Whether an agent's socket sent this packet.
+///
+/// # Safety
+/// The pointer must be to a valid context.
+#[inline(always)]
+pub unsafe fn is_agents_packet(skb: *mut __sk_buff) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
+        bpf_skb_ancestor_cgroup_id(skb, AGENT_LEVEL.load()) == AGENT_CGROUP.load()
+            || is_agents_cgroup(bpf_skb_cgroup_id(skb))
+    }
+}
+
+#[inline(always)]
+fn is_agents_cgroup(id: u64) -> bool {
+    // SAFETY: only the presence matters.
+    unsafe { AGENTS.get(&id).is_some() }
 }
 
 /// The id and the depth of the pods' cgroup.

@@ -20,7 +20,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     exclusion::{begins_inbound, is_own},
-    maps::{ADMITTED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, count, is_agents, pods_cgroup},
+    maps::{ADMITTED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, count, is_agents_packet, pods_cgroup},
     packet::{Direction, Packet, Segment, parse},
 };
 
@@ -100,7 +100,7 @@ fn is_of_the_host(ctx: &TcContext) -> bool {
         }
         let (pods, pods_level) = pods_cgroup();
         bpf_skb_ancestor_cgroup_id(skb, pods_level) != pods
-            && !is_agents(|level| bpf_skb_ancestor_cgroup_id(skb, level))
+            && !is_agents_packet(skb)
             && (NODE_COOKIE.load() == 0 || bpf_get_netns_cookie(skb.cast()) == NODE_COOKIE.load())
     }
 }

@@ -15,6 +15,7 @@ mod policy;
 mod probes;
 mod reach;
 mod services;
+mod upgrade;
 mod waypoint;
 
 use system_tests::suite;
@@ -48,6 +49,7 @@ fn main() -> std::process::ExitCode {
         enrolment::SCENARIOS,
         waypoint::SCENARIOS,
         fallback::SCENARIOS,
+        upgrade::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("iptables", &themes, BUT)

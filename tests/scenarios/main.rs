@@ -17,6 +17,7 @@ mod probes;
 mod reach;
 mod services;
 mod telemetry;
+mod upgrade;
 mod waypoint;
 
 use system_tests::suite;
@@ -41,6 +42,7 @@ fn main() -> std::process::ExitCode {
         exclusions::SCENARIOS,
         enrolment::SCENARIOS,
         waypoint::SCENARIOS,
+        upgrade::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("ebpf", &themes, &[])

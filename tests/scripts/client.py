@@ -222,7 +222,33 @@ def watch(host, port):
     return {"end": end}
 
 
-def storm(host, port, seconds, marker):
+def talk(host, port):
+    """One connection, a line at a time, until standard input ends; then to its orderly end. Tells how many lines came
+    back as they were."""
+    finished = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), finished.set()), daemon=True).start()
+    lines = 0
+    with dial(host, port, 20) as conn:
+        print("{}", flush=True)
+        while not finished.is_set():
+            line = f"line {lines}\n".encode()
+            conn.sendall(line)
+            got = b""
+            while len(got) < len(line):
+                more = conn.recv(len(line) - len(got))
+                if not more:
+                    return {"lines": lines, "end": "cut off"}
+                got += more
+            if got != line:
+                return {"lines": lines, "end": "other bytes"}
+            lines += 1
+            time.sleep(0.01)
+        conn.shutdown(socket.SHUT_WR)
+        data, end = rest(conn)
+        return {"lines": lines, "end": end, "left": len(data)}
+
+
+def storm(host, port, seconds, marker, patience=2):
     """New connections one after the other, each with the marker, until standard input ends or time is over. Tells when
     connections succeeded, as CLOCK_MONOTONIC milliseconds, and how the others failed."""
     finished = threading.Event()
@@ -232,7 +258,7 @@ def storm(host, port, seconds, marker):
     print("{}", flush=True)
     while time.monotonic() < deadline and not finished.is_set():
         try:
-            with dial(host, port, 2) as conn:
+            with dial(host, port, float(patience)) as conn:
                 conn.sendall(marker.encode())
                 conn.shutdown(socket.SHUT_WR)
                 data, end = rest(conn)

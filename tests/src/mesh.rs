@@ -324,8 +324,13 @@ impl Node<'_> {
             .sum())
     }
 
-    /// Its agent's process.
+    /// The process that carries its agent's connections.
     pub fn agent_pid(&self) -> Result<i32> {
+        Ok(self.status()?.pid.try_into()?)
+    }
+
+    /// The process that holds its listeners, and starts the other again.
+    pub fn holder_pid(&self) -> Result<i32> {
         pid_in(&self.directory().join("agent.json"))
     }
 
@@ -344,9 +349,14 @@ impl Node<'_> {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.agent_pid()?))?.count())
     }
 
-    /// Ends the agent as a crash would.
+    /// How many files a process has open.
+    pub fn files_of(&self, pid: i32) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+    }
+
+    /// Ends the agent, with all that could start it again.
     pub fn kill_agent(&self) -> Result<()> {
-        let pid = self.agent_pid()?;
+        let pid = self.holder_pid()?;
         self.mesh.playground(&["kill-agent", self.name])?;
         ensure!(
             !Path::new(&format!("/proc/{pid}/fd/0")).exists(),

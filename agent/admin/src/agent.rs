@@ -13,6 +13,10 @@ pub type Reply<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 /// The answer to a pod event.
 pub type Answer = Reply<Result<(), String>>;
 
+/// The answer of an agent that is being followed by another: the question was not wrong, and is for the other. Told with
+/// status 503.
+pub const ASK_AGAIN: &str = "another agent takes over this node: ask again";
+
 /// Whether the process can do its work.
 pub trait Health: Send + Sync + 'static {
     /// What is pending; nothing when it is ready.

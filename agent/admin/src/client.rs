@@ -50,6 +50,17 @@ pub enum ClientError {
     },
 }
 
+impl ClientError {
+    /// Whether the agent is about to be back, or followed by another, so that asking again may be answered.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Broken(_) => true,
+            Self::Refused { status, .. } => *status == StatusCode::SERVICE_UNAVAILABLE,
+            Self::Timeout { .. } => false,
+        }
+    }
+}
+
 /// `GET` from the agent behind this socket; the text of the answer.
 pub async fn get(socket: &Path, path: &str) -> Result<String, ClientError> {
     within(TIMEOUT, socket, path, None::<&()>).await

@@ -12,7 +12,7 @@ use hyper::{
 use serde::de::DeserializeOwned;
 
 use crate::{
-    agent::{Agent, Health, Scraped, Section},
+    agent::{ASK_AGAIN, Agent, Health, Scraped, Section},
     guard,
     listing::Body,
     why::{Arrival, Question},
@@ -173,6 +173,7 @@ async fn tell<T: DeserializeOwned>(body: Incoming, what: impl FnOnce(T) -> crate
     match read(body).await {
         Ok(event) => match what(event).await {
             Ok(()) => text(StatusCode::OK, ""),
+            Err(error) if error == ASK_AGAIN => text(StatusCode::SERVICE_UNAVAILABLE, error),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error),
         },
         Err(error) => text(StatusCode::BAD_REQUEST, error),

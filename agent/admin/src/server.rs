@@ -1,8 +1,10 @@
 //! The serving end. Every connection is a task of its own that ends with its peer, at the latest after
 //! [`CONNECTION_LIMIT`]; at most [`CONNECTIONS`] at once.
 
-use std::{convert::Infallible, fs, future::Future, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path};
-use std::{sync::Arc, time::Duration};
+use std::{
+    convert::Infallible, fs, future::Future, io, net, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
+    time::Duration,
+};
 
 use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -48,9 +50,23 @@ pub async fn serve_socket(path: &Path, agent: Arc<dyn Agent>) -> Result<Infallib
     }
 }
 
-/// Serves what concerns no pod's start at an address of this machine until the future is dropped. Others than loopback
+/// Opens a nonblocking listener, to be served.
+pub fn listen(address: net::SocketAddr) -> Result<net::TcpListener, ServeError> {
+    let open = || {
+        let listener = net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    open().map_err(|source| ServeError {
+        at: address.to_string(),
+        source,
+    })
+}
+
+/// Serves what concerns no pod's start on a listener of this machine until the future is dropped. Others than loopback
 /// are refused: whoever can ask can end the agent.
-pub async fn serve_admin(address: SocketAddr, agent: Arc<dyn Agent>) -> Result<Infallible, ServeError> {
+pub async fn serve_admin(listener: net::TcpListener, agent: Arc<dyn Agent>) -> Result<Infallible, ServeError> {
+    let address = local(&listener)?;
     if !address.ip().is_loopback() {
         return Err(ServeError {
             at: address.to_string(),
@@ -59,12 +75,12 @@ pub async fn serve_admin(address: SocketAddr, agent: Arc<dyn Agent>) -> Result<I
             ),
         });
     }
-    serve_tcp(address, move |request| routes::admin(agent.clone(), request)).await
+    serve_tcp(listener, move |request| routes::admin(agent.clone(), request)).await
 }
 
 /// Serves `/healthz/ready` for a kubelet until the future is dropped.
-pub async fn serve_health(address: SocketAddr, health: Arc<dyn Health>) -> Result<Infallible, ServeError> {
-    serve_tcp(address, move |request| {
+pub async fn serve_health(listener: net::TcpListener, health: Arc<dyn Health>) -> Result<Infallible, ServeError> {
+    serve_tcp(listener, move |request| {
         let answer = routes::health(&*health, &request);
         async move { answer }
     })
@@ -72,16 +88,24 @@ pub async fn serve_health(address: SocketAddr, health: Arc<dyn Health>) -> Resul
 }
 
 /// Serves `/stats/prometheus` and `/metrics` until the future is dropped.
-pub async fn serve_metrics(address: SocketAddr, scraped: Arc<dyn Scraped>) -> Result<Infallible, ServeError> {
-    serve_tcp(address, move |request| routes::metrics(scraped.clone(), request)).await
+pub async fn serve_metrics(listener: net::TcpListener, scraped: Arc<dyn Scraped>) -> Result<Infallible, ServeError> {
+    serve_tcp(listener, move |request| routes::metrics(scraped.clone(), request)).await
 }
 
-async fn serve_tcp<F, Fut>(address: SocketAddr, handler: F) -> Result<Infallible, ServeError>
+fn local(listener: &net::TcpListener) -> Result<net::SocketAddr, ServeError> {
+    listener.local_addr().map_err(|source| ServeError {
+        at: "a listener that was handed over".to_owned(),
+        source,
+    })
+}
+
+async fn serve_tcp<F, Fut>(listener: net::TcpListener, handler: F) -> Result<Infallible, ServeError>
 where
     F: Fn(Request<Incoming>) -> Fut + Clone + Send + 'static,
     Fut: Future<Output = Response<Body>> + Send + 'static,
 {
-    let listener = TcpListener::bind(address).await.map_err(|source| ServeError {
+    let address = local(&listener)?;
+    let listener = TcpListener::from_std(listener).map_err(|source| ServeError {
         at: address.to_string(),
         source,
     })?;

@@ -1,25 +1,29 @@
-//! The cgroups of this node's agents: this one's, and those of agents before it that still finish their connections.
+//! The cgroups of this node's agents: this one's, and those of agents before it.
 //!
 //! ```text
-//! PIN_DIR/links/sock_ops_agent-LEVEL-ID   the program on the cgroup of an agent, as long as it counts as one
+//! AGENTS                                  the cgroups whose processes and sockets count as an agent's, in their order
+//! PIN_DIR/links/sock_ops_agent-LEVEL-ID   the program on the cgroup of an agent that may still open connections
 //! ```
-//! An upgrade by a surge has two agents in two cgroups at once, and the guard must let both send. So the pins say who
-//! they are: an agent that takes over from a living one loads its programs with the two youngest of those that it finds,
-//! beside itself, and takes the others' links down ([`FORMER`]; a third that still drains is cut off). Cgroup ids are not
-//! given twice, so that one that ended means nobody (`a_former_agent_passes_the_guard_until_it_is_forgotten`).
+//! An upgrade by a surge has two agents in two cgroups at once, and the guard must let both send. And a socket keeps the
+//! cgroup of the process that opened it: a listener that was handed over has its first opener's for ever, and so has all
+//! that it accepts. So an id, once entered, stays (`what_a_former_agents_listener_accepts_passes_the_guard`): it is never
+//! given twice, and when its cgroup is gone nobody can get into it. Only where there are too many, those entered first
+//! are removed ([`MOST`]). The link is taken down when the agent has ended.
 
-use std::{io, path::PathBuf};
+use std::{io, path::Path};
 
 use crate::{
     cgroup::Cgroup,
+    error::CaptureError,
+    maps::Maps,
     pins::{self, Pins},
     sys::{self, Attached},
 };
 
 const PREFIX: &str = "sock_ops_agent";
 
-/// How many agents before this one may finish their connections.
-pub(crate) const FORMER: usize = 2;
+/// Cgroups of agents that are kept, of the 4,096 that the map could hold: one more for each agent that ran in another.
+const MOST: usize = 4000;
 
 /// An agent's cgroup: its id, and its depth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,14 +33,23 @@ pub(crate) struct AgentCgroup {
 }
 
 impl AgentCgroup {
-    /// Below it are nobody's.
-    pub(crate) const NOBODY: Self = Self { id: 0, level: 0 };
-
     pub(crate) fn of(cgroup: &Cgroup) -> Self {
         Self {
             id: cgroup.id,
             level: cgroup.level,
         }
+    }
+
+    /// Enters it as the youngest.
+    pub(crate) fn enter(self, maps: &mut Maps) -> Result<(), CaptureError> {
+        let mut entered = maps.agents();
+        entered.retain(|(id, _)| *id != self.id);
+        entered.sort_by_key(|(_, order)| *order);
+        let youngest = entered.last().map_or(0, |(_, order)| *order);
+        for (id, _) in &entered[..entered.len().saturating_sub(MOST)] {
+            maps.remove_agent(*id);
+        }
+        maps.set_agent(self.id, youngest + 1)
     }
 
     /// The name of its link.
@@ -53,26 +66,22 @@ impl AgentCgroup {
     }
 }
 
-/// Forgets all agents but this one and, where there are to be some, the youngest of those before it, which are returned,
-/// the youngest first.
-pub(crate) fn keep(pins: &Pins, own: AgentCgroup, at_most: usize) -> io::Result<Vec<AgentCgroup>> {
-    let (mut former, mut others): (Vec<(AgentCgroup, PathBuf)>, Vec<PathBuf>) = (Vec::new(), Vec::new());
+/// Takes down the links of agents that have ended: of all but this one, or but those that still finish their connections.
+pub(crate) fn end_links(pins: &Pins, own: AgentCgroup, others_live: bool) -> io::Result<()> {
     for name in pins::names(&pins.links()).filter(|name| name.starts_with(PREFIX)) {
         let path = pins.links().join(&name);
-        match AgentCgroup::of_pin(&name) {
-            Some(agent) if agent == own => {}
-            Some(agent) if hangs_on(&path, agent)? => former.push((agent, path)),
-            _ => others.push(path),
+        let stays = match AgentCgroup::of_pin(&name) {
+            Some(agent) => agent == own || (others_live && hangs_on(&path, agent)?),
+            None => false,
+        };
+        if !stays {
+            pins::detach(&path)?;
         }
     }
-    former.sort_by_key(|(agent, _)| std::cmp::Reverse(agent.id));
-    let kept = former.iter().take(at_most).map(|(agent, _)| *agent).collect();
-    others.extend(former.into_iter().skip(at_most).map(|(_, path)| path));
-    others.iter().try_for_each(|path| pins::detach(path))?;
-    Ok(kept)
+    Ok(())
 }
 
-fn hangs_on(path: &std::path::Path, agent: AgentCgroup) -> io::Result<bool> {
+fn hangs_on(path: &Path, agent: AgentCgroup) -> io::Result<bool> {
     Ok(match sys::pinned(path)? {
         Some(link) => sys::link_attached(&link)? == Attached::Cgroup(agent.id),
         None => false,

@@ -38,6 +38,7 @@ pub(crate) const PINNED: &[&str] = &[
     "COUNTERS",
     "RESTORE",
     "DNS_SERVERS",
+    "AGENTS",
 ];
 
 /// The maps, as the agent uses them.
@@ -51,6 +52,7 @@ pub(crate) struct Maps {
     excluded_ranges: LpmTrie<MapData, ExcludedRange, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
     restore: HashMap<MapData, u64, Restore>,
+    agents: HashMap<MapData, u64, u64>,
     name_servers: HashMap<MapData, DnsSlot, Address>,
     lookups: Lookups,
 }
@@ -73,6 +75,7 @@ impl Maps {
             excluded_ranges: map(ebpf, "EXCLUDED_RANGES")?,
             counters: map(ebpf, "COUNTERS")?,
             restore: map(ebpf, "RESTORE")?,
+            agents: map(ebpf, "AGENTS")?,
             name_servers,
             lookups,
         })
@@ -80,6 +83,19 @@ impl Maps {
 
     pub(crate) fn lookups(&self) -> Lookups {
         self.lookups.clone()
+    }
+
+    /// The cgroups of agents, each with its place in their order.
+    pub(crate) fn agents(&self) -> Vec<(u64, u64)> {
+        self.agents.iter().filter_map(Result::ok).collect()
+    }
+
+    pub(crate) fn set_agent(&mut self, cgroup: u64, order: u64) -> Result<(), CaptureError> {
+        self.agents.insert(cgroup, order, 0).map_err(map_error("AGENTS"))
+    }
+
+    pub(crate) fn remove_agent(&mut self, cgroup: u64) {
+        let _ = self.agents.remove(&cgroup);
     }
 
     pub(crate) fn pod(&self, cookie: u64) -> Option<Pod> {

@@ -22,7 +22,7 @@ use model::{PodSettings, WorkloadUid};
 
 use crate::{
     agents::{self, AgentCgroup},
-    capabilities,
+    capabilities::Capabilities,
     cgroup::{self, Cgroup},
     counters::{self, GuardCounters},
     error::{CaptureError, Tried},
@@ -52,9 +52,11 @@ pub struct NodeConfig {
     pub pods_cgroup: PathBuf,
     /// The agent's own cgroup; none: the one that this process is in. Not the root, and not one that holds pods.
     pub agent_cgroup: Option<PathBuf>,
-    /// Whether an agent before this one still finishes its connections: what it sends passes until
+    /// Whether an agent before this one still finishes its connections: it may open more for them until
     /// [`Node::forget_former`].
     pub takes_over: bool,
+    /// What the kernel has.
+    pub capabilities: Capabilities,
     /// The eBPF object, `ebpf/target/bpfel-unknown-none/release/undercurrent`.
     pub object: &'static [u8],
     /// Whether the programs write to the log ([`Node::kernel_log`]). Off costs nothing: the verifier removes the code.
@@ -84,8 +86,7 @@ pub struct Node {
 pub(crate) struct Inner {
     pub(crate) pins: Pins,
     pub(crate) home: Netns,
-    /// This agent's, and those of agents before it that still finish their connections.
-    pub(crate) agents: Vec<AgentCgroup>,
+    agent: AgentCgroup,
     pub(crate) programs: Programs,
     pub(crate) maps: Maps,
     pub(crate) pods: HashMap<WorkloadUid, PodState>,
@@ -101,9 +102,8 @@ impl Node {
     ///
     /// Must be called in the node's network namespace, and by a process in the agent's cgroup.
     pub fn start(config: NodeConfig) -> Result<Self, CaptureError> {
-        let capabilities = capabilities::probe();
-        if !capabilities.can_capture() {
-            return Err(CaptureError::Unsupported(capabilities));
+        if !config.capabilities.can_capture() {
+            return Err(CaptureError::Unsupported(config.capabilities));
         }
         cgroup::require_first_namespace()?;
         let pins = Pins::prepare(&config.pin_dir)?;
@@ -120,30 +120,28 @@ impl Node {
         }
         let home = Netns::own().tried(|| "opening the node's network namespace".into())?;
         let own = AgentCgroup::of(&agent);
-        let at_most = if config.takes_over { agents::FORMER } else { 0 };
-        let former = agents::keep(&pins, own, at_most).tried(|| "looking for agents before this one".into())?;
-        let mut constants = Constants {
+        let constants = Constants {
             agent: own,
-            former: [AgentCgroup::NOBODY; agents::FORMER],
             pods: &pods,
-            node_cookie: if capabilities.tc_netns_cookie { home.cookie() } else { 0 },
+            node_cookie: if config.capabilities.tc_netns_cookie {
+                home.cookie()
+            } else {
+                0
+            },
             log_level: if config.kernel_log { KernelLog::LEVEL } else { 0 },
         };
-        constants
-            .former
-            .iter_mut()
-            .zip(&former)
-            .for_each(|(place, agent)| *place = *agent);
         let (programs, mut maps, mut ebpf) = programs::load(config.object, &pins, &constants)?;
         let kernel_log = config.kernel_log.then(|| KernelLog::of(&mut ebpf)).transpose()?;
         // Host-network pods are in the pods' cgroup and in the node's namespace.
         let nobody = Addresses { ip4: None, ip6: None };
         maps.set_pod(home.cookie(), &nobody.entry(0, 0))?;
+        own.enter(&mut maps)?;
+        agents::end_links(&pins, own, config.takes_over).tried(|| "looking for agents before this one".into())?;
         attach_to_cgroups(&pins, &programs, &pods, &agent)?;
         let mut inner = Inner {
             pins,
             home,
-            agents: std::iter::once(own).chain(former).collect(),
+            agent: own,
             programs,
             maps,
             pods: HashMap::new(),
@@ -211,15 +209,10 @@ impl Node {
         lock(&self.inner).offered.insert(uid, Offered::new(sockets));
     }
 
-    /// The agents before this one have ended: nobody counts as an agent any more but this one. Programs that were loaded
-    /// with their cgroups keep them; nothing is in these any more, and their ids are not given again.
+    /// The agents before this one have ended: their connections to applications are not recorded any more.
     pub async fn forget_former(&self) -> Result<(), CaptureError> {
         self.run(|inner| {
-            inner.agents.truncate(1);
-            let own = inner.agents.first().copied().unwrap_or(AgentCgroup::NOBODY);
-            agents::keep(&inner.pins, own, 0)
-                .map(drop)
-                .tried(|| "forgetting the agents before this one".into())
+            agents::end_links(&inner.pins, inner.agent, false).tried(|| "forgetting the agents before this one".into())
         })
         .await
     }

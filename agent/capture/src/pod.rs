@@ -281,7 +281,7 @@ impl Inner {
     /// Of a pod that rules captured, what they redirected is not let out: nor what may have been, and has lost its other
     /// end.
     fn keep_connections(&mut self, netns: &Netns, plan: &PodPlan, had_rules: bool) -> Result<(), CaptureError> {
-        let agents: Vec<u64> = self.agents.iter().map(|agent| agent.id).collect();
+        let agents: Vec<u64> = self.maps.agents().into_iter().map(|(id, _)| id).collect();
         let list = |states| {
             netns
                 .enter(|| diag::list(states))

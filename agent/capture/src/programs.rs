@@ -18,8 +18,6 @@ use crate::{
 /// What the programs are told when they are loaded.
 pub(crate) struct Constants<'a> {
     pub(crate) agent: AgentCgroup,
-    /// Agents before this one that count as agents, too; the rest of them is nobody.
-    pub(crate) former: [AgentCgroup; crate::agents::FORMER],
     pub(crate) pods: &'a Cgroup,
     /// The cookie of the node's network namespace; 0 where tc programs can't ask for one.
     pub(crate) node_cookie: u64,
@@ -52,16 +50,10 @@ pub(crate) fn load(
 ) -> Result<(Programs, Maps, Ebpf), CaptureError> {
     let pods_level = constants.pods.level as i32;
     let agent_level = constants.agent.level as i32;
-    let former = constants.former;
-    let former_levels = former.map(|agent| agent.level as i32);
     let mut loader = EbpfLoader::new();
     loader
         .override_global("AGENT_CGROUP", &constants.agent.id, true)
         .override_global("AGENT_LEVEL", &agent_level, true)
-        .override_global("FORMER_CGROUP", &former[0].id, true)
-        .override_global("FORMER_LEVEL", &former_levels[0], true)
-        .override_global("ELDER_CGROUP", &former[1].id, true)
-        .override_global("ELDER_LEVEL", &former_levels[1], true)
         .override_global("PODS_CGROUP", &constants.pods.id, true)
         .override_global("PODS_LEVEL", &pods_level, true)
         .override_global("NODE_COOKIE", &constants.node_cookie, true)

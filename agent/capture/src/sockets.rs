@@ -88,7 +88,8 @@ impl Listeners {
 /// What a listener is called where listeners are handed over.
 pub(crate) fn name(kind: ListenerKind) -> &'static str {
     match kind {
-        ListenerKind::Outbound => "outbound",
+        // What is rerouted comes to the same one.
+        ListenerKind::Outbound | ListenerKind::Rerouted => "outbound",
         ListenerKind::Inbound => "inbound",
         ListenerKind::Hbone => "hbone",
     }

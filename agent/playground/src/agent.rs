@@ -1,4 +1,7 @@
-//! The node agents, seen from outside: started in their place, asked over their socket, ended.
+//! The node agents, seen from outside: started in their place, asked over their socket, followed by others, ended.
+//!
+//! An agent is a holder, whose process is recorded, and its worker, which dies with it. One that takes over from another
+//! is started in a cgroup of its own, as a DaemonSet's surge does it; the other one ends by itself.
 
 use std::{
     path::Path,
@@ -44,17 +47,85 @@ pub(crate) fn node_cgroup(node: &str) -> Result<Cgroup> {
     Ok(cgroup::root()?.child(node))
 }
 
+/// The cgroups of a node's agents: the first, and those of agents that took over from one that still drained.
+pub(crate) const CGROUPS: [&str; 3] = ["agent", "agent-2", "agent-3"];
+
 /// Starts a node's agent, if it does not run. Tells whether it did not.
 pub(crate) fn start(layout: &Layout, state: &State, node: &str) -> Result<bool> {
-    let files = layout.node(node);
-    let record = files.process("agent");
+    let record = layout.node(node).process("agent");
     if Process::read(&record).is_some_and(|process| process.is_alive()) {
         return Ok(false);
     }
-    let cgroup = node_cgroup(node)?;
-    let (agent, pods) = (cgroup.child("agent"), cgroup.child("pods"));
-    // What is left in its group is an agent that nobody recorded.
-    agent.kill()?;
+    let group = node_cgroup(node)?;
+    // What is left in their groups are agents that nobody recorded.
+    for name in CGROUPS {
+        group.child(name).kill()?;
+    }
+    spawn(layout, state, node, &group.child(CGROUPS[0]))?;
+    Ok(true)
+}
+
+/// Starts another agent beside the one that runs, to take over from it, and waits until it has and is ready. The former
+/// one finishes its connections and ends by itself. Both processes' ids.
+pub(crate) fn upgrade(layout: &Layout, state: &State, node: &str, at_most: Duration) -> Result<(i32, i32)> {
+    let files = layout.node(node);
+    let record = files.process("agent");
+    let Some(former) = Process::read(&record).filter(Process::is_alive) else {
+        bail!("the agent of {node} does not run: start it with start-agent");
+    };
+    let worker = status(&files.agent_socket())
+        .with_context(|| format!("asking the agent of {node}"))?
+        .pid;
+    let group = node_cgroup(node)?;
+    let Some(free) = CGROUPS
+        .iter()
+        .map(|name| group.child(name))
+        .find(|group| !group.is_populated())
+    else {
+        bail!(
+            "{node} has {} agents that still finish their connections",
+            CGROUPS.len() - 1
+        );
+    };
+    spawn(layout, state, node, &free)?;
+    let deadline = Instant::now() + at_most;
+    let taken_over = || status(&files.agent_socket()).is_ok_and(|status| status.pid != worker);
+    while !taken_over() {
+        let new = Process::read(&record).filter(Process::is_alive);
+        let log = || last_lines(&files.agent_log(), 15);
+        if new.is_none() {
+            former.write(&record)?;
+            bail!("the new agent of {node} ended, and the former one goes on:\n{}", log());
+        }
+        if Instant::now() > deadline {
+            free.kill()?;
+            former.write(&record)?;
+            bail!(
+                "the new agent of {node} does not take over, and the former one goes on:\n{}",
+                log()
+            );
+        }
+        sleep(Duration::from_millis(10));
+    }
+    wait_ready(layout, node, at_most)?;
+    let new = Process::read(&record).with_context(|| format!("no record of the agent of {node}"))?;
+    Ok((former.pid, new.pid))
+}
+
+/// Ends the worker of a node's agent as a crash would, and leaves its holder to start it again. Its process id.
+pub(crate) fn crash(layout: &Layout, node: &str) -> Result<u32> {
+    let socket = layout.node(node).agent_socket();
+    let pid = status(&socket)
+        .with_context(|| format!("asking the agent of {node}"))?
+        .pid;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)
+        .with_context(|| format!("cannot kill process {pid}"))?;
+    Ok(pid)
+}
+
+fn spawn(layout: &Layout, state: &State, node: &str, agent: &Cgroup) -> Result<()> {
+    let files = layout.node(node);
+    let pods = node_cgroup(node)?.child("pods");
     agent.create()?;
     pods.create()?;
     let words = [
@@ -104,8 +175,7 @@ pub(crate) fn start(layout: &Layout, state: &State, node: &str) -> Result<bool> 
         .env("POD_NAME", agent_pod(node))
         .env("SERVICE_ACCOUNT", AGENT_ACCOUNT)
         .env("INSTANCE_IP", node_addresses(index)[0].to_string());
-    spawn_detached(command, &files.access_log(), &files.agent_log())?.write(&record)?;
-    Ok(true)
+    spawn_detached(command, &files.access_log(), &files.agent_log())?.write(&files.process("agent"))
 }
 
 /// Waits until a node's agent is ready; fails with its last words if it ends or takes too long.
@@ -128,7 +198,7 @@ pub(crate) fn wait_ready(layout: &Layout, node: &str, at_most: Duration) -> Resu
     }
 }
 
-/// Ends a node's agent with a signal and waits until it is gone. Tells whether it ran.
+/// Ends a node's agent, worker and all, with a signal and waits until it is gone. Tells whether it ran.
 pub(crate) fn stop(layout: &Layout, node: &str, signal: Signal, at_most: Duration) -> Result<bool> {
     let Some(process) = Process::read(&layout.node(node).process("agent")) else {
         return Ok(false);
@@ -142,6 +212,12 @@ pub(crate) fn stop(layout: &Layout, node: &str, signal: Signal, at_most: Duratio
             bail!("the agent of {node} (process {}) does not end by {signal}", process.pid);
         }
         sleep(Duration::from_millis(5));
+    }
+    if signal == Signal::SIGKILL {
+        // The kernel kills the worker with its holder, a moment later.
+        for name in CGROUPS {
+            node_cgroup(node)?.child(name).kill()?;
+        }
     }
     Ok(true)
 }

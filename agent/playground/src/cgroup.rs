@@ -57,7 +57,8 @@ impl Cgroup {
         Ok(())
     }
 
-    fn is_populated(&self) -> bool {
+    /// Whether a process is in it or below it.
+    pub fn is_populated(&self) -> bool {
         fs::read_to_string(self.0.join("cgroup.events")).is_ok_and(|events| events.contains("populated 1"))
     }
 

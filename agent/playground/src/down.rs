@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 
 use crate::{
-    agent::PINS,
+    agent::{self, PINS},
     cgroup::{self, Cgroup},
     cluster::Places,
     files::absent_is_fine,
@@ -34,7 +34,7 @@ pub(crate) fn run(layout: &Layout) -> Result<()> {
         }
         root.child(name).kill()?;
     }
-    for name in ["kubelet", "agent"] {
+    for name in std::iter::once("kubelet").chain(agent::CGROUPS) {
         for node in &nodes {
             if let Some(process) = Process::read(&layout.node(node).process(name)) {
                 process.signal(Signal::SIGKILL);

@@ -93,7 +93,7 @@ enum Command {
     Logs(LogsArgs),
     /// Every packet between the nodes, by tcpdump.
     CapturePackets(PacketsArgs),
-    /// End a node's agent as a crash would (SIGKILL).
+    /// End a node's agent with all that could start it again (SIGKILL).
     KillAgent {
         /// The node.
         node: String,
@@ -105,6 +105,16 @@ enum Command {
     },
     /// End a node's agent (SIGTERM), start it again, and wait until it is ready.
     RestartAgent {
+        /// The node.
+        node: String,
+    },
+    /// End a node's agent as a crash would: its holder starts it again, and connections wait for it.
+    CrashAgent {
+        /// The node.
+        node: String,
+    },
+    /// Start another agent on a node, which takes over from the one that runs: no connection fails.
+    Upgrade {
         /// The node.
         node: String,
     },
@@ -146,6 +156,16 @@ pub fn run(args: Args) -> Result<()> {
             known_node(&layout, &node)?;
             agent::stop(&layout, &node, Signal::SIGTERM, AGENT_TIME)?;
             start_agent(&layout, &node)
+        }
+        Command::CrashAgent { node } => {
+            known_node(&layout, &node)?;
+            agent::crash(&layout, &node).map(drop)
+        }
+        Command::Upgrade { node } => {
+            let state = known_node(&layout, &node)?;
+            let (former, new) = agent::upgrade(&layout, &state, &node, AGENT_TIME)?;
+            println!("process {new} took over from {former} on {node}, which ends when its connections have");
+            Ok(())
         }
         Command::KillControl => {
             with_control(&layout)?;

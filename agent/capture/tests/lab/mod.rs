@@ -113,6 +113,7 @@ impl Lab {
             pods_cgroup: self.boxes.cgroup("pods"),
             agent_cgroup: None,
             takes_over: false,
+            capabilities: capture::probe(),
             object: std::fs::read(object_path()).unwrap().leak(),
             kernel_log: env::var_os("UCCAP_LOG").is_some(),
         }

@@ -1,6 +1,10 @@
 //! One call of a runtime, from its environment and configuration to its answer.
 
-use std::{fmt, io::Read, time::Duration};
+use std::{
+    fmt,
+    io::Read,
+    time::{Duration, Instant},
+};
 
 use admin::{PodAdded, PodChecked, PodRemoved, ValidAttachments};
 use serde::Serialize;
@@ -12,6 +16,11 @@ use super::{
 
 /// For everything but ADD, which waits for the pod's capture.
 const SHORT: Duration = Duration::from_secs(10);
+
+/// How long an agent may be away: as long as an upgrade or a crash takes to hand the node over.
+const AWAY: Duration = Duration::from_secs(8);
+/// Between two questions.
+const BETWEEN: Duration = Duration::from_millis(50);
 
 /// Looks up a variable of the environment; empty ones are not there.
 pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -167,9 +176,24 @@ impl Call<'_> {
             .enable_all()
             .build()
             .map_err(|error| admin::ClientError::Broken(format!("cannot start a runtime: {error}")))?;
-        runtime
-            .block_on(admin::within(limit, &self.config.agent_socket, path, event))
-            .map(drop)
+        runtime.block_on(self.ask_again(limit, path, event))
+    }
+
+    /// Events are told again where the answer was lost: the agent takes them any number of times.
+    async fn ask_again(
+        &self,
+        limit: Duration,
+        path: &str,
+        event: Option<&impl Serialize>,
+    ) -> Result<(), admin::ClientError> {
+        let (started, away) = (Instant::now(), limit.min(AWAY));
+        loop {
+            let left = limit.saturating_sub(started.elapsed());
+            match admin::within(left, &self.config.agent_socket, path, event).await {
+                Err(error) if error.may_pass() && started.elapsed() < away => tokio::time::sleep(BETWEEN).await,
+                answered => return answered.map(drop),
+            }
+        }
     }
 
     fn say(&self, level: LogLevel, what: fmt::Arguments<'_>) {

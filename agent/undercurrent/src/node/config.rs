@@ -109,7 +109,7 @@ pub struct NodeArgs {
         default_value = "0.0.0.0:15021"
     )]
     pub health: SocketAddr,
-    /// How long connections may go on after the agent was told to end.
+    /// How long connections may go on after the agent was told to end, or another took over from it.
     #[arg(long, env = "UNDERCURRENT_DRAIN_SECONDS", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub drain: Duration,
     /// Whose servers are asked for the names of ServiceEntries that are resolved by DNS.
@@ -120,6 +120,9 @@ pub struct NodeArgs {
         default_value = "/etc/resolv.conf"
     )]
     pub resolv_conf: PathBuf,
+    /// Be the worker of the holder at standard input (see `node::handover`).
+    #[arg(long, hide = true)]
+    pub worker: bool,
     /// Log the eBPF programs' decisions too (costs time on every packet).
     #[arg(long, env = "UNDERCURRENT_EBPF_LOG")]
     pub ebpf_log: bool,

@@ -7,16 +7,20 @@
 //! ```
 //! Under failure: without capture the role ends and says why; without a usable file, or before the control plane said
 //! anything, it runs, is not ready, and refuses;
-//! SIGTERM drains and leaves capture in place, so that pods wait for the next agent instead of going out in plaintext.
+//! SIGTERM drains and leaves capture in place, so that pods wait for the next agent instead of going out in plaintext; how
+//! one agent follows another, and what becomes of a crash, is in [`handover`].
 //! `undercurrent uninstall` takes capture down.
 
 mod agent;
 mod config;
 mod dns;
 mod dump;
+mod handover;
 mod kube_source;
 #[cfg(test)]
 mod kube_tests;
+mod lead;
+mod lead;
 pub mod logging;
 mod outbound_source;
 #[cfg(test)]
@@ -31,15 +35,16 @@ mod source;
 mod static_source;
 mod why;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use capture::Capture;
+use capture::{Capabilities, Capture};
 use telemetry::AccessLog;
-use tokio::signal::unix::{SignalKind, signal};
 
 pub use config::NodeArgs;
 use config::{AccessLogMode, CaptureMode};
+use handover::Attached;
+use handover::Attached;
 pub use outbound_source::KEPT as OUTBOUND;
 pub use records::Records;
 pub use source::{CERTIFICATES, KNOWLEDGE};
@@ -55,21 +60,35 @@ pub fn now() -> u64 {
     source::seconds(std::time::SystemTime::now())
 }
 
-/// Runs the role until it is told to end.
+/// Runs the role until it is told to end, or another agent has taken over: as the holder of a worker, or as that worker.
 pub fn run(args: NodeArgs) -> anyhow::Result<()> {
     let log_level = logging::start()?;
     raise_file_limit();
+    if !args.worker {
+        let holder = handover::HolderConfig {
+            socket: args.state_dir.join("handover.sock"),
+            drain: args.drain,
+        };
+        std::process::exit(handover::hold(holder)?);
+    }
+    let attached = handover::attach()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("agent")
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(serve(args, log_level))
+    runtime.block_on(serve(args, attached, log_level))
 }
 
-async fn serve(args: NodeArgs, log_level: logging::LogLevel) -> anyhow::Result<()> {
-    let (node, capture_why) = start_capture(&args)?;
+async fn serve(args: NodeArgs, attached: Attached, log_level: logging::LogLevel) -> anyhow::Result<()> {
+    // Who can't capture says so before anything else.
+    let way = Way::choose(args.capture)?;
+    let capture = if attached.predecessor {
+        None
+    } else {
+        Some(way.start(&args, false)?)
+    };
     let source::Sources {
         knowledge,
         identities,
@@ -86,61 +105,26 @@ async fn serve(args: NodeArgs, log_level: logging::LogLevel) -> anyhow::Result<(
     let config = proxy_config(&args, &metrics);
     let proxy = l4::Proxy::start(config, knowledge.clone(), identities.clone(), access_log.clone())
         .context("cannot start the proxy")?;
-    let proxy = Arc::new(proxy);
-    let parts = pods::Parts {
-        oracle,
-        dns_capture: args.dns.dns_capture,
-        capture: node.clone(),
-        knowledge: knowledge.clone(),
-        identities: identities.clone(),
-        proxy: proxy.clone(),
-        board,
-    };
-    let (pods, view, reconciler) = pods::start(parts, &args.state_dir.join("pods"))?;
-    let quit = Arc::new(tokio::sync::Notify::new());
-    let agent = Arc::new(agent::NodeAgent {
-        started: std::time::Instant::now(),
-        node_name: args.node.clone(),
-        capabilities: capture::probe(),
-        capture_why,
+    let life = lead::Start {
+        args,
+        attached,
+        way,
+        capture,
         knowledge,
-        source,
         identities: identities.clone(),
-        capture: node.clone(),
-        proxy: proxy.clone(),
-        access_log: access_log.clone(),
-        pods,
-        view,
+        oracle,
+        board,
+        source,
+        access_log,
         metrics,
         log_level,
-        config: args.shown(),
-        quit: quit.clone(),
-    });
-    let socket = args.state_dir.join("agent.sock");
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tracing::info!(node = args.node, version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), "agent started");
+        proxy: Arc::new(proxy),
+    };
     tokio::select! {
-        never = admin::serve_socket(&socket, agent.clone()) => never.map(drop).context("the local socket")?,
-        never = admin::serve_admin(args.admin, agent.clone()) => never.map(drop).context("the admin endpoint")?,
-        never = admin::serve_metrics(args.metrics, agent.clone()) => never.map(drop).context("the metrics endpoint")?,
-        never = admin::serve_health(args.health, agent) => never.map(drop).context("the readiness endpoint")?,
-        failure = proxy.failed() => bail!("the proxy failed: {failure}"),
-        ended = reconciler => bail!("the pods' reconciler ended: {ended:?}"),
-        ended = kernel_log(&node) => bail!("the eBPF programs' log ended: {ended:?}"),
+        ended = lead::run(life) => ended,
         () = background.run() => bail!("the watches of the cluster ended"),
         () = identities.rotate() => bail!("the rotation of certificates ended"),
-        _ = terminate.recv() => {}
-        () = quit.notified() => {}
-        _ = interrupt.recv() => {}
     }
-    tracing::info!(
-        seconds = args.drain.as_secs(),
-        "told to end: draining; pods stay captured until an agent is back"
-    );
-    proxy.drain(args.drain).await;
-    access_log.flush(Duration::from_secs(1));
-    Ok(())
 }
 
 fn proxy_config(args: &NodeArgs, metrics: &telemetry::Metrics) -> l4::Config {
@@ -156,52 +140,67 @@ fn proxy_config(args: &NodeArgs, metrics: &telemetry::Metrics) -> l4::Config {
     config
 }
 
-/// Starts the capture that is set, or that this kernel can do; and says why that one. Only what the kernel lacks chooses:
-/// another failure of the better way must not lead to the weaker.
-fn start_capture(args: &NodeArgs) -> anyhow::Result<(Capture, String)> {
-    let capabilities = capture::probe();
-    let lacking = capabilities.lacking();
-    let why = match (args.capture, lacking.is_empty()) {
-        (CaptureMode::Auto, true) => "chosen: the kernel has all that eBPF needs".to_owned(),
-        (CaptureMode::Auto, false) => format!("chosen: eBPF can't capture here: {}", lacking.join("; ")),
-        (CaptureMode::Ebpf | CaptureMode::Iptables, _) => "as set".to_owned(),
-    };
-    if args.capture == CaptureMode::Iptables || (args.capture == CaptureMode::Auto && !lacking.is_empty()) {
-        let node = capture::IptablesNode::start(&args.pin_dir).context("cannot capture with iptables")?;
-        if args.capture == CaptureMode::Auto {
-            tracing::warn!(
-                "capture by iptables, {why}; nothing keeps a pod to it that has CAP_NET_ADMIN or CAP_NET_RAW"
-            );
-        } else {
-            tracing::info!("capture by iptables, {why}");
-        }
-        return Ok((Capture::Iptables(node), why));
-    }
-    if !capabilities.can_capture() {
-        bail!(
-            "this kernel lacks what capture by eBPF needs; nothing is captured, so the agent ends \
-             (--capture iptables needs less):\n{capabilities}"
-        );
-    }
-    tracing::info!("capture by eBPF, {why}");
-    let config = capture::NodeConfig {
-        node: args.node.clone(),
-        pin_dir: args.pin_dir.clone(),
-        pods_cgroup: args.pods_cgroup.clone(),
-        agent_cgroup: None,
-        takes_over: false,
-        object: &EBPF_OBJECT.0,
-        kernel_log: args.ebpf_log,
-    };
-    let node = capture::Node::start(config).context("cannot capture")?;
-    Ok((Capture::Ebpf(node), why))
+/// How this node's pods are captured, and why so.
+struct Way {
+    ebpf: bool,
+    why: String,
+    /// What the kernel has for the capture by eBPF.
+    capabilities: Capabilities,
 }
 
-/// What the eBPF programs log, where that was asked for.
-async fn kernel_log(node: &Capture) -> std::io::Result<()> {
-    match node.kernel_log() {
-        Some(log) => log.run().await,
-        None => std::future::pending().await,
+impl Way {
+    /// The way that is set, or that this kernel can do. Only what the kernel lacks chooses: another failure of the better
+    /// way must not lead to the weaker.
+    fn choose(mode: CaptureMode) -> anyhow::Result<Self> {
+        let capabilities = capture::probe();
+        let lacking = capabilities.lacking();
+        let why = match (mode, lacking.is_empty()) {
+            (CaptureMode::Auto, true) => "chosen: the kernel has all that eBPF needs".to_owned(),
+            (CaptureMode::Auto, false) => format!("chosen: eBPF can't capture here: {}", lacking.join("; ")),
+            (CaptureMode::Ebpf | CaptureMode::Iptables, _) => "as set".to_owned(),
+        };
+        let ebpf = mode == CaptureMode::Ebpf || (mode == CaptureMode::Auto && lacking.is_empty());
+        if ebpf && !capabilities.can_capture() {
+            bail!(
+                "this kernel lacks what capture by eBPF needs; nothing is captured, so the agent ends \
+                 (--capture iptables needs less):\n{capabilities}"
+            );
+        }
+        Ok(Self {
+            ebpf,
+            why,
+            capabilities,
+        })
+    }
+
+    /// `takes_over`: another agent still finishes its connections.
+    fn start(&self, args: &NodeArgs, takes_over: bool) -> anyhow::Result<Capture> {
+        let why = &self.why;
+        if !self.ebpf {
+            let node = capture::IptablesNode::start(&args.pin_dir).context("cannot capture with iptables")?;
+            if args.capture == CaptureMode::Auto {
+                tracing::warn!(
+                    "capture by iptables, {why}; nothing keeps a pod to it that has CAP_NET_ADMIN or CAP_NET_RAW"
+                );
+            } else {
+                tracing::info!("capture by iptables, {why}");
+            }
+            return Ok(Capture::Iptables(node));
+        }
+        tracing::info!("capture by eBPF, {why}");
+        let config = capture::NodeConfig {
+            node: args.node.clone(),
+            pin_dir: args.pin_dir.clone(),
+            pods_cgroup: args.pods_cgroup.clone(),
+            agent_cgroup: None,
+            object: &EBPF_OBJECT.0,
+            capabilities: self.capabilities.clone(),
+            kernel_log: args.ebpf_log,
+            takes_over,
+        };
+        capture::Node::start(config)
+            .map(Capture::Ebpf)
+            .context("cannot capture")
     }
 }
 

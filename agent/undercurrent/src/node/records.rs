@@ -55,8 +55,17 @@ impl Records {
     /// Opens the directory and reads what is there. A file that can't be read is named and left alone.
     pub fn open(directory: &Path) -> io::Result<(Self, BTreeMap<NamespacedName, PodRecord>)> {
         fs::create_dir_all(directory)?;
+        let records = Self {
+            directory: directory.to_owned(),
+        };
+        let found = records.read()?;
+        Ok((records, found))
+    }
+
+    /// Reads what is there. A file that can't be read is named and left alone.
+    pub fn read(&self) -> io::Result<BTreeMap<NamespacedName, PodRecord>> {
         let mut pods = BTreeMap::new();
-        for entry in fs::read_dir(directory)? {
+        for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
@@ -66,12 +75,7 @@ impl Records {
                 Err(error) => tracing::error!(file = %path.display(), %error, "a pod's record cannot be read"),
             }
         }
-        Ok((
-            Self {
-                directory: directory.to_owned(),
-            },
-            pods,
-        ))
+        Ok(pods)
     }
 
     /// Keeps a record.

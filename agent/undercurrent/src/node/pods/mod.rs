@@ -16,6 +16,7 @@
 
 mod expectation;
 mod parts;
+mod prepare;
 mod reconciler;
 
 use std::{
@@ -27,12 +28,13 @@ use std::{
 use admin::{PodAdded, PodChecked, PodRemoved, ValidAttachments};
 use model::{Exclusions, Identity, NamespacedName, WorkloadUid};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::Instant,
 };
 
 pub use expectation::{Oracle, PodsOfCluster};
 pub use parts::Parts;
+pub use prepare::prepare;
 pub use reconciler::start;
 
 use super::{kube_source::Cluster, records::PodRecord};
@@ -49,6 +51,10 @@ enum Event {
     Removed(NamespacedName, String, oneshot::Sender<Outcome>),
     /// The sandboxes that there are.
     Garbage(Vec<String>, oneshot::Sender<Outcome>),
+    /// Another agent is to be in charge: nothing is to be done any more. Told when that is so.
+    Pause(oneshot::Sender<()>),
+    /// The other agent is gone.
+    Resume,
 }
 
 /// The way to tell the reconciler of pods.
@@ -93,6 +99,21 @@ impl Pods {
         self.ask(|answer| Event::Garbage(valid.container_ids, answer)).await
     }
 
+    /// Does nothing more from when this resolves until [`Self::resume`]; events are answered with
+    /// [`admin::ASK_AGAIN`].
+    pub async fn pause(&self) {
+        let (answer, answered) = oneshot::channel();
+        if self.events.send(Event::Pause(answer)).await.is_ok() {
+            // Without a reconciler nothing is done either.
+            let _ = answered.await;
+        }
+    }
+
+    /// Goes on, from what the records say now.
+    pub async fn resume(&self) {
+        let _ = self.events.send(Event::Resume).await;
+    }
+
     async fn ask(&self, event: impl FnOnce(oneshot::Sender<Outcome>) -> Event) -> Outcome {
         let (answer, answered) = oneshot::channel();
         let ended = || "the agent is ending".to_owned();
@@ -107,6 +128,7 @@ pub struct View(Arc<Mutex<ViewState>>);
 
 #[derive(Default)]
 struct ViewState {
+    attempted: watch::Sender<bool>,
     settled: bool,
     pods: Vec<PodView>,
 }
@@ -130,6 +152,13 @@ impl View {
     /// Whether every pod that was known at the start is as it should be.
     pub fn settled(&self) -> bool {
         self.lock().settled
+    }
+
+    /// Resolves once everything was tried for every pod that was known at the start.
+    pub async fn attempted(&self) {
+        let mut attempted = self.lock().attempted.subscribe();
+        // The sender is this view's own.
+        let _ = attempted.wait_for(|attempted| *attempted).await;
     }
 
     /// Every pod.

@@ -12,7 +12,7 @@ use model::{Identity, NamespacedName, OriginalDst, PeerAddr, PodSettings, Worklo
 use socket2::SockRef;
 
 use super::expectation::{Oracle, Trouble};
-use crate::node::{records::PodRecord, redirection::Board};
+use crate::node::{handover::Link, records::PodRecord, redirection::Board};
 
 /// What the reconciler works with.
 pub struct Parts {
@@ -23,6 +23,8 @@ pub struct Parts {
     pub knowledge: Knowledge,
     pub identities: Identities,
     pub proxy: Arc<l4::Proxy>,
+    /// Who keeps the listeners when this process does not.
+    pub link: Link,
     /// Where the pods' annotations are put up to be written.
     pub board: Board,
 }
@@ -59,8 +61,16 @@ impl Parts {
     pub(super) async fn release(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
         self.capture.release(uid).await.map_err(failed)?;
         self.proxy.retire_pod(uid);
+        self.link.release(&uid.0);
         tracing::info!(pod = %record.pod, "not captured any more");
         Ok(())
+    }
+
+    /// A pod is gone.
+    pub(super) async fn forget(&self, uid: &WorkloadUid) {
+        self.proxy.remove_pod(uid);
+        self.capture.forget(uid).await;
+        self.link.release(&uid.0);
     }
 
     pub(super) async fn capture(
@@ -71,6 +81,10 @@ impl Parts {
         served: bool,
     ) -> Result<(), Trouble> {
         let dns = settings.dns_capture.unwrap_or(self.dns_capture);
+        let inherited = self.link.claim(&uid.0);
+        if !inherited.is_empty() {
+            self.capture.offer(uid.clone(), inherited);
+        }
         let handle = self
             .capture
             .capture(spec(record, uid), settings)
@@ -85,6 +99,10 @@ impl Parts {
             self.proxy.set_dns(uid, queries);
             return Ok(());
         }
+        // Before anything is accepted: a crash from now on loses no listener.
+        let held = handle.sockets().map_err(failed)?;
+        self.link.hold(&uid.0, &held);
+        drop(held);
         let listeners = handle.listeners().map_err(failed)?;
         let pod = l4::Pod {
             uid: uid.clone(),

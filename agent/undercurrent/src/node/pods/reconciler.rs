@@ -62,6 +62,22 @@ pub fn start(parts: Parts, directory: &Path) -> anyhow::Result<(Pods, View, Join
     Ok((pods, view, tokio::spawn(reconciler.run(receiver, api_changed))))
 }
 
+/// Waits while another agent is in charge. False: nobody can ask any more.
+async fn resumed(events: &mut mpsc::Receiver<Event>) -> bool {
+    let ask_again = || Err(admin::ASK_AGAIN.to_owned());
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Resume => return true,
+            // Nothing is done, and that is what was asked for.
+            Event::Pause(paused) => drop(paused.send(())),
+            Event::Added(_, answer, _) | Event::Removed(_, _, answer) | Event::Garbage(_, answer) => {
+                let _ = answer.send(ask_again());
+            }
+        }
+    }
+    false
+}
+
 struct Reconciler {
     parts: Parts,
     records: Records,
@@ -140,6 +156,14 @@ impl Reconciler {
             let due = self.next_date();
             tokio::select! {
                 event = events.recv() => match event {
+                    Some(Event::Pause(paused)) => {
+                        self.pause();
+                        let _ = paused.send(());
+                        if !resumed(&mut events).await {
+                            return;
+                        }
+                        self.reread().await;
+                    }
                     Some(event) => self.handle(event).await,
                     None => return,
                 },
@@ -153,6 +177,8 @@ impl Reconciler {
                 _ = timer.tick() => {
                     self.repair().await;
                     self.reconcile_all().await;
+                    self.show();
+                    self.view.lock().attempted.send_replace(true);
                 }
             }
             self.show();
@@ -187,7 +213,52 @@ impl Reconciler {
                 self.show();
                 let _ = answer.send(outcome);
             }
+            // The first is handled by `run`, and the second means nothing while this is in charge.
+            Event::Pause(_) | Event::Resume => {}
         }
+    }
+
+    /// From here on another agent is in charge: plugins that wait are to ask it, and annotations are its business.
+    fn pause(&mut self) {
+        for pod in self.pods.values_mut() {
+            for (answer, _) in pod.waiting.drain(..) {
+                let _ = answer.send(Err(admin::ASK_AGAIN.to_owned()));
+            }
+        }
+        self.parts.board.put(Wishes::default());
+    }
+
+    /// In charge again: what the other agent recorded meanwhile holds.
+    async fn reread(&mut self) {
+        let found = match self.records.read() {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::error!(%error, "the records of pods cannot be read again: going on with those known before");
+                return;
+            }
+        };
+        let gone = |pod: &&Pod| {
+            let now = found.get(&pod.record.pod);
+            now.is_none_or(|record| !record.is_same_sandbox(&pod.record))
+        };
+        let gone: Vec<_> = self
+            .pods
+            .values()
+            .filter(gone)
+            .map(|pod| pod.record.pod.clone())
+            .collect();
+        for key in gone {
+            if let Some(pod) = self.pods.remove(&key)
+                && let State::Told(told) = &pod.state
+            {
+                self.parts.forget(told.uid()).await;
+            }
+        }
+        for (key, record) in found {
+            self.pods.entry(key).or_insert_with(|| Pod::new(record, true));
+        }
+        self.repair().await;
+        self.reconcile_all().await;
     }
 
     async fn add(&mut self, record: PodRecord, answer: oneshot::Sender<Outcome>, until: Instant) {
@@ -229,10 +300,7 @@ impl Reconciler {
     async fn remove(&mut self, key: &NamespacedName) -> Outcome {
         if let Some(pod) = self.pods.remove(key) {
             if let State::Told(told) = &pod.state {
-                if let Expected::Captured { uid, .. } = told {
-                    self.parts.proxy.remove_pod(uid);
-                }
-                self.parts.capture.forget(told.uid()).await;
+                self.parts.forget(told.uid()).await;
             }
             self.forget_identity(pod.captured_as());
             for (answer, _) in pod.waiting {
@@ -311,6 +379,7 @@ impl Reconciler {
             self.show();
             self.view.lock().settled = true;
             self.parts.identities.settled();
+            self.parts.link.release_unclaimed();
             if let Err(error) = self.parts.capture.forget_untold().await {
                 tracing::error!(%error, "cannot forget pods that went while no agent ran");
             }
