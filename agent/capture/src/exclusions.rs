@@ -157,7 +157,7 @@ impl Inner {
             let remote = socket.remote.to_socket();
             let excluded = settings.exclusions.excludes_outbound(remote.ip(), remote.port())
                 || settings.excludes_inbound(socket.local.port);
-            if !own || excluded || socket.is_local() || socket.cgroup == Some(self.agent.id) {
+            if !own || excluded || socket.is_local() || self.is_an_agents(&socket) {
                 continue;
             }
             if self.maps.is_kept(&flow) || self.maps.is_of_host(&flow) {

@@ -90,6 +90,10 @@ impl Maps {
         self.agents.iter().filter_map(Result::ok).collect()
     }
 
+    pub(crate) fn is_agents(&self, cgroup: u64) -> bool {
+        self.agents.get(&cgroup, 0).is_ok()
+    }
+
     pub(crate) fn set_agent(&mut self, cgroup: u64, order: u64) -> Result<(), CaptureError> {
         self.agents.insert(cgroup, order, 0).map_err(map_error("AGENTS"))
     }

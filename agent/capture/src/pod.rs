@@ -276,21 +276,23 @@ impl Inner {
         self.maps.set_restore(netns.cookie(), &restore)
     }
 
+    /// Whether an agent opened this socket, or the listener that accepted it.
+    pub(crate) fn is_an_agents(&self, socket: &diag::TcpSocket) -> bool {
+        socket.cgroup.is_some_and(|cgroup| self.maps.is_agents(cgroup))
+    }
+
     /// Records the pod's connections, so that the guard lets them live, and aborts attempts to connect: their SYNs
     /// would be dropped until they time out, and the next try is captured.
     /// Of a pod that rules captured, what they redirected is not let out: nor what may have been, and has lost its other
     /// end.
     fn keep_connections(&mut self, netns: &Netns, plan: &PodPlan, had_rules: bool) -> Result<(), CaptureError> {
-        let agents: Vec<u64> = self.maps.agents().into_iter().map(|(id, _)| id).collect();
         let list = |states| {
             netns
                 .enter(|| diag::list(states))
                 .and_then(|result| result)
                 .tried(|| "listing the pod's connections".into())
         };
-        let is_the_pods = |socket: &diag::TcpSocket| {
-            !socket.cgroup.is_some_and(|cgroup| agents.contains(&cgroup)) && !socket.is_local()
-        };
+        let is_the_pods = |socket: &diag::TcpSocket| !self.is_an_agents(socket) && !socket.is_local();
         for socket in list(diag::state::SYN_SENT)?.iter().filter(|socket| is_the_pods(socket)) {
             if let Err(error) = netns.enter(|| diag::destroy(socket)).and_then(|result| result) {
                 tracing::debug!(%error, "aborting an attempt to connect");

@@ -27,6 +27,7 @@ use telemetry::{AccessLog, Metrics};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, mpsc},
+    task::JoinHandle,
 };
 
 use super::{
@@ -47,6 +48,7 @@ const NODE: &str = "node";
 pub struct Start {
     pub args: NodeArgs,
     pub attached: Attached,
+    pub way: Way,
     /// None: another agent is in charge.
     pub capture: Option<Capture>,
     pub knowledge: Knowledge,
@@ -101,19 +103,18 @@ impl Orders {
 }
 
 /// Runs until the agent was told to end and its last connection has ended.
-pub async fn run(start: Start) -> anyhow::Result<()> {
-    let Attached { link, orders, .. } = start.attached;
-    let mut orders = Orders::new(link.clone(), orders)?;
-    let (args, proxy, access_log) = (start.args, start.proxy, start.access_log);
-    let directory = args.state_dir.join("pods");
-    let capture = match start.capture {
+pub async fn run(mut start: Start) -> anyhow::Result<()> {
+    let (link, given) = (start.attached.link.clone(), start.attached.orders);
+    let mut orders = Orders::new(link.clone(), given)?;
+    let directory = start.args.state_dir.join("pods");
+    let capture = match start.capture.take() {
         Some(capture) => capture,
         None => {
             let prepared = pods::prepare(&start.oracle, &start.knowledge, &start.identities, &directory);
             if !take_over(&mut orders, prepared).await? {
                 return Ok(());
             }
-            super::start_capture(&args, true)?
+            start.way.start(&start.args, true)?
         }
     };
     let parts = Parts {
@@ -122,57 +123,63 @@ pub async fn run(start: Start) -> anyhow::Result<()> {
         capture: capture.clone(),
         knowledge: start.knowledge.clone(),
         identities: start.identities.clone(),
-        proxy: proxy.clone(),
+        proxy: start.proxy.clone(),
         link: link.clone(),
         board: start.board,
     };
     let (pods, view, reconciler) = pods::start(parts, &directory)?;
-    let health = health_listener(&args, &link)?;
+    let endpoints = Endpoints::open(&start.args, &link)?;
     let agent = Arc::new(NodeAgent {
         started: std::time::Instant::now(),
-        node_name: args.node.clone(),
-        capabilities: capture.capabilities(),
+        node_name: start.args.node.clone(),
+        capabilities: start.way.capabilities,
+        capture_why: start.way.why,
         knowledge: start.knowledge,
         source: start.source,
         identities: start.identities,
-        capture: capture.clone(),
-        proxy: proxy.clone(),
-        access_log: access_log.clone(),
-        pods: pods.clone(),
-        view: view.clone(),
+        capture,
+        proxy: start.proxy,
+        access_log: start.access_log,
+        pods,
+        view,
+        metrics: start.metrics,
+        log_level: start.log_level,
+        config: start.args.shown(),
+        quit: orders.quit.clone(),
     });
-    tracing::info!(node = args.node, version = env!("CARGO_PKG_VERSION"), "agent started");
-    let faults = async {
-        tokio::select! {
-            failure = proxy.failed() => anyhow!("the proxy failed: {failure}"),
-            ended = reconciler => anyhow!("the pods' reconciler ended: {ended:?}"),
-            ended = kernel_log(&capture) => anyhow!("the eBPF programs' log ended: {ended:?}"),
-        }
-    };
-    let life = async {
-        view.attempted().await;
-        link.say(Message::Serving);
-        pending::<Infallible>().await
-    };
-    let mut background = pin!(async {
-        tokio::select! {
-            fault = faults => fault,
-            never = life => match never {},
-        }
-    });
+    let socket = start.args.state_dir.join("agent.sock");
+    tracing::info!(
+        node = start.args.node,
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %socket.display(),
+        "agent started"
+    );
+    live(&start.args, &agent, endpoints, reconciler, &mut orders).await
+}
+
+/// In charge, and not, and in charge again, until the end.
+async fn live(
+    args: &NodeArgs,
+    agent: &Arc<NodeAgent>,
+    endpoints: Endpoints,
+    reconciler: JoinHandle<()>,
+    orders: &mut Orders,
+) -> anyhow::Result<()> {
+    let link = orders.link.clone();
+    let mut background = pin!(background(agent, reconciler, link));
     loop {
         let end = tokio::select! {
             fault = &mut background => return Err(fault),
-            end = in_charge(&args, &agent, &health, &capture, &mut orders) => end?,
+            end = in_charge(args, agent, &endpoints, orders) => end?,
         };
         if matches!(end, End::Drain) {
             break;
         }
         tracing::info!("another agent takes over: serving on until it does");
         let followed = async {
-            pods.pause().await;
+            agent.pods.pause().await;
             orders.link.say(Message::Yielded);
-            is_followed(&mut orders).await
+            is_followed(orders).await
         };
         let followed = tokio::select! {
             fault = &mut background => return Err(fault),
@@ -182,13 +189,28 @@ pub async fn run(start: Start) -> anyhow::Result<()> {
             break;
         }
         tracing::warn!("the agent that was to take over is gone: in charge again");
-        pods.resume().await;
+        agent.pods.resume().await;
     }
-    // Not accepted any more, and so not served by two readinesses.
-    drop(health);
+    // What waits in their queues is for the other agent.
+    drop(endpoints);
     tokio::select! {
         fault = &mut background => Err(fault),
-        () = drain(&args, &proxy, &access_log) => Ok(()),
+        () = drain(args, agent) => Ok(()),
+    }
+}
+
+/// Says that this agent serves once it does, and then watches what must not end; resolves when it did.
+async fn background(agent: &NodeAgent, reconciler: JoinHandle<()>, link: Link) -> anyhow::Error {
+    let serving = async {
+        agent.view.attempted().await;
+        link.say(Message::Serving);
+        pending::<Infallible>().await
+    };
+    tokio::select! {
+        failure = agent.proxy.failed() => anyhow!("the proxy failed: {failure}"),
+        ended = reconciler => anyhow!("the pods' reconciler ended: {ended:?}"),
+        ended = kernel_log(&agent.capture) => anyhow!("the eBPF programs' log ended: {ended:?}"),
+        never = serving => match never {},
     }
 }
 
@@ -218,8 +240,7 @@ async fn take_over(orders: &mut Orders, prepared: impl Future<Output = anyhow::R
 async fn in_charge(
     args: &NodeArgs,
     agent: &Arc<NodeAgent>,
-    health: &TcpListener,
-    capture: &Capture,
+    endpoints: &Endpoints,
     orders: &mut Orders,
 ) -> anyhow::Result<End> {
     let socket = args.state_dir.join("agent.sock");
@@ -230,7 +251,7 @@ async fn in_charge(
                 Some(Order::Drain) | None => return End::Drain,
                 Some(Order::Gone) => {
                     tracing::info!("the agent before this one has ended");
-                    if let Err(error) = capture.forget_former().await {
+                    if let Err(error) = agent.capture.forget_former().await {
                         tracing::error!(%error, "the former agent's cgroup still counts as an agent's");
                     }
                 }
@@ -260,13 +281,13 @@ async fn is_followed(orders: &mut Orders) -> bool {
     }
 }
 
-async fn drain(args: &NodeArgs, proxy: &l4::Proxy, access_log: &AccessLog) {
-    proxy.stop_accepting().await;
-    let live = proxy.connections().await.len();
+async fn drain(args: &NodeArgs, agent: &NodeAgent) {
+    agent.proxy.stop_accepting().await;
+    let live = agent.proxy.connections().await.len();
     let seconds = args.drain.as_secs();
     tracing::info!(live, seconds, "draining; pods stay captured");
-    proxy.drain(args.drain).await;
-    access_log.flush(Duration::from_secs(1));
+    agent.proxy.drain(args.drain).await;
+    agent.access_log.flush(Duration::from_secs(1));
     tracing::info!("drained");
 }
 

@@ -169,16 +169,6 @@ impl Link {
     fn inherited(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Sockets>> {
         self.0.inherited.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// A link to nobody, for tests.
-    #[cfg(test)]
-    pub fn of_nobody() -> Self {
-        let (one, _other) = Channel::pair().unwrap();
-        Self(Arc::new(Inner {
-            channel: one,
-            inherited: Mutex::default(),
-        }))
-    }
 }
 
 #[cfg(test)]

@@ -49,6 +49,7 @@
 mod holder;
 mod link;
 mod machine;
+mod store;
 mod wire;
 
 pub use holder::{HolderConfig, run as hold};
