@@ -281,6 +281,10 @@ impl Inner {
         socket.cgroup.is_some_and(|cgroup| self.maps.is_agents(cgroup))
     }
 
+    fn is_the_pods(&self, socket: &diag::TcpSocket) -> bool {
+        !self.is_an_agents(socket) && !socket.is_local()
+    }
+
     /// Records the pod's connections, so that the guard lets them live, and aborts attempts to connect: their SYNs
     /// would be dropped until they time out, and the next try is captured.
     /// Of a pod that rules captured, what they redirected is not let out: nor what may have been, and has lost its other
@@ -292,8 +296,8 @@ impl Inner {
                 .and_then(|result| result)
                 .tried(|| "listing the pod's connections".into())
         };
-        let is_the_pods = |socket: &diag::TcpSocket| !self.is_an_agents(socket) && !socket.is_local();
-        for socket in list(diag::state::SYN_SENT)?.iter().filter(|socket| is_the_pods(socket)) {
+        let begun = list(diag::state::SYN_SENT)?;
+        for socket in begun.iter().filter(|socket| self.is_the_pods(socket)) {
             if let Err(error) = netns.enter(|| diag::destroy(socket)).and_then(|result| result) {
                 tracing::debug!(%error, "aborting an attempt to connect");
             }
@@ -309,8 +313,8 @@ impl Inner {
             .filter(|socket| socket.local.port == CAPTURE_PORTS[0])
             .map(|socket| socket.remote)
             .collect();
-        for socket in connected.iter().filter(|socket| is_the_pods(socket)) {
-            let own = addresses(&plan.pod).any(|address| address == socket.local.address);
+        for socket in &connected {
+            let own = self.is_the_pods(socket) && addresses(&plan.pod).any(|address| address == socket.local.address);
             if own && !redirected.contains(&socket.local) {
                 self.maps.keep_flow(Flow {
                     pod: socket.local,

@@ -4,7 +4,7 @@
 
 mod lab;
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{collections::BTreeSet, io::Write, net::SocketAddr};
 
 use capture::{Node, Reason};
 use lab::{Lab, OUTSIDE4, OUTSIDE6, accept, captured, connect, until};
@@ -194,11 +194,12 @@ fn an_agent_in_another_cgroup_takes_over() {
     });
 }
 
-/// In an upgrade by a surge: two agents in two cgroups, and the former one finishes its connections.
+/// In an upgrade by a surge: two agents in two cgroups, and the former one finishes its connections. Its listeners outlive
+/// it, and keep its cgroup.
 #[test]
-fn a_former_agent_passes_the_guard_until_it_is_forgotten() {
+fn what_a_former_agents_listener_accepts_passes_the_guard() {
     lab::test(
-        "a_former_agent_passes_the_guard_until_it_is_forgotten",
+        "what_a_former_agents_listener_accepts_passes_the_guard",
         |lab| async move {
             let pod = lab.pod("a", 2);
             let former = lab.node();
@@ -237,6 +238,11 @@ fn a_former_agent_passes_the_guard_until_it_is_forgotten() {
             app.must("l.settimeout(5); l.accept()");
             node.forget_former().await.unwrap();
             assert_eq!(lab.links().len(), links.len(), "the former agent's link is gone");
+            // Its answers to the SYN have the listener's cgroup, and so has what is accepted.
+            outside.must(&format!("s = socket.create_connection(('{}', 8080), 5)", pod.ip4()));
+            let (mut stream, _) = accept(&listeners.inbound[0]);
+            stream.write_all(b"bytes").unwrap();
+            outside.must("s.settimeout(5); assert s.recv(5) == b'bytes'");
         },
     );
 }

@@ -20,7 +20,6 @@ mod kube_source;
 #[cfg(test)]
 mod kube_tests;
 mod lead;
-mod lead;
 pub mod logging;
 mod outbound_source;
 #[cfg(test)]
@@ -43,7 +42,6 @@ use telemetry::AccessLog;
 
 pub use config::NodeArgs;
 use config::{AccessLogMode, CaptureMode};
-use handover::Attached;
 use handover::Attached;
 pub use outbound_source::KEPT as OUTBOUND;
 pub use records::Records;
