@@ -1,11 +1,15 @@
 //! One agent follows another, after an upgrade or a crash, under load: no new connection fails, and those that live end
 //! when they want to.
 
-use std::{collections::BTreeSet, thread};
+use std::{
+    collections::BTreeSet,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use system_tests::{Mesh, Pod, scenarios, suite::note, wait};
+use system_tests::{Mesh, Pod, netns, scenarios, suite::note, wait};
 
 scenarios![
     an_upgrade_under_load_fails_no_connection,
@@ -49,6 +53,38 @@ fn ended(pid: i32) -> bool {
     !std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists()
 }
 
+/// Does something while a node's agent is asked all the time what a kubelet, Prometheus and people ask it: what was not
+/// answered.
+fn while_asked(mesh: &Mesh, node: &'static str, does: impl FnOnce() -> Result<String>) -> Result<Vec<String>> {
+    let done = AtomicBool::new(false);
+    let netns = mesh.node(node).netns();
+    let ask = || {
+        let mut failed = Vec::new();
+        while !done.load(Ordering::Relaxed) {
+            for url in [
+                "http://127.0.0.1:15021/healthz/ready",
+                "http://127.0.0.1:15020/stats/prometheus",
+                "http://127.0.0.1:15000/logging",
+            ] {
+                let answer = netns::says(
+                    &netns,
+                    "curl",
+                    &["-sS", "--fail", "--max-time", "20", "-o", "/dev/null", url],
+                );
+                failed.extend(answer.err().map(|error| error.to_string()));
+            }
+        }
+        failed
+    };
+    thread::scope(|scope| {
+        let asking = scope.spawn(ask);
+        let outcome = does();
+        done.store(true, Ordering::Relaxed);
+        let failed = asking.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
+        outcome.map(|_| failed)
+    })
+}
+
 fn an_upgrade_under_load_fails_no_connection(mesh: &Mesh) -> Result<()> {
     let address = server(mesh).v4()?.to_string();
     let (address6, near) = (
@@ -62,12 +98,17 @@ fn an_upgrade_under_load_fails_no_connection(mesh: &Mesh) -> Result<()> {
             client(mesh).start("client.py", &["talk", &address, "8001"])?,
             client(mesh).start("client.py", &["talk", &near, "8001"])?,
         ];
-        for one in storms.iter().chain(&talks) {
+        let asking = client(mesh).start("dns.py", &["storm", "10.96.0.10", "server.mesh.svc.cluster.local"])?;
+        for one in storms.iter().chain(&talks).chain([&asking]) {
             one.next()?;
         }
         mesh.node(node).access_log()?.line_with(&["direction="])?;
         let (holder, worker) = (mesh.node(node).holder_pid()?, mesh.node(node).agent_pid()?);
-        mesh.playground(&["upgrade", node])?;
+        let unanswered = while_asked(mesh, node, || mesh.playground(&["upgrade", node]))?;
+        ensure!(
+            unanswered.is_empty(),
+            "the endpoints of {node} did not answer: {unanswered:?}"
+        );
         ensure!(mesh.node(node).agent_pid()? != worker, "the same process answers");
         ensure!(!ended(worker), "the former agent did not wait for its connections");
         for talk in talks {
@@ -79,6 +120,8 @@ fn an_upgrade_under_load_fails_no_connection(mesh: &Mesh) -> Result<()> {
         }
         // They were the last.
         wait::until_true("the former agent has ended", || Ok(ended(worker) && ended(holder)))?;
+        let asked = asking.finish()?;
+        ensure!(failures(&asked).is_empty(), "queries failed on {node}: {asked}");
         let mut tried = 0;
         let mut longest = 0;
         for storm in storms {
@@ -92,7 +135,8 @@ fn an_upgrade_under_load_fails_no_connection(mesh: &Mesh) -> Result<()> {
             (tried, longest) = (tried + good, longest.max(gap));
         }
         note(&format!(
-            "upgrade of {node}: {tried} connections, 0 failed, longest gap {longest} ms"
+            "upgrade of {node}: {tried} connections, 0 failed, longest gap {longest} ms; {} queries, 0 failed",
+            asked["answered"]
         ));
     }
     Ok(())

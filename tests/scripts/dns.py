@@ -154,9 +154,35 @@ def ask(pattern, servers, name, kind):
             return says(asked, data, list(source[:2]))
 
 
+def storm(server, name):
+    """One query after the other, each from a socket of its own, until standard input ends; one that is not answered is asked
+    once, and not again as resolvers do. Tells how many were answered, and how the others failed."""
+    finished = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), finished.set()), daemon=True).start()
+    answered, failures = 0, {}
+    print("{}", flush=True)
+    while not finished.is_set():
+        with socket.socket(family(server), socket.SOCK_DGRAM) as sock:
+            sock.settimeout(3)
+            try:
+                sock.connect((server, 53))
+                sock.send(query(name, "A"))
+                data = sock.recv(65535)
+                why = None if data[3] & 15 == 0 else f"rcode {data[3] & 15}"
+            except OSError as error:
+                why = type(error).__name__
+        if why:
+            failures[why] = failures.get(why, 0) + 1
+        else:
+            answered += 1
+    return {"answered": answered, "failures": failures}
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve()
+    elif sys.argv[1] == "storm":
+        print(json.dumps(storm(*sys.argv[2:])), flush=True)
     else:
         try:
             print(json.dumps(ask(*sys.argv[2:])))

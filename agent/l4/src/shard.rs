@@ -291,7 +291,7 @@ impl Shard {
         let Some(pod) = self.pods.borrow_mut().remove(uid) else {
             return;
         };
-        pod.drain_gracefully();
+        pod.drain_gracefully(self);
         self.retired.borrow_mut().push(pod.clone());
         let shard = self.clone();
         tokio::task::spawn_local(async move {
@@ -309,7 +309,7 @@ impl Shard {
             .cloned()
             .collect::<Vec<_>>();
         for pod in self.pods.borrow_mut().remove(uid).into_iter().chain(retired) {
-            pod.stop_accepting();
+            pod.stop_accepting(self);
             let shard = self.clone();
             tokio::task::spawn_local(async move { shard.end_pod(&pod, || Failure::PodRemoved).await });
         }
@@ -345,7 +345,7 @@ impl Shard {
         }
         let mut pods: Vec<Rc<PodState>> = self.pods.borrow_mut().drain().map(|(_, pod)| pod).collect();
         for pod in &pods {
-            pod.drain_gracefully();
+            pod.drain_gracefully(self);
         }
         pods.extend(self.retired.borrow().iter().cloned());
         let all_idle = futures_util::future::join_all(pods.iter().map(|pod| pod.wait_idle()));
@@ -358,8 +358,8 @@ impl Shard {
 }
 
 impl PodState {
-    fn stop_accepting(&self) {
-        self.dns.stop();
+    fn stop_accepting(self: &Rc<Self>, shard: &Rc<Shard>) {
+        self.dns.leave(shard, self);
         for accepting in self.accepting.borrow_mut().drain(..) {
             accepting.abort();
         }
@@ -367,8 +367,8 @@ impl PodState {
 
     /// The pool goes on: a connection that was accepted just before still needs a tunnel. Its tunnels close when the
     /// last connection has ended and the pod's state with it.
-    fn drain_gracefully(&self) {
-        self.stop_accepting();
+    fn drain_gracefully(self: &Rc<Self>, shard: &Rc<Shard>) {
+        self.stop_accepting(shard);
         self.drain_tunnels(DrainMode::Graceful);
     }
 
@@ -396,9 +396,9 @@ impl PodState {
         self.drain.borrow().clone()
     }
 
-    /// A tunnel without streams ends once its peer has heard of the drain: a stream that it sent before is still carried.
+    /// Queries are answered, too. A tunnel without streams ends once its peer has heard of the drain: a stream that it sent before is still carried.
     async fn wait_idle(&self) {
-        while self.connections.get() > 0 || self.tunnels.get() > 0 {
+        while self.connections.get() > 0 || self.tunnels.get() > 0 || !self.dns.is_idle() {
             // Nothing comes between the look and the wait: all of it is on one thread.
             self.idle.notified().await;
         }
@@ -457,7 +457,7 @@ pub(crate) async fn run(
                     let _ = counted.send(());
                 }
                 Some(Command::StopAccepting(answer)) => {
-                    shard.pods.borrow().values().for_each(|pod| pod.stop_accepting());
+                    shard.pods.borrow().values().for_each(|pod| pod.stop_accepting(&shard));
                     let _ = answer.send(());
                 }
                 Some(Command::Drain { grace }) => {

@@ -87,6 +87,8 @@ pub(crate) fn upgrade(layout: &Layout, state: &State, node: &str, at_most: Durat
             CGROUPS.len() - 1
         );
     };
+    // A new one, as a new container has: what the former agents opened there keeps the old one.
+    free.remove()?;
     spawn(layout, state, node, &free)?;
     let deadline = Instant::now() + at_most;
     let taken_over = || status(&files.agent_socket()).is_ok_and(|status| status.pid != worker);

@@ -36,7 +36,7 @@ use std::{
 };
 
 use hickory_proto::op::ResponseCode;
-use tokio::task::AbortHandle;
+use tokio::{net::UdpSocket, task::AbortHandle};
 
 pub use message::{Question, Read, Transport, read};
 pub(crate) use tcp::{Dial, serve as serve_tcp};
@@ -87,7 +87,14 @@ pub(crate) struct PodDns {
     pub on: Cell<bool>,
     /// Queries that are with name servers now.
     forwarding: Cell<usize>,
-    serving: RefCell<Vec<AbortHandle>>,
+    serving: RefCell<Vec<Serving>>,
+}
+
+/// A socket that is served.
+struct Serving {
+    task: AbortHandle,
+    slot: usize,
+    socket: Rc<UdpSocket>,
 }
 
 impl PodDns {
@@ -101,11 +108,29 @@ impl PodDns {
     }
 
     /// Ends serving; what is with a name server is still answered.
-    pub(crate) fn stop(&self) {
-        self.on.set(false);
-        for serving in self.serving.borrow_mut().drain(..) {
-            serving.abort();
+    fn stop(&self) {
+        for serving in self.stopped() {
+            serving.task.abort();
         }
+    }
+
+    /// Ends serving for good: what is sent from now on is for whoever has sockets beside these, and what came before is
+    /// still answered (`a_name_server_that_leaves_answers_what_it_was_asked`).
+    pub(crate) fn leave(&self, shard: &Rc<Shard>, pod: &Rc<PodState>) {
+        for serving in self.stopped() {
+            serving.task.abort();
+            udp::leave(shard, pod, serving.slot, &serving.socket);
+        }
+    }
+
+    fn stopped(&self) -> Vec<Serving> {
+        self.on.set(false);
+        std::mem::take(&mut *self.serving.borrow_mut())
+    }
+
+    /// Whether no query is with a name server.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.forwarding.get() == 0
     }
 }
 
@@ -169,23 +194,27 @@ fn servfail(query: &[u8]) -> Vec<u8> {
 }
 
 /// One query that is with a name server, counted.
-struct Forwarding<'a>(&'a PodDns);
+struct Forwarding<'a>(&'a PodState);
 
 impl<'a> Forwarding<'a> {
     /// None: there are too many.
-    fn begin(dns: &'a PodDns, limit: usize) -> Option<Self> {
-        let now = dns.forwarding.get();
+    fn begin(pod: &'a PodState, limit: usize) -> Option<Self> {
+        let now = pod.dns.forwarding.get();
         if now >= limit {
             return None;
         }
-        dns.forwarding.set(now + 1);
-        Some(Self(dns))
+        pod.dns.forwarding.set(now + 1);
+        Some(Self(pod))
     }
 }
 
 impl Drop for Forwarding<'_> {
     fn drop(&mut self) {
-        self.0.forwarding.set(self.0.forwarding.get() - 1);
+        let dns = &self.0.dns;
+        dns.forwarding.set(dns.forwarding.get() - 1);
+        if dns.is_idle() {
+            self.0.idle.notify_waiters();
+        }
     }
 }
 

@@ -7,11 +7,11 @@
 //! Datagrams come from inside the pod alone: a socket on the pod's own address takes only what has that address as its
 //! source, which the kernel lets no other machine claim (scenario `nobody_else_is_answered`).
 
-use std::{io, net::SocketAddr, rc::Rc, time::Duration};
+use std::{io, net::SocketAddr, os::fd::AsFd, rc::Rc, time::Duration};
 
 use tokio::net::UdpSocket;
 
-use super::{Decision, Forwarding, Sockets, Transport, decide, learn, message, servfail};
+use super::{Decision, Forwarding, Serving, Sockets, Transport, decide, learn, message, servfail};
 use crate::{
     counters::increment,
     shard::{PodState, Shard},
@@ -23,6 +23,9 @@ const LONGEST: usize = u16::MAX as usize;
 /// Queries of a socket that are looked at before others get their turn.
 const TURN: usize = 32;
 
+/// The discard protocol's: nobody sends from it to a name server.
+const NOBODY: u16 = 9;
+
 /// How long a socket rests that fails.
 const REST: Duration = Duration::from_millis(100);
 
@@ -32,9 +35,10 @@ pub(crate) fn serve(shard: &Rc<Shard>, pod: &Rc<PodState>, sockets: Sockets) {
         let socket = socket.set_nonblocking(true).and_then(|()| UdpSocket::from_std(socket));
         match socket {
             Ok(socket) => {
-                let serving = listen(shard.clone(), pod.clone(), slot, Rc::new(socket));
-                let serving = tokio::task::spawn_local(pod.group.fair(serving)).abort_handle();
-                pod.dns.serving.borrow_mut().push(serving);
+                let socket = Rc::new(socket);
+                let serving = listen(shard.clone(), pod.clone(), slot, socket.clone());
+                let task = tokio::task::spawn_local(pod.group.fair(serving)).abort_handle();
+                pod.dns.serving.borrow_mut().push(Serving { task, slot, socket });
             }
             Err(error) => {
                 tracing::error!(pod = %pod.uid, slot, "a DNS socket can't be polled, so it is not served: {error}");
@@ -58,31 +62,63 @@ async fn listen(shard: Rc<Shard>, pod: Rc<PodState>, slot: usize, socket: Rc<Udp
 
 /// Takes a few datagrams.
 async fn take_turn(shard: &Rc<Shard>, pod: &Rc<PodState>, slot: usize, socket: &Rc<UdpSocket>) -> io::Result<()> {
-    let local = socket.local_addr()?;
     socket.readable().await?;
     for _ in 0..TURN {
-        let mut buffer = shard.datagram.borrow_mut();
-        // Once for each shard: a datagram may be that long, and hardly ever is.
-        buffer.resize(LONGEST, 0);
-        let (length, client) = match socket.try_recv_from(&mut buffer) {
-            Ok(received) => received,
+        let taken = take(shard, pod, slot, socket, |buffer| socket.try_recv_from(buffer));
+        match taken {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        if !is_own(local, client) {
-            increment(&shard.counters.dns_foreign);
-            continue;
+            taken => taken?,
         }
-        let query = &buffer[..length];
-        match decide(shard, pod, query, Transport::Udp) {
-            // The client's buffer is full: it asks again.
-            Decision::Reply(reply) => drop(socket.try_send_to(&reply, client)),
-            Decision::Drop => {}
-            Decision::Forward => {
-                let query = query.to_vec();
-                drop(buffer);
-                begin_forwarding(shard, pod, slot, socket, client, query);
+    }
+    Ok(())
+}
+
+/// Takes all that waits in a socket which from now on gets nothing more: connected to an end that nobody has, it is passed
+/// over by the kernel, and others of its port get what it would have got. (Closed, it would lose what waits.)
+pub(crate) fn leave(shard: &Rc<Shard>, pod: &Rc<PodState>, slot: usize, socket: &Rc<UdpSocket>) {
+    let left = || {
+        let nobody = SocketAddr::new(socket.local_addr()?.ip(), NOBODY);
+        let left = std::net::UdpSocket::from(socket.as_fd().try_clone_to_owned()?);
+        left.connect(nobody)?;
+        // Not by the runtime, which may not have heard yet of what is there.
+        loop {
+            match take(shard, pod, slot, socket, |buffer| left.recv_from(buffer)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                taken => taken?,
             }
+        }
+    };
+    let left: io::Result<()> = left();
+    if let Err(error) = left {
+        tracing::warn!(pod = %pod.uid, slot, "queries that waited in a DNS socket are lost: {error}");
+    }
+}
+
+/// Takes one datagram.
+fn take(
+    shard: &Rc<Shard>,
+    pod: &Rc<PodState>,
+    slot: usize,
+    socket: &Rc<UdpSocket>,
+    receive: impl FnOnce(&mut [u8]) -> io::Result<(usize, SocketAddr)>,
+) -> io::Result<()> {
+    let mut buffer = shard.datagram.borrow_mut();
+    // Once for each shard: a datagram may be that long, and hardly ever is.
+    buffer.resize(LONGEST, 0);
+    let (length, client) = receive(&mut buffer)?;
+    if !is_own(socket.local_addr()?, client) {
+        increment(&shard.counters.dns_foreign);
+        return Ok(());
+    }
+    let query = &buffer[..length];
+    match decide(shard, pod, query, Transport::Udp) {
+        // The client's buffer is full: it asks again.
+        Decision::Reply(reply) => drop(socket.try_send_to(&reply, client)),
+        Decision::Drop => {}
+        Decision::Forward => {
+            let query = query.to_vec();
+            drop(buffer);
+            begin_forwarding(shard, pod, slot, socket, client, query);
         }
     }
     Ok(())
@@ -140,7 +176,7 @@ async fn forward(
 ) -> Result<Vec<u8>, ForwardError> {
     let config = &shard.config.dns;
     let server = pod.sockets.name_server(slot, client).ok_or(ForwardError::NoServer)?;
-    let _counted = Forwarding::begin(&pod.dns, config.forwarding).ok_or(ForwardError::TooMany)?;
+    let _counted = Forwarding::begin(pod, config.forwarding).ok_or(ForwardError::TooMany)?;
     increment(&shard.counters.dns_forwarded);
     let asking = Box::pin(ask(shard, pod, server, query));
     match tokio::time::timeout(config.timeout, asking).await {
