@@ -161,6 +161,7 @@ impl Agent {
             mode: Mode::Wildcard,
             settings: MeshSettings::default(),
             state_dir: state_dir.map(Path::to_owned),
+            keeps: true,
             limits: Limits {
                 first_wait: Duration::from_millis(1),
                 longest_wait: Duration::from_millis(20),

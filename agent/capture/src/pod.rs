@@ -72,7 +72,7 @@ impl Inner {
         let network = interfaces::look(&self.home, &netns)
             .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
         let mut plan = plan::plan(spec, netns.cookie(), &network, settings)?;
-        plan.pod.flags |= self.dns_flag(&spec.uid);
+        plan.pod.flags |= self.dns_flag(&spec.uid, netns.cookie());
         let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
             Some(captured) => captured.listeners.clone(),
             None => Listeners::open(&netns, plan.ip6, self.offered.remove(&spec.uid).unwrap_or_default())
@@ -120,9 +120,13 @@ impl Inner {
         queries.tried(|| "duplicating DNS sockets".into())
     }
 
-    fn dns_flag(&self, uid: &WorkloadUid) -> u32 {
+    /// Of a pod that this agent has not captured before, what an earlier agent left holds until [`Self::set_dns`]: else
+    /// its queries would pass the agent by in between (`a_successor_leaves_no_gap_in_which_queries_pass_it_by`).
+    fn dns_flag(&self, uid: &WorkloadUid, cookie: u64) -> u32 {
         let captured = self.pods.get(uid).and_then(|pod| pod.captured.as_ref());
-        captured.map_or(0, |captured| captured.plan.pod.flags & DNS)
+        let flags = captured.map(|captured| captured.plan.pod.flags);
+        let flags = flags.or_else(|| self.maps.pod(cookie).map(|pod| pod.flags));
+        flags.unwrap_or(0) & DNS
     }
 
     /// Makes a plan true; says what was not.
@@ -438,7 +442,7 @@ impl Inner {
         let network = interfaces::look(&self.home, &netns)
             .tried(|| format!("looking at the interfaces of {}", spec.netns.display()))?;
         let mut plan = plan::plan(spec, netns.cookie(), &network, settings)?;
-        plan.pod.flags |= self.dns_flag(&spec.uid);
+        plan.pod.flags |= self.dns_flag(&spec.uid, netns.cookie());
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         let alive = netns
             .enter(|| diag::list(diag::state::CONNECTED))

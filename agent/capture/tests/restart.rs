@@ -246,3 +246,30 @@ fn what_a_former_agents_listener_accepts_passes_the_guard() {
         },
     );
 }
+
+/// What an agent has said of the name server holds until the next one says it again, so that no query passes it by.
+#[test]
+fn a_successor_leaves_no_gap_in_which_queries_pass_it_by() {
+    lab::test(
+        "a_successor_leaves_no_gap_in_which_queries_pass_it_by",
+        |lab| async move {
+            let pod = lab.pod("a", 2);
+            let former = lab.node();
+            captured(&former, &pod).await;
+            let queries = former.set_dns(pod.uid(), true).await.unwrap().unwrap();
+            let mut config = lab.config();
+            config.takes_over = true;
+            let node = Node::start(config).unwrap_or_else(|error| panic!("{error}"));
+            let (_handle, _listeners) = captured(&node, &pod).await;
+            let mut app = lab.in_pod(&pod);
+            app.must(&format!(
+                "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.sendto(b'query', ('{OUTSIDE4}', 53))"
+            ));
+            let mut buffer = [0; 16];
+            let length = until("the former agent's socket has it", || {
+                queries.iter().find_map(|(_, socket)| socket.recv(&mut buffer).ok())
+            });
+            assert_eq!(&buffer[..length], b"query");
+        },
+    );
+}

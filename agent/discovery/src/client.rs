@@ -17,7 +17,7 @@ use crate::{
     books::{Books, NotAskedFor, Type},
     config::Config,
     connection::{Connection, ConnectionError},
-    state::{self, Change, Header, StateWriter},
+    state::{self, Change, Header, Keeper, StateWriter},
     status::{Connected, LISTED, Source, Status},
 };
 
@@ -38,9 +38,18 @@ pub struct Client {
 pub struct Handle {
     task: JoinHandle<()>,
     status: watch::Receiver<Status>,
+    keeper: Option<Keeper>,
 }
 
 impl Handle {
+    /// Whether this agent keeps the last good state on the disk: of two that follow each other on a node only one may. When
+    /// this returns after false was said, nothing is being written. What changes meanwhile is kept when it may again.
+    pub fn keep(&self, keeps: bool) {
+        if let Some(keeper) = &self.keeper {
+            keeper.keep(keeps);
+        }
+    }
+
     /// What the client is at.
     pub fn status(&self) -> Status {
         self.status.borrow().clone()
@@ -81,6 +90,7 @@ impl Client {
         };
         client.restore();
         Handle {
+            keeper: client.disk.as_ref().map(StateWriter::keeper),
             task: tokio::spawn(client.run()),
             status: receiver,
         }
@@ -108,7 +118,7 @@ impl Client {
                 None
             }
         };
-        match StateWriter::start(&directory, header, good) {
+        match StateWriter::start(&directory, header, good, self.config.keeps) {
             Ok(disk) => self.disk = Some(disk),
             Err(error) => {
                 let problem = format!("{}: {error}", directory.display());

@@ -97,6 +97,8 @@ pub struct Config {
     pub settings: MeshSettings,
     /// Where the last good state is kept; none: nowhere.
     pub state_dir: Option<PathBuf>,
+    /// Whether it is kept from the beginning, or only when that is said ([`crate::Handle::keep`]).
+    pub keeps: bool,
     /// Bounds.
     pub limits: Limits,
 }

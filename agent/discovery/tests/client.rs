@@ -34,6 +34,7 @@ fn config(addresses: &[SocketAddr]) -> Config {
         mode: Mode::Wildcard,
         settings: MeshSettings::default(),
         state_dir: None,
+        keeps: true,
         limits: Limits {
             first_wait: Duration::from_millis(1),
             longest_wait: Duration::from_millis(20),
@@ -233,6 +234,7 @@ async fn a_token_that_can_not_be_read_is_named() {
 fn with_disk(addresses: &[SocketAddr], directory: &Path) -> Config {
     Config {
         state_dir: Some(directory.to_owned()),
+        keeps: true,
         ..config(addresses)
     }
 }

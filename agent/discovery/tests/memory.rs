@@ -156,6 +156,7 @@ async fn a_workload_costs_an_agent_less_than_a_kibibyte_and_a_half() {
         mode: Mode::Wildcard,
         settings: MeshSettings::default(),
         state_dir: Some(directory.path().to_owned()),
+        keeps: true,
         limits: Limits::default(),
     };
     let handle = Client::start(config, writer, demands);

@@ -50,6 +50,7 @@ pub async fn run(options: Options) -> Result<()> {
         mode: Mode::Wildcard,
         settings: model::MeshSettings::default(),
         state_dir: None,
+        keeps: true,
         limits: discovery::Limits::default(),
     };
     let began = Instant::now();

@@ -363,10 +363,11 @@ impl Inner {
             .and_then(|result| result)
             .tried(|| format!("setting up the routes of {}", spec.netns.display()))?;
         let captured = self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref());
-        let dns = captured.is_some_and(|captured| captured.dns_on);
+        let dns = captured.map(|captured| captured.dns_on);
         for family in families(netns) {
             let mut rules = Rules::of_pod(family, settings);
-            if dns {
+            // What an earlier agent left stays until it is said whether it is to: `Inner::set_dns`.
+            if dns.map_or_else(|| Ok(self.iptables.saved(netns, family, None)?.has_dns()), Ok)? {
                 rules = rules.with_dns();
             }
             if self.apply_rules(netns, family, None, &rules)? {

@@ -368,6 +368,12 @@ impl Saved {
         saved
     }
 
+    /// Whether queries to name servers come to an agent.
+    pub(crate) fn has_dns(&self) -> bool {
+        let mut rules = self.0.values().flat_map(BTreeMap::values).flatten();
+        rules.any(|rule| rule.ends_with("--to-ports 15053"))
+    }
+
     /// Whether there is any rule.
     pub(crate) fn has_rules(&self) -> bool {
         self.0

@@ -27,7 +27,7 @@ use std::{
 use bytes::Bytes;
 
 pub(crate) use format::Header;
-pub(crate) use writer::StateWriter;
+pub(crate) use writer::{Keeper, StateWriter};
 
 use crate::books::Type;
 

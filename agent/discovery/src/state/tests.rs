@@ -17,7 +17,8 @@ fn write(directory: &Path, responses: Vec<Vec<Change>>) {
     // A writer each, since a writer writes what is pending when it ends.
     for changes in responses {
         let good = load(directory, &header()).unwrap().map(|(_, good)| good);
-        StateWriter::start(directory, header(), good).unwrap().record(changes);
+        let writer = StateWriter::start(directory, header(), good, true).unwrap();
+        writer.record(changes);
     }
 }
 
@@ -53,6 +54,61 @@ fn what_was_written_is_read_and_the_newest_counts() {
 }
 
 #[test]
+fn only_one_of_two_writes_and_nothing_is_missed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    write(path, vec![vec![put("a", "1"), put("b", "1")]]);
+    let good = || load(path, &header()).unwrap().map(|(_, good)| good);
+    let former = StateWriter::start(path, header(), good(), true).unwrap();
+    let new = StateWriter::start(path, header(), good(), false).unwrap();
+    new.record(vec![put("a", "2"), put("c", "2")]);
+    former.record(vec![put("a", "2")]);
+    former.keeper().keep(false);
+    former.record(vec![put("a", "3")]);
+    drop(former);
+    assert_ne!(
+        versions(path).last(),
+        Some(&("c".into(), "2".into())),
+        "the new one has written"
+    );
+    new.keeper().keep(true);
+    drop(new);
+    assert_eq!(versions(path), pairs([("a", "2"), ("b", "1"), ("c", "2")]));
+}
+
+#[test]
+fn who_is_in_charge_again_goes_on_with_what_the_other_left() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let former = StateWriter::start(path, header(), None, true).unwrap();
+    former.record(vec![put("a", "1")]);
+    former.keeper().keep(false);
+    former.record(vec![put("b", "1")]);
+    write(path, vec![vec![put("c", "1")]]);
+    former.keeper().keep(true);
+    drop(former);
+    let found = versions(path);
+    assert!(
+        pairs([("b", "1"), ("c", "1")]).iter().all(|one| found.contains(one)),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn nothing_is_begun_anew_by_who_does_not_know_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    write(path, vec![vec![put("a", "1")]]);
+    let good = load(path, &header()).unwrap().map(|(_, good)| good);
+    let new = StateWriter::start(path, header(), good, false).unwrap();
+    new.record(vec![put("b", "1")]);
+    std::fs::remove_file(path.join(FILE)).unwrap();
+    new.keeper().keep(true);
+    drop(new);
+    assert!(load(path, &header()).unwrap().is_none());
+}
+
+#[test]
 fn a_file_that_is_mostly_waste_is_rewritten() {
     let directory = tempfile::tempdir().unwrap();
     let large = |version: u32| {
@@ -78,7 +134,7 @@ fn a_file_of_another_mesh_is_not_used() {
     let other = Header::new("wildcard", "", "other");
     let error = load(directory.path(), &other).unwrap_err();
     assert!(matches!(error, LoadError::OfAnother { .. }), "{error}");
-    drop(StateWriter::start(directory.path(), other.clone(), None).unwrap());
+    drop(StateWriter::start(directory.path(), other.clone(), None, true).unwrap());
     assert!(load(directory.path(), &other).unwrap().unwrap().0.is_empty());
 }
 

@@ -20,20 +20,55 @@ const PACE: Duration = Duration::from_secs(1);
 const RECORD: usize = 1 << 20;
 
 /// Keeps what changed and has it written. Dropped, it writes what is pending and ends.
+///
+/// Of two agents of one node only the one in charge writes ([`Keeper`]): the other collects what changes, and appends it
+/// when it is in charge (`only_one_of_two_writes_and_nothing_is_missed`).
 pub(crate) struct StateWriter {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// The way to say who writes.
+#[derive(Clone)]
+pub(crate) struct Keeper(Arc<Shared>);
+
+impl Keeper {
+    /// Whether to write. When this returns after false was said, nothing is being written.
+    pub(crate) fn keep(&self, keeps: bool) {
+        let mut pending = self.0.lock();
+        pending.held = !keeps;
+        if keeps {
+            self.0.more.notify_one();
+            return;
+        }
+        pending.reopen = true;
+        while pending.writing {
+            pending = self.0.idle.wait(pending).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl std::fmt::Debug for Keeper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Keeper").finish_non_exhaustive()
+    }
+}
+
 struct Shared {
     pending: Mutex<Pending>,
     more: Condvar,
+    idle: Condvar,
 }
 
 #[derive(Default)]
 struct Pending {
     changes: BTreeMap<(Type, Arc<str>), Change>,
     ended: bool,
+    /// Another agent writes.
+    held: bool,
+    /// Another has written since.
+    reopen: bool,
+    writing: bool,
     /// What is wrong with the disk.
     problem: Option<String>,
 }
@@ -45,8 +80,8 @@ impl Shared {
 }
 
 impl StateWriter {
-    /// Appends to the file after its first `good` bytes, or begins a new one.
-    pub(crate) fn start(directory: &Path, header: Header, good: Option<usize>) -> io::Result<Self> {
+    /// Appends to the file after its first `good` bytes, or begins a new one; at once, or when it is told to.
+    pub(crate) fn start(directory: &Path, header: Header, good: Option<usize>, keeps: bool) -> io::Result<Self> {
         fs::create_dir_all(directory)?;
         let mut log = Log {
             path: directory.join(FILE),
@@ -56,10 +91,18 @@ impl StateWriter {
             is_new: good.is_none(),
             rewritten: 0,
         };
-        log.open(good)?;
+        if keeps {
+            log.open(good)?;
+        }
+        let pending = Pending {
+            held: !keeps,
+            reopen: !keeps,
+            ..Pending::default()
+        };
         let shared = Arc::new(Shared {
-            pending: Mutex::default(),
+            pending: Mutex::new(pending),
             more: Condvar::new(),
+            idle: Condvar::new(),
         });
         let of_thread = shared.clone();
         let run = move || run(&of_thread, &mut log);
@@ -70,6 +113,10 @@ impl StateWriter {
             shared,
             thread: Some(thread),
         })
+    }
+
+    pub(crate) fn keeper(&self) -> Keeper {
+        Keeper(self.shared.clone())
     }
 
     /// Takes the changes of a response: they are written together or not at all.
@@ -111,14 +158,23 @@ impl Drop for StateWriter {
 fn run(shared: &Shared, log: &mut Log) {
     loop {
         let mut pending = shared.lock();
-        while pending.changes.is_empty() && !pending.ended {
+        while (pending.changes.is_empty() || pending.held) && !pending.ended {
             pending = shared.more.wait(pending).unwrap_or_else(PoisonError::into_inner);
         }
+        if pending.held {
+            // It is for the other to write.
+            return;
+        }
         let (changes, ended) = (std::mem::take(&mut pending.changes), pending.ended);
+        let reopen = std::mem::take(&mut pending.reopen);
+        pending.writing = true;
         drop(pending);
         let begun = Instant::now();
-        let result = log.append(&changes);
+        let opened = if reopen { log.reopen() } else { Ok(()) };
+        let result = opened.and_then(|()| log.append(&changes));
         let mut pending = shared.lock();
+        pending.writing = false;
+        shared.idle.notify_all();
         pending.problem = match result {
             Ok(()) => None,
             Err(error) => Some(log.failed(&error, pending.problem.is_none())),
@@ -147,6 +203,10 @@ struct Log {
     rewritten: u64,
 }
 
+fn damaged() -> io::Error {
+    io::Error::other("it can not be read back")
+}
+
 impl Log {
     fn open(&mut self, good: Option<usize>) -> io::Result<()> {
         let mut options = OpenOptions::new();
@@ -172,6 +232,18 @@ impl Log {
         Ok(())
     }
 
+    /// Goes on with what another agent has left. Where there is nothing to go on with, only an agent that knew nothing
+    /// from the disk has all that is known still to write.
+    fn reopen(&mut self) -> io::Result<()> {
+        let good = match fs::read(&self.path) {
+            Ok(bytes) => Some(format::read(&bytes, &self.header).map_err(|_| damaged())?.1),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.is_new => None,
+            Err(error) => return Err(error),
+        };
+        self.is_new = good.is_none();
+        self.open(good)
+    }
+
     fn append(&mut self, changes: &BTreeMap<(Type, Arc<str>), Change>) -> io::Result<()> {
         if changes.is_empty() {
             return Ok(());
@@ -193,8 +265,7 @@ impl Log {
     /// Only the latest of each resource, in a new file that takes the old one's place at once.
     fn rewrite(&mut self) -> io::Result<()> {
         let bytes = fs::read(&self.path)?;
-        let damaged = |_| io::Error::other("it can not be read back");
-        let (latest, _) = format::read(&bytes, &self.header).map_err(damaged)?;
+        let (latest, _) = format::read(&bytes, &self.header).map_err(|_| damaged())?;
         let new = self.path.with_extension("state.new");
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -115,7 +115,7 @@ impl PodDns {
     }
 
     /// Ends serving for good: what is sent from now on is for whoever has sockets beside these, and what came before is
-    /// still answered (`a_name_server_that_leaves_answers_what_it_was_asked`).
+    /// still answered (scenario `an_upgrade_under_load_fails_no_connection`).
     pub(crate) fn leave(&self, shard: &Rc<Shard>, pod: &Rc<PodState>) {
         for serving in self.stopped() {
             serving.task.abort();

@@ -117,6 +117,7 @@ pub async fn run(mut start: Start) -> anyhow::Result<()> {
             start.way.start(&start.args, true)?
         }
     };
+    start.source.keep(true);
     let parts = Parts {
         oracle: start.oracle,
         dns_capture: start.args.dns.dns_capture,
@@ -178,6 +179,7 @@ async fn live(
         tracing::info!("another agent takes over: serving on until it does");
         let followed = async {
             agent.pods.pause().await;
+            agent.source.keep(false);
             orders.link.say(Message::Yielded);
             is_followed(orders).await
         };
@@ -189,6 +191,7 @@ async fn live(
             break;
         }
         tracing::warn!("the agent that was to take over is gone: in charge again");
+        agent.source.keep(true);
         agent.pods.resume().await;
     }
     // What waits in their queues is for the other agent.

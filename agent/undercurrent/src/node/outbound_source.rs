@@ -52,6 +52,8 @@ struct Inner {
 
 #[derive(Default)]
 struct State {
+    /// Another agent keeps it.
+    held: bool,
     in_force: Option<OutboundTrafficPolicy>,
     /// The last that could be read; none before the ConfigMap, or that there is none, was heard of.
     mesh: Option<OutboundMode>,
@@ -91,6 +93,15 @@ impl OutboundSource {
             outbound,
             state: Mutex::new(state),
         }))
+    }
+
+    /// Whether this agent keeps on the disk what is in force: of two that follow each other on a node only one may.
+    pub fn keep(&self, keeps: bool) {
+        let mut state = self.0.state();
+        state.held = !keeps;
+        if let Some(policy) = state.in_force.clone() {
+            self.0.keep(&mut state, &policy);
+        }
     }
 
     /// Watches until dropped.
@@ -264,12 +275,19 @@ impl Inner {
         }
         tracing::info!(mode = ?policy.mode, others = ?policy.namespaces, "outboundTrafficPolicy");
         // First the disk: what was in force is what an agent that starts now finds.
-        state.disk_problem = keep(&self.kept, &policy).err();
+        self.keep(&mut state, &policy);
+        state.in_force = Some(policy.clone());
+        self.outbound.set(policy);
+    }
+
+    fn keep(&self, state: &mut State, policy: &OutboundTrafficPolicy) {
+        if state.held {
+            return;
+        }
+        state.disk_problem = keep(&self.kept, policy).err();
         if let Some(problem) = &state.disk_problem {
             tracing::error!(problem, "the outboundTrafficPolicy cannot be kept over a restart");
         }
-        state.in_force = Some(policy.clone());
-        self.outbound.set(policy);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

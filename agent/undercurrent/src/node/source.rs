@@ -144,6 +144,8 @@ async fn start_control(args: &NodeArgs, control: &ControlArgs) -> anyhow::Result
         &args.state_dir,
         writer.outbound(),
     );
+    // Once this agent is in charge of the node.
+    outbound.keep(false);
     let discovery = discovery::Client::start(discovery_config(args, control), writer, demands);
     let trust = Trust::new(control.trust_domain.clone(), control.trust_domain_aliases.clone());
     if let Err(error) = trust.read_bundle(&control.roots) {
@@ -226,6 +228,8 @@ fn discovery_config(args: &NodeArgs, control: &ControlArgs) -> discovery::Config
             ..MeshSettings::default()
         },
         state_dir: Some(args.state_dir.join(KNOWLEDGE)),
+        // Once this agent is in charge of the node.
+        keeps: false,
         limits: discovery::Limits::default(),
     }
 }
@@ -247,6 +251,17 @@ pub async fn client_of(kubeconfig: Kubeconfig) -> anyhow::Result<kube::Client> {
 }
 
 impl Source {
+    /// Whether this agent keeps on the disk what it learns, which the one in charge of the node does.
+    pub fn keep(&self, keeps: bool) {
+        if let Self::Control {
+            discovery, outbound, ..
+        } = self
+        {
+            discovery.keep(keeps);
+            outbound.keep(keeps);
+        }
+    }
+
     /// What could not be taken over, and why.
     pub fn rejected(&self) -> Vec<String> {
         match self {
