@@ -396,7 +396,8 @@ impl PodState {
         self.drain.borrow().clone()
     }
 
-    /// Queries are answered, too. A tunnel without streams ends once its peer has heard of the drain: a stream that it sent before is still carried.
+    /// Queries are answered, too. A tunnel without streams ends once its peer has heard of the drain: a stream that it sent
+    /// before is still carried.
     async fn wait_idle(&self) {
         while self.connections.get() > 0 || self.tunnels.get() > 0 || !self.dns.is_idle() {
             // Nothing comes between the look and the wait: all of it is on one thread.
