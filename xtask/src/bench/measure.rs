@@ -337,7 +337,6 @@ pub fn memory(lab: &Lab, contender: &dyn Contender) -> Result<Vec<Sample>> {
     if sides.client.is_empty() {
         return Ok(Vec::new());
     }
-    let of = |ids: &[u32]| ids.iter().map(|id| memory_mib(*id)).sum::<Result<f64>>();
     let mut samples = Vec::new();
     let mut first = None;
     for count in IDLE {
@@ -346,7 +345,7 @@ pub fn memory(lab: &Lab, contender: &dyn Contender) -> Result<Vec<Sample>> {
         } else {
             Some(hold(lab, contender, count)?)
         };
-        let (client, server) = (of(&sides.client)?, of(&sides.server)?);
+        let (client, server) = (memory_mib(&sides.client)?, memory_mib(&sides.server)?);
         drop(held);
         for (side, value) in [("client's proxy", client), ("server's proxy", server)] {
             samples.push(sample(

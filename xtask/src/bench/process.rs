@@ -84,21 +84,26 @@ fn busy_seconds_in(stat: &str) -> Option<f64> {
     Some(busy as f64 / TICKS_PER_SECOND)
 }
 
-/// A process's resident memory, MiB: what a proxy takes that is alone on its node.
-pub fn memory_mib(id: u32) -> Result<f64> {
-    let path = format!("/proc/{id}/smaps_rollup");
-    let rollup = std::fs::read_to_string(&path).with_context(|| path.clone())?;
-    let line = rollup
-        .lines()
-        .find_map(|line| line.strip_prefix("Rss:"))
-        .with_context(|| format!("{path} has no Rss"))?;
-    let kib: f64 = line
-        .split_whitespace()
-        .next()
-        .unwrap_or_default()
-        .parse()
-        .with_context(|| path)?;
-    Ok(kib / 1024.0)
+/// The resident memory of the processes of one proxy, MiB: what it takes that is alone on its node. What its processes
+/// share (their program) is counted with the largest.
+pub fn memory_mib(ids: &[u32]) -> Result<f64> {
+    let mut processes = Vec::new();
+    for id in ids {
+        let path = format!("/proc/{id}/smaps_rollup");
+        let rollup = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        let kib = |name: &str| {
+            let line = rollup
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+            kib.with_context(|| format!("{path} has no {name}"))
+        };
+        processes.push((kib("Rss")?, kib("Private_Clean")? + kib("Private_Dirty")?));
+    }
+    processes.sort_by(|one, other| other.0.total_cmp(&one.0));
+    let largest = processes.first().map_or(0.0, |(rss, _)| *rss);
+    let others: f64 = processes.iter().skip(1).map(|(_, own)| *own).sum();
+    Ok((largest + others) / 1024.0)
 }
 
 /// Processes in a named network namespace whose command line passes a test.
@@ -171,7 +176,7 @@ mod tests {
     fn a_live_process_has_a_cost() {
         let id = std::process::id();
         assert!(cpu_seconds(id).unwrap() >= 0.0);
-        assert!(memory_mib(id).unwrap() > 0.1);
+        assert!(memory_mib(&[id]).unwrap() > 0.1);
         assert!(machine_cpu_seconds().unwrap() > 0.0);
     }
 }
