@@ -165,7 +165,7 @@ impl Holder {
         Ok(match from {
             From::Signals => self.signalled()?,
             From::Listener => self.admit().into_iter().collect(),
-            From::Worker => self.from_worker().into_iter().collect(),
+            From::Worker => self.hear_worker().into_iter().collect(),
             From::Successor => {
                 let received = self.successor.as_ref().map(Channel::receive);
                 match received {
@@ -180,7 +180,7 @@ impl Holder {
             From::Predecessor => {
                 let received = self.predecessor.as_ref().map(Channel::receive);
                 match received {
-                    Some(Ok(Some(packet))) => self.from_predecessor(packet).into_iter().collect(),
+                    Some(Ok(Some(packet))) => self.hear_predecessor(packet).into_iter().collect(),
                     Some(_) => {
                         self.predecessor = None;
                         let answers = Channel::connect(&self.config.socket).is_ok();
@@ -213,7 +213,7 @@ impl Holder {
             if self.worker.as_ref().is_some_and(|worker| worker.pid == pid) {
                 // Its last words came before its end.
                 while self.worker_says_more() {
-                    events.extend(self.from_worker());
+                    events.extend(self.hear_worker());
                 }
                 self.worker = None;
                 tracing::info!(%pid, code, "the agent's worker ended");
@@ -231,7 +231,7 @@ impl Holder {
         poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    fn from_worker(&mut self) -> Option<Event> {
+    fn hear_worker(&mut self) -> Option<Event> {
         let worker = self.worker.as_mut()?;
         let packet = match worker.channel.as_ref()?.receive() {
             Ok(Some(packet)) => packet,
@@ -249,7 +249,7 @@ impl Holder {
         keep(&mut self.held, packet).map(Event::Worker)
     }
 
-    fn from_predecessor(&mut self, packet: Packet) -> Option<Event> {
+    fn hear_predecessor(&mut self, packet: Packet) -> Option<Event> {
         if let Some(channel) = self.worker.as_ref().and_then(|worker| worker.channel.as_ref())
             && let Err(error) = pass_on(channel, &packet)
         {
