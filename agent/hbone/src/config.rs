@@ -54,6 +54,10 @@ impl Default for Config {
     }
 }
 
+/// Bytes that one poll of a tunnel's task reads or writes, and one of a stream's task copies each way, before the thread's
+/// other tasks have their turn. About as long as a turn of [`tasks::Group`]: what a poll does can't be interrupted.
+pub(crate) const TURN: usize = 128 << 10;
+
 /// h2 counts small DATA frames that wait to be taken, and gives the tunnel up beyond a budget. Ours are taken at once
 /// (see `relay`), so this only has to cover what one read of the socket can bring.
 pub(crate) const DATA_FRAME_BUDGET: usize = 64 << 20;

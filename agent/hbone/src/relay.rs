@@ -11,6 +11,9 @@
 //! blocks. The spill takes over all that arrives, so that h2 holds nothing and counts nothing against the peer; it is
 //! bounded by the stream's window, since capacity is released only for what is written.
 //!
+//! One poll copies about [`TURN`] each way, and waits, awake, for the next (`one_poll_copies_no_more_than_a_turn_to_the_peer`,
+//! `one_poll_copies_no_more_than_a_turn_to_the_application`).
+//!
 //! Whatever ends it but two clean ends, being dropped included, is a reset of both sides: RST_STREAM(CONNECT_ERROR) to
 //! the peer, a TCP reset to the application.
 
@@ -33,7 +36,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::error::RelayError;
+use crate::{config::TURN, error::RelayError};
 
 /// The first read of a stream, and its least.
 const SMALLEST_READ: usize = 4 << 10;
@@ -261,7 +264,14 @@ impl Pump {
 
     /// Ready only when this direction is over.
     fn poll_to_application(&mut self, application: &TcpStream, live: &Live, cx: &mut Context<'_>) -> Polled {
+        let turn_ends = live.from_peer() + TURN as u64;
         while self.to_application != ToApplication::Closed {
+            if live.from_peer() >= turn_ends {
+                // h2 is to hold nothing meanwhile.
+                self.take_all(cx)?;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let mut batch = [const { Bytes::new() }; BATCH];
             let taken = self.take(&mut batch, cx)?;
             if taken == 0 && self.to_application == ToApplication::Open {
@@ -284,10 +294,10 @@ impl Pump {
         Poll::Ready(Ok(()))
     }
 
-    /// Moves what waits into the batch: the spill first, then what h2 has.
+    /// Moves what waits into the batch, about a turn of it: the spill first, then what h2 has.
     fn take(&mut self, batch: &mut [Bytes; BATCH], cx: &mut Context<'_>) -> Result<usize, RelayError> {
-        let mut taken = 0;
-        while taken < BATCH {
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < BATCH && bytes < TURN {
             let piece = match self.spill.pop_front() {
                 Some(piece) => piece,
                 None => match self.poll_piece(cx)? {
@@ -295,6 +305,7 @@ impl Pump {
                     _ => break,
                 },
             };
+            bytes += piece.len();
             batch[taken] = piece;
             taken += 1;
         }
@@ -387,7 +398,12 @@ impl Pump {
     /// Ready only when this direction is over.
     fn poll_to_peer(&mut self, application: &TcpStream, live: &Live, cx: &mut Context<'_>) -> Polled {
         let failed = |error: io::Error| RelayError::from_application(&error);
+        let turn_ends = live.to_peer() + TURN as u64;
         while self.to_peer != ToPeer::Closed {
+            if live.to_peer() >= turn_ends {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             // Readable first: an idle stream must not reserve what another could use.
             self.to_peer = ToPeer::Open;
             match application.poll_read_ready(cx) {
@@ -509,9 +525,94 @@ pub(crate) fn read_some(socket: &TcpStream, buffer: &mut BytesMut, size: usize) 
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use std::sync::Arc;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+        task::JoinSet,
+    };
+
+    use crate::wire::tests::Woken;
 
     use super::*;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (dialled, listener.accept().await.unwrap().0)
+    }
+
+    /// The two ends of a stream, and what drives them until they are dropped. The peer's end reads nothing by itself.
+    async fn stream() -> (SendStream<Bytes>, Pump, JoinSet<()>) {
+        let config = crate::Config {
+            send_buffer: 8 * TURN,
+            ..crate::Config::default()
+        };
+        let (near, far) = tokio::io::duplex(TURN);
+        let (client, server) = tokio::join!(config.client().handshake(near), config.server().handshake(far));
+        let ((mut requests, connection), mut server) = (client.unwrap(), server.unwrap());
+        let mut driving = JoinSet::new();
+        driving.spawn_local(async move { connection.await.unwrap() });
+        let (answer, send) = requests.send_request(http::Request::new(()), false).unwrap();
+        let (request, mut respond) = server.accept().await.unwrap().unwrap();
+        let answered = respond.send_response(http::Response::new(()), false).unwrap();
+        driving.spawn_local(async move { while server.accept().await.is_some() {} });
+        drop(answer.await.unwrap());
+        (send, Pump::new(answered, request.into_body()), driving)
+    }
+
+    /// One poll: whether it waits awake.
+    fn poll_once(pump: &mut Pump, application: &TcpStream, live: &Live) -> bool {
+        let woken = Arc::new(Woken::default());
+        let waker = woken.clone().into();
+        let failed = pin!(std::future::pending());
+        let polled = pump.poll(application, failed, live, &mut Context::from_waker(&waker));
+        assert!(polled.is_pending());
+        woken.is_set()
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn one_poll_copies_no_more_than_a_turn_to_the_application() {
+        let (mut send, mut pump, _driving) = stream().await;
+        let ((application, mut reader), live) = (pair().await, Live::default());
+        // Room for more than a turn, though nobody reads.
+        SockRef::from(&application).set_send_buffer_size(4 * TURN).unwrap();
+        for _ in 0..32 {
+            send.send_data(vec![7; TURN / 8].into(), false).unwrap();
+        }
+        // Until more than a turn has arrived.
+        while pump.recv.flow_control().used_capacity() <= 2 * TURN {
+            tokio::task::yield_now().await;
+        }
+        assert!(poll_once(&mut pump, &application, &live), "it would wait for ever");
+        assert_eq!(live.from_peer(), TURN as u64);
+        // The next turns bring the rest.
+        let mut got = vec![0; 4 * TURN];
+        let (read, ()) = tokio::join!(reader.read_exact(&mut got), async {
+            while live.from_peer() < 4 * TURN as u64 {
+                poll_once(&mut pump, &application, &live);
+                tokio::task::yield_now().await;
+            }
+        });
+        assert_eq!(read.unwrap(), 4 * TURN);
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn one_poll_copies_no_more_than_a_turn_to_the_peer() {
+        let (_send, mut pump, _driving) = stream().await;
+        let ((application, mut writer), live) = (pair().await, Live::default());
+        SockRef::from(&application).set_recv_buffer_size(8 * TURN).unwrap();
+        let writing = tokio::task::spawn_local(async move { writer.write_all(&vec![7; 8 * TURN]).await });
+        let mut peeked = vec![0; TURN];
+        while application.peek(&mut peeked).await.unwrap() < peeked.len() {
+            tokio::task::yield_now().await;
+        }
+        assert!(poll_once(&mut pump, &application, &live), "it would wait for ever");
+        let copied = live.to_peer() as usize;
+        assert!((TURN..TURN + LARGEST_READ).contains(&copied), "{copied}");
+        writing.abort();
+    }
 
     #[tokio::test]
     async fn a_read_that_fills_its_room_is_not_taken_for_the_last() {

@@ -148,6 +148,7 @@ pub async fn serve_plain<H: Handler>(
 ) -> Result<(), TunnelError> {
     struct Direct;
     impl Flush for Direct {
+        fn begin_turn(&self) {}
         fn poll_flush(&self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
             Poll::Ready(Ok(()))
         }
@@ -238,6 +239,7 @@ struct Server<T, F, H> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin, F: Flush, H: Handler> Server<T, F, H> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TunnelError>> {
+        self.flush.begin_turn();
         self.reap(cx);
         while !self.over {
             match self.connection.poll_accept(cx) {

@@ -308,6 +308,8 @@ mod tests {
     };
     use tokio_rustls::TlsConnector;
 
+    use crate::{config::TURN, wire::tests::turn};
+
     use super::*;
 
     type Peer = tokio_rustls::client::TlsStream<TcpStream>;
@@ -389,6 +391,30 @@ mod tests {
         for _ in 0..20 {
             exchange(&mut transport, &wire, &mut peer, 50_000).await;
         }
+    }
+
+    #[tokio::test]
+    async fn one_poll_writes_no_more_than_a_turn() {
+        let (mut transport, wire, mut peer) = pair().await;
+        let sent = 2 << 20;
+        let reading = tokio::spawn(async move {
+            let mut got = vec![0; sent];
+            peer.read_exact(&mut got).await.unwrap();
+            got
+        });
+        let (content, mut written) = (pattern(sent), 0);
+        while written < sent {
+            let before = written;
+            let awake = turn(&wire, |cx| {
+                let piece = &content[written..sent.min(written + (16 << 10))];
+                let polled = Pin::new(&mut transport).poll_write(cx, piece).map(Result::unwrap);
+                polled.map(|count| written += count).is_ready() && written < sent
+            });
+            assert!(written - before <= TURN, "{}", written - before);
+            assert!(awake || written == sent, "it would wait for ever");
+            poll_fn(|cx| wire.poll_flush(cx)).await.unwrap();
+        }
+        assert!(reading.await.unwrap() == content);
     }
 
     #[tokio::test]

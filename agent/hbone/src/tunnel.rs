@@ -252,6 +252,7 @@ async fn drive(
     let mut idle = pin!(tokio::time::sleep(config.idle_timeout));
     let mut connection = pin!(connection);
     poll_fn(|cx| {
+        wire.begin_turn();
         if let Some(tunnel) = tunnel.upgrade() {
             tunnel.poll_idle(idle.as_mut(), config, cx);
         }

@@ -1,10 +1,13 @@
 //! The tunnel's TCP socket and its two buffers: few large reads, few large writes.
 //!
 //! ```text
-//!  h2 ── Transport ── Wire ── socket     reads:  up to 256 KiB at once, into a buffer lent by the thread
+//!  h2 ── Transport ── Wire ── socket     reads:  up to 128 KiB at once, into a buffer lent by the thread
 //!                                        writes: gathered, sent by `Flush` after each turn of the tunnel's task
 //! ```
 //! Buffers are the thread's, lent to a wire while bytes wait in it.
+//!
+//! One poll of the tunnel's task reads no more than [`TURN`], and writes no more: then it waits, awake, for the next
+//! (`one_poll_reads_no_more_than_a_turn`, `one_poll_writes_no_more_than_a_turn`).
 
 use std::{
     cell::{Cell, RefCell, RefMut},
@@ -19,17 +22,20 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use crate::{
+    config::TURN,
     record::{Opened, Opener, Schedule, Sealer},
     relay::read_some,
 };
 
 /// What one read of the socket takes at most, and what is gathered before a write does not wait for the flush.
-const LARGEST: usize = 256 << 10;
+const LARGEST: usize = TURN;
 /// Enough to tell HTTP from TLS.
 const FIRST_BYTES: usize = 8;
 
 /// Drives out what was gathered, and counts what came in.
 pub(crate) trait Flush {
+    /// A poll of the tunnel's task begins: it may read and write for one turn.
+    fn begin_turn(&self);
     /// Ready once everything is with the kernel.
     fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
     /// Bytes that the peer has sent so far.
@@ -49,8 +55,17 @@ struct WireState {
     /// There once the handshake is over.
     sealing: RefCell<Option<(Sealer, Schedule)>>,
     received: Cell<u64>,
+    /// None before the first turn: a handshake is bounded by its size.
+    turn: Cell<Option<Turn>>,
     first_bytes: Cell<[u8; FIRST_BYTES]>,
     tls_error: RefCell<Option<rustls::Error>>,
+}
+
+/// Bytes of this poll of the tunnel's task.
+#[derive(Clone, Copy, Default)]
+struct Turn {
+    read: usize,
+    written: usize,
 }
 
 thread_local! {
@@ -95,6 +110,7 @@ impl Wire {
             outgoing: RefCell::default(),
             sealing: RefCell::default(),
             received: Cell::new(0),
+            turn: Cell::default(),
             first_bytes: Cell::default(),
             tls_error: RefCell::default(),
         }))
@@ -147,8 +163,9 @@ impl Wire {
         self.outgoing().extend_from_slice(bytes);
     }
 
-    /// Gathers what is to be sealed; waits while too much is gathered already.
+    /// Gathers what is to be sealed; waits while too much is gathered already, and for the next turn.
     pub(crate) fn poll_write(&self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_turn(cx, |turn| turn.written));
         if self.0.outgoing.borrow().len() >= LARGEST {
             ready!(self.poll_flush(cx))?;
         }
@@ -162,6 +179,7 @@ impl Wire {
             sealer.write(slice, &mut outgoing).map_err(|error| self.failed(error))?;
             written += slice.len();
         }
+        self.0.spend(|turn| turn.written += written);
         Poll::Ready(Ok(written))
     }
 
@@ -178,6 +196,15 @@ impl Wire {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
             result => Poll::Ready(result),
         }
+    }
+
+    /// Pending, and woken at once, when this turn's bytes are used up.
+    fn poll_turn(&self, cx: &Context<'_>, used: impl Fn(Turn) -> usize) -> Poll<()> {
+        if self.0.turn.get().map_or(0, used) < TURN {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn outgoing(&self) -> RefMut<'_, BytesMut> {
@@ -219,9 +246,10 @@ impl Wire {
         let _: Result<io::Result<()>, _> = tokio::time::timeout(PATIENCE, discard).await;
     }
 
-    /// Reads more behind what is in the in-buffer; ready with 0 at the end.
+    /// Reads more behind what is in the in-buffer, if not in the next turn; ready with 0 at the end.
     pub(crate) fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let state = &*self.0;
+        ready!(self.poll_turn(cx, |turn| turn.read));
         loop {
             if state.socket.poll_read_ready(cx)?.is_pending() {
                 shrink(&mut state.incoming.borrow_mut());
@@ -246,7 +274,15 @@ impl Wire {
 }
 
 impl WireState {
+    fn spend(&self, what: impl FnOnce(&mut Turn)) {
+        if let Some(mut turn) = self.turn.get() {
+            what(&mut turn);
+            self.turn.set(Some(turn));
+        }
+    }
+
     fn count(&self, incoming: &[u8], count: usize) {
+        self.spend(|turn| turn.read += count);
         let before = self.received.get();
         if before == 0 {
             let mut first = [0; FIRST_BYTES];
@@ -280,6 +316,10 @@ fn shrink(incoming: &mut BytesMut) {
 }
 
 impl Flush for Wire {
+    fn begin_turn(&self) {
+        self.0.turn.set(Some(Turn::default()));
+    }
+
     fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let state = &*self.0;
         let mut outgoing = state.outgoing.borrow_mut();
@@ -303,5 +343,80 @@ impl Flush for Wire {
 
     fn take_tls_error(&self) -> Option<rustls::Error> {
         self.0.tls_error.take()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::{
+        future::poll_fn,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::Relaxed},
+        },
+        task::Wake,
+    };
+
+    use tokio::{io::AsyncWriteExt, net::TcpListener};
+
+    use super::*;
+
+    /// Whether it was woken.
+    #[derive(Default)]
+    pub(crate) struct Woken(AtomicBool);
+
+    impl Woken {
+        pub(crate) fn is_set(&self) -> bool {
+            self.0.load(Relaxed)
+        }
+    }
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Relaxed);
+        }
+    }
+
+    /// One turn of a tunnel's task: polls for as long as it is told to go on. Whether it is awake for the next.
+    pub(crate) fn turn(wire: &Wire, mut poll: impl FnMut(&mut Context<'_>) -> bool) -> bool {
+        let woken = Arc::new(Woken::default());
+        let waker = woken.clone().into();
+        wire.begin_turn();
+        while poll(&mut Context::from_waker(&waker)) {}
+        woken.is_set()
+    }
+
+    #[tokio::test]
+    async fn one_poll_reads_no_more_than_a_turn() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let socket = listener.accept().await.unwrap().0;
+        SockRef::from(&socket).set_recv_buffer_size(4 * TURN).unwrap();
+        let sent = 16 * TURN;
+        let sending = tokio::spawn(async move { peer.write_all(&vec![7; sent]).await.unwrap() });
+        // More than a turn is there to be read.
+        let mut peeked = vec![0; TURN + 1];
+        while socket.peek(&mut peeked).await.unwrap() <= TURN {
+            tokio::task::yield_now().await;
+        }
+        let (wire, mut received) = (Wire::new(socket), 0);
+        let fill = |received: &mut usize, cx: &mut Context<'_>| match wire.poll_fill(cx) {
+            Poll::Ready(count) => {
+                *received += count.unwrap();
+                wire.incoming().clear();
+                true
+            }
+            Poll::Pending => false,
+        };
+        assert!(turn(&wire, |cx| fill(&mut received, cx)), "it would wait for ever");
+        assert_eq!(received, TURN);
+        // The next turns bring the rest.
+        while received < sent {
+            poll_fn(|cx| wire.0.socket.poll_read_ready(cx)).await.unwrap();
+            turn(&wire, |cx| received < sent && fill(&mut received, cx));
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(received, sent);
+        sending.await.unwrap();
     }
 }
