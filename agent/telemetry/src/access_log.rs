@@ -6,8 +6,10 @@
 //! [`AccessLog::record`] never blocks and never waits for the output: what does not fit into the buffer is dropped,
 //! counted, and the number is written once there is room (`a_full_buffer_drops_and_says_so`).
 
+mod push;
+
 use std::{
-    fmt::{self, Display, Write as _},
+    fmt::Display,
     io::Write,
     net::SocketAddr,
     sync::{
@@ -19,7 +21,7 @@ use std::{
 
 use crate::{ResponseFlag, TraceId};
 use model::{Identity, Workload};
-use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
+use push::{push_address, push_json, push_number, push_quoted, push_shown, push_timestamp};
 
 /// How a line is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -201,11 +203,10 @@ impl AccessLog {
         let Some(shared) = &self.shared else { return };
         let now = SystemTime::now();
         let mut line = String::with_capacity(640);
-        let written = match self.format {
+        match self.format {
             Format::Text => write_text(&mut line, now, record, event),
             Format::Json => write_json(&mut line, now, record, event),
-        };
-        written.expect("writing to a String does not fail");
+        }
         shared.push(line.as_bytes());
     }
 
@@ -293,73 +294,66 @@ impl Shared {
     }
 }
 
-const TIMESTAMP: &[BorrowedFormatItem<'_>] =
-    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
-
-fn timestamp(now: SystemTime) -> String {
-    OffsetDateTime::from(now)
-        .format(TIMESTAMP)
-        .unwrap_or_else(|_| "-".to_owned())
-}
-
-fn write_text(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>, event: Event) -> fmt::Result {
-    let level = if record.error.is_some() { "error" } else { "info" };
-    write!(line, "{}\t{level}\taccess\t{}\t", timestamp(now), event.message())?;
-    let mut first = true;
+fn write_text(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>, event: Event) {
+    push_timestamp(line, now);
+    line.push_str(match record.error {
+        Some(_) => "\terror\taccess\t",
+        None => "\tinfo\taccess\t",
+    });
+    line.push_str(event.message());
+    let mut separator = '\t';
     each_field(record, event, |name, value| {
-        let space = if std::mem::take(&mut first) { "" } else { " " };
+        line.push(std::mem::replace(&mut separator, ' '));
+        line.push_str(name);
+        line.push('=');
         match value {
-            Value::Text(text) => write!(line, "{space}{name}={:?}", Plain(text)),
-            Value::Bare(bare) => write!(line, "{space}{name}={bare}"),
+            Value::Text(text) => push_quoted(line, text),
+            Value::Shown(shown) => push_shown(line, shown),
+            Value::Address(address) => push_address(line, address),
+            Value::Number(number) => push_number(line, number, 1),
         }
-    })?;
+    });
     line.push('\n');
-    Ok(())
 }
 
-fn write_json(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>, event: Event) -> fmt::Result {
-    let level = if record.error.is_some() { "error" } else { "info" };
-    let time = timestamp(now);
-    write!(
-        line,
-        r#"{{"time":"{time}","level":"{level}","scope":"access","message":"{}""#,
-        event.message()
-    )?;
-    each_field(record, event, |name, value| match value {
-        Value::Text(text) => {
-            let quoted = serde_json::to_string(&text.to_string()).map_err(|_| fmt::Error)?;
-            write!(line, r#","{name}":{quoted}"#)
+fn write_json(line: &mut String, now: SystemTime, record: &ConnectionRecord<'_>, event: Event) {
+    line.push_str(r#"{"time":""#);
+    push_timestamp(line, now);
+    line.push_str(match record.error {
+        Some(_) => r#"","level":"error","scope":"access","message":""#,
+        None => r#"","level":"info","scope":"access","message":""#,
+    });
+    line.push_str(event.message());
+    line.push('"');
+    each_field(record, event, |name, value| {
+        line.push_str(",\"");
+        line.push_str(name);
+        line.push_str("\":");
+        match value {
+            Value::Text(text) => push_json(line, text),
+            Value::Shown(shown) => push_json(line, &shown.to_string()),
+            Value::Number(number) => push_number(line, number, 1),
+            Value::Address(address) => {
+                line.push('"');
+                push_address(line, address);
+                line.push('"');
+            }
         }
-        Value::Bare(bare) => match bare.to_string() {
-            number if number.bytes().all(|byte| byte.is_ascii_digit()) => write!(line, r#","{name}":{number}"#),
-            text => write!(line, r#","{name}":"{text}""#),
-        },
-    })?;
+    });
     line.push_str("}\n");
-    Ok(())
 }
 
-/// A text that may hold anything and is quoted, or a number or address that needs no quotes.
+/// A text that may hold anything and is quoted, or a number or address that needs no quotes in text.
 enum Value<'a> {
-    Text(&'a dyn Display),
-    Bare(&'a dyn Display),
-}
-
-/// `{:?}` of a Display: quoted and escaped, so that nothing in a name can forge a field or a line.
-struct Plain<'a>(&'a dyn Display);
-
-impl fmt::Debug for Plain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0.to_string(), f)
-    }
+    Text(&'a str),
+    /// Text, too.
+    Shown(&'a dyn Display),
+    Address(SocketAddr),
+    Number(u64),
 }
 
 /// The names and order of ztunnel's access log; `response_flags`, `trace_id`, `rule` and `dry_run` beside them are ours.
-fn each_field(
-    record: &ConnectionRecord<'_>,
-    event: Event,
-    mut field: impl FnMut(&'static str, Value<'_>) -> fmt::Result,
-) -> fmt::Result {
+fn each_field(record: &ConnectionRecord<'_>, event: Event, mut field: impl FnMut(&'static str, Value<'_>)) {
     let source = [
         "src.addr",
         "src.workload",
@@ -367,15 +361,15 @@ fn each_field(
         "src.identity",
         "src.cluster",
     ];
-    party(&mut field, source, &record.source)?;
+    party(&mut field, source, &record.source);
     if let Some(address) = record.destination.address {
-        field("dst.addr", Value::Bare(&address))?;
+        field("dst.addr", Value::Address(address));
     }
     if let Some(target) = record.hbone_target {
-        field("dst.hbone_addr", Value::Bare(&target))?;
+        field("dst.hbone_addr", Value::Address(target));
     }
     if let Some(service) = record.service {
-        field("dst.service", Value::Text(&service))?;
+        field("dst.service", Value::Text(service));
     }
     let destination = Party {
         address: None,
@@ -391,49 +385,50 @@ fn each_field(
             "dst.cluster",
         ],
         &destination,
-    )?;
-    field("direction", Value::Text(&record.direction.as_str()))?;
+    );
+    field("direction", Value::Text(record.direction.as_str()));
     if event == Event::Complete {
-        field("bytes_sent", Value::Bare(&record.bytes_sent))?;
-        field("bytes_recv", Value::Bare(&record.bytes_received))?;
-        let duration = format!("{}ms", record.duration.as_millis());
-        field("duration", Value::Text(&duration))?;
-        field("response_flags", Value::Text(&record.flag.as_str()))?;
+        field("bytes_sent", Value::Number(record.bytes_sent));
+        field("bytes_recv", Value::Number(record.bytes_received));
+        let milliseconds = u64::try_from(record.duration.as_millis()).unwrap_or(u64::MAX);
+        let mut duration = String::with_capacity(24);
+        push_number(&mut duration, milliseconds, 1);
+        duration.push_str("ms");
+        field("duration", Value::Text(&duration));
+        field("response_flags", Value::Text(record.flag.as_str()));
     }
-    if let Some(trace) = record.trace {
-        field("trace_id", Value::Text(&trace))?;
+    if let Some(trace) = &record.trace {
+        field("trace_id", Value::Shown(trace));
     }
-    if let Some(rule) = record.rule {
-        field("rule", Value::Text(rule))?;
+    for (name, shown) in [
+        ("rule", record.rule),
+        ("dry_run", record.dry_run),
+        ("error", record.error),
+    ] {
+        if let Some(shown) = shown {
+            field(name, Value::Shown(shown));
+        }
     }
-    if let Some(dry_run) = record.dry_run {
-        field("dry_run", Value::Text(dry_run))?;
-    }
-    if let Some(error) = record.error {
-        field("error", Value::Text(error))?;
-    }
-    Ok(())
 }
 
 fn party(
-    field: &mut impl FnMut(&'static str, Value<'_>) -> fmt::Result,
+    field: &mut impl FnMut(&'static str, Value<'_>),
     [addr, workload, namespace, identity, cluster]: [&'static str; 5],
     party: &Party<'_>,
-) -> fmt::Result {
+) {
     if let Some(address) = party.address {
-        field(addr, Value::Bare(&address))?;
+        field(addr, Value::Address(address));
     }
     if let Some(known) = party.workload {
-        field(workload, Value::Text(&known.name))?;
-        field(namespace, Value::Text(&known.namespace))?;
+        field(workload, Value::Text(&known.name));
+        field(namespace, Value::Text(&known.namespace));
     }
     if let Some(known) = party.identity {
-        field(identity, Value::Text(known))?;
+        field(identity, Value::Shown(known));
     }
     if let Some(known) = party.workload {
-        field(cluster, Value::Text(&known.cluster_id))?;
+        field(cluster, Value::Text(&known.cluster_id));
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -489,11 +484,10 @@ mod tests {
         let identity: Identity = "spiffe://td/ns/a/sa/b".parse().unwrap();
         let mut line = String::new();
         let record = record(&identity, error);
-        let written = match format {
+        match format {
             Format::Text => write_text(&mut line, SystemTime::UNIX_EPOCH, &record, event),
             Format::Json => write_json(&mut line, SystemTime::UNIX_EPOCH, &record, event),
-        };
-        written.unwrap();
+        }
         line
     }
 
