@@ -44,7 +44,7 @@ pub(super) fn push_number(line: &mut String, mut number: u64, digits: usize) {
         number /= 10;
     }
     start = start.min(text.len() - digits);
-    line.extend(text[start..].iter().map(|digit| char::from(*digit)));
+    line.push_str(std::str::from_utf8(&text[start..]).unwrap_or_default());
 }
 
 pub(super) fn push_address(line: &mut String, address: SocketAddr) {
