@@ -10,6 +10,8 @@
 //! (`a_reader_that_does_not_read_holds_the_writer_back`). Half-close passes in each direction
 //! (`half_close_passes_both_ways`), a reset as a reset (`a_reset_passes_as_a_reset`).
 //!
+//! One poll copies about [`TURN`] each way (`one_poll_copies_no_more_than_a_turn`).
+//!
 //! Deliberately unknown here: who the two ends are and whether they may talk.
 
 use std::{
@@ -34,9 +36,10 @@ use crate::{failure::Failure, socket::ResetOnDrop};
 /// The smallest and the first read; doubled while reads come full, so that a chatty connection stays in the cache.
 const FIRST_READ: usize = 16 * 1024;
 /// The largest read.
-const LARGEST_READ: usize = 256 * 1024;
-/// Bytes one connection may move before the others of its shard get their turn.
-const TURN: usize = 1024 * 1024;
+const LARGEST_READ: usize = 128 * 1024;
+/// Bytes one poll moves each way before the shard's other tasks get their turn: about as long as a turn of a pod
+/// ([`tasks::fair::TURN`]).
+const TURN: usize = 128 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGEST_READ].into_boxed_slice());
@@ -205,6 +208,8 @@ impl Half {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Waker;
+
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpListener,
@@ -253,6 +258,33 @@ mod tests {
         assert!(at_client == sent && at_server == sent);
         assert!(relayed.await.unwrap().is_ok());
         assert_eq!((live.to_peer(), live.from_peer()), (20_000_000, 20_000_000));
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn one_poll_copies_no_more_than_a_turn() {
+        let ((mut client, mut from_client), (mut to_server, mut server)) = (pair().await, pair().await);
+        SockRef::from(&from_client).set_recv_buffer_size(4 * TURN).unwrap();
+        SockRef::from(&to_server).set_send_buffer_size(4 * TURN).unwrap();
+        let writing = spawn_local(async move { client.write_all(&bytes(4 * TURN)).await });
+        let mut peeked = vec![0; TURN];
+        while from_client.peek(&mut peeked).await.unwrap() < TURN {
+            tokio::task::yield_now().await;
+        }
+        let mut half = Half::new();
+        let polled = half.poll(
+            &mut from_client,
+            &mut to_server,
+            &mut Context::from_waker(Waker::noop()),
+        );
+        assert!(polled.is_pending());
+        let copied = half.bytes as usize;
+        assert!((TURN..TURN + LARGEST_READ).contains(&copied), "{copied}");
+        // It is awake for the next turns: nobody else polls it.
+        let copying = poll_fn(|cx| half.poll(&mut from_client, &mut to_server, cx));
+        let mut got = vec![0; 4 * TURN];
+        let (copied, read) = tokio::join!(copying, server.read_exact(&mut got));
+        assert!(copied.is_ok() && read.is_ok() && got == bytes(4 * TURN));
+        writing.await.unwrap().unwrap();
     }
 
     #[tokio::test(flavor = "local")]
