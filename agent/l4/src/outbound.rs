@@ -245,14 +245,12 @@ pub(crate) async fn follow(
             target,
             hbone,
         } => {
-            connection.learn_destination(workload.clone(), service.clone(), Some(target));
             let end = TunnelEnd {
                 workload: &workload,
                 names: service.as_deref(),
                 address: hbone,
             };
-            let opened = tunnel(connection, source, &end, target, service.as_deref()).await;
-            opened.map(Upstream::Tunnel)
+            through(connection, source, &end, target, service.as_ref()).await
         }
         Route::Waypoint {
             workload,
@@ -261,16 +259,27 @@ pub(crate) async fn follow(
             target,
             hbone,
         } => {
-            connection.learn_destination(workload.clone(), service.clone(), Some(target));
             let end = TunnelEnd {
                 workload: &workload,
                 names: gateway.as_deref(),
                 address: hbone,
             };
-            let opened = tunnel(connection, source, &end, target, service.as_deref()).await;
-            opened.map(Upstream::Tunnel)
+            through(connection, source, &end, target, service.as_ref()).await
         }
     }
+}
+
+/// Opens the way through a tunnel: to the destination's own end of it, or to its waypoint.
+async fn through(
+    connection: &Connection,
+    source: &Arc<Workload>,
+    end: &TunnelEnd<'_>,
+    target: SocketAddr,
+    service: Option<&Arc<Service>>,
+) -> Result<Upstream, Failure> {
+    connection.learn_destination(end.workload.clone(), service.cloned(), Some(target));
+    let opened = tunnel(connection, source, end, target, service.map(Arc::as_ref)).await;
+    opened.map(Upstream::Tunnel)
 }
 
 /// Looks a name up and tries its addresses in turn; all of it within one connect timeout.
@@ -347,7 +356,7 @@ async fn plain(
 
 /// Who takes a tunnel, and where.
 struct TunnelEnd<'a> {
-    workload: &'a Workload,
+    workload: &'a Arc<Workload>,
     /// The service whose names are as good as the workload's identity.
     names: Option<&'a Service>,
     address: SocketAddr,

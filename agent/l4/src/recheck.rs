@@ -19,7 +19,10 @@
 //! Invariant: between two looks nothing is missed. A connection that begins is judged by a snapshot at least as new as the
 //! last look at its pod, and a pod without connections is not remembered (`a_live_connection_is_closed_when_policy_changes`).
 
-use std::{collections::HashMap, rc::Rc};
+use std::{
+    collections::{HashMap, HashSet},
+    rc::Rc,
+};
 
 use mesh::Standing;
 use model::{Identity, WorkloadUid, canonical_socket};
@@ -45,9 +48,7 @@ pub(crate) async fn run(shard: Rc<Shard>) {
             .connections
             .borrow()
             .iter()
-            .filter(|(_, live)| {
-                registry_only && live.known.borrow().exit.is_some() || touched.contains_key(&live.pod.uid)
-            })
+            .filter(|(_, live)| registry_only && live.known.borrow().exit.is_some() || touched.contains(&live.pod.uid))
             .map(|(_, live)| live.clone())
             .collect();
         for turn in live.chunks(TURN) {
@@ -60,7 +61,7 @@ pub(crate) async fn run(shard: Rc<Shard>) {
 }
 
 /// The pods with connections whose standing is another than when it was last looked at.
-fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>) -> HashMap<WorkloadUid, ()> {
+fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>) -> HashSet<WorkloadUid> {
     let snapshot = shard.knowledge.snapshot();
     let mut now: HashMap<WorkloadUid, Standing> = HashMap::new();
     let (pods, retired) = (shard.pods.borrow(), shard.retired.borrow());
@@ -72,7 +73,7 @@ fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>) -> Has
     let changed = now
         .iter()
         .filter(|(uid, standing)| standings.get(*uid) != Some(standing));
-    let changed = changed.map(|(uid, _)| (uid.clone(), ())).collect();
+    let changed = changed.map(|(uid, _)| uid.clone()).collect();
     *standings = now;
     changed
 }
