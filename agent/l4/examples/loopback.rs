@@ -4,8 +4,10 @@
 //! ```text
 //! cargo run --release -p l4 --example loopback -- [SHARDS]
 //! load serve --listen 127.9.0.2:8080          the server pod's application
-//! load requests --connect 127.9.0.1:15001     the client pod's
+//! load requests --target 127.9.0.1:15001      the client pod's
 //! ```
+//! `noisy` (127.9.0.3) and `noisy-server` (127.9.0.4) are another two pods of the same proxies: to see what a neighbour does.
+//!
 //! A STRICT policy and the access log (to nowhere) are on, as by default. Ends when stdin does.
 
 #![allow(clippy::unwrap_used)]
@@ -22,18 +24,26 @@ use model::{Action, Match, OriginalDst, PeerAddr, Policy, Scope, StringMatch, Tr
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use telemetry::{AccessLog, Format};
 
-const CLIENT: &str = "127.9.0.1";
-const SERVER: &str = "127.9.0.2";
+/// Each pod, and whom it dials.
+const PODS: [(&str, &str, Option<&str>); 4] = [
+    ("client", "127.9.0.1", Some("127.9.0.2")),
+    ("server", "127.9.0.2", None),
+    ("noisy", "127.9.0.3", Some("127.9.0.4")),
+    ("noisy-server", "127.9.0.4", None),
+];
 
-struct Network(IpAddr);
+struct Network {
+    own: IpAddr,
+    dials: Option<IpAddr>,
+}
 
 impl PodSockets for Network {
     fn original_destination(&self, _: SockRef<'_>, _: PeerAddr, _: SocketAddr) -> Option<OriginalDst> {
-        Some(OriginalDst(SocketAddr::new(SERVER.parse().unwrap(), 8080)))
+        Some(OriginalDst(SocketAddr::new(self.dials?, 8080)))
     }
 
     fn outbound_socket(&self, target: SocketAddr) -> io::Result<Socket> {
-        bound(self.0, target)
+        bound(self.own, target)
     }
 
     fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
@@ -48,9 +58,9 @@ fn bound(source: IpAddr, target: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn serve(proxy: &Proxy, name: &str, ip: &str) {
-    let ip: IpAddr = ip.parse().unwrap();
-    let listener = |port| vec![std::net::TcpListener::bind(SocketAddr::new(ip, port)).unwrap()];
+fn serve(proxy: &Proxy, name: &str, own: &str, dials: Option<&str>) {
+    let own: IpAddr = own.parse().unwrap();
+    let listener = |port| vec![std::net::TcpListener::bind(SocketAddr::new(own, port)).unwrap()];
     let listeners = PodListeners {
         outbound: listener(15001),
         inbound: listener(15006),
@@ -60,7 +70,10 @@ fn serve(proxy: &Proxy, name: &str, ip: &str) {
     proxy
         .add_pod(Pod {
             uid,
-            sockets: Arc::new(Network(ip)),
+            sockets: Arc::new(Network {
+                own,
+                dials: dials.map(|ip| ip.parse().unwrap()),
+            }),
             listeners,
             dns: None,
         })
@@ -73,13 +86,12 @@ fn main() {
     let authority = LocalAuthority::from_pem(&certificate, &key).unwrap();
     let identities = Identities::new(Arc::new(authority), trust_domain, Clock::system());
     let (mut writer, knowledge) = mesh::new();
-    let mut contents = mesh::static_file::parse(&format!(
-        "workloads:\n\
-         - {{uid: Kubernetes//v1/Pod/shop/client, name: client, namespace: shop, workloadIps: [{CLIENT}], protocol: HBONE}}\n\
-         - {{uid: Kubernetes//v1/Pod/shop/server, name: server, namespace: shop, workloadIps: [{SERVER}], protocol: HBONE}}\n"
-    ))
-    .unwrap()
-    .0;
+    let workloads = PODS.map(|(name, ip, _)| {
+        format!("- {{uid: Kubernetes//v1/Pod/shop/{name}, name: {name}, namespace: shop, workloadIps: [{ip}], protocol: HBONE}}\n")
+    });
+    let mut contents = mesh::static_file::parse(&format!("workloads:\n{}", workloads.concat()))
+        .unwrap()
+        .0;
     let no_identity = Match {
         not_principals: vec![StringMatch::Presence],
         ..Match::default()
@@ -101,12 +113,12 @@ fn main() {
     let log = AccessLog::start(io::sink(), Format::Text).unwrap();
     let start = || Proxy::start(config.clone(), knowledge.clone(), identities.clone(), log.clone()).unwrap();
     let (near, far) = (start(), start());
-    serve(&near, "client", CLIENT);
-    serve(&far, "server", SERVER);
-    println!(
-        "client: {CLIENT}:15001 server: {SERVER}:8080 shards: {} each",
-        config.shards
-    );
+    for (name, ip, dials) in PODS {
+        let (proxy, port) = if dials.is_some() { (&near, 15001) } else { (&far, 8080) };
+        serve(proxy, name, ip, dials);
+        println!("{name}: {ip}:{port}");
+    }
+    println!("shards: {} each", config.shards);
     let _ = io::stdin().read_to_end(&mut Vec::new());
     println!(
         "client's proxy: {:?}\nserver's proxy: {:?}",
