@@ -30,15 +30,15 @@ pub trait Contender {
     fn pair(&self) -> Pair {
         Pair::new(self.name(), false)
     }
-    /// Pods that share its proxies, to be noisy; none where a proxy is a pod's own.
+    /// Pods on the same nodes, and behind the same proxies where those are the node's, to be noisy.
     fn neighbour(&self) -> Option<Pair> {
         None
     }
     /// Starts what is needed in the running lab.
     fn start(&mut self, lab: &Lab) -> Result<()>;
-    /// What the client dials.
-    fn target(&self, lab: &Lab) -> Result<SocketAddr> {
-        Ok(SocketAddr::new(lab.address(&self.pair().server())?, PORT))
+    /// What a pair's client dials.
+    fn target(&self, lab: &Lab, pair: &Pair) -> Result<SocketAddr> {
+        Ok(SocketAddr::new(lab.address(&pair.server())?, PORT))
     }
     /// The proxies' processes; none for no mesh.
     fn sides(&self) -> Result<Sides>;

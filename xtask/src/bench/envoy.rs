@@ -8,15 +8,20 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::contender::{Contender, START, Sides};
-use super::lab::{Lab, PORT, Scratch, check, in_netns};
+use super::lab::{Lab, PORT, Pair, Scratch, check, in_netns};
 use super::process::{Running, answers_ok, wait_ready};
 
-/// A pair of Envoys, one in each pod's network namespace, as sidecars are.
+/// Envoys, one in each pod's network namespace, as sidecars are.
 pub struct Envoy {
     binary: String,
     concurrency: u32,
-    running: Option<(Running, Running)>,
+    running: Option<Sidecars>,
+    /// The neighbour's.
+    noisy: Option<Sidecars>,
 }
+
+/// Of a pair: the client's, and the server's.
+type Sidecars = (Running, Running);
 
 /// Where the client's Envoy listens: dialled directly, which spares it the NAT and conntrack that a redirect costs.
 const OUTBOUND: &str = "127.0.0.1:15001";
@@ -29,6 +34,7 @@ impl Envoy {
             binary,
             concurrency,
             running: None,
+            noisy: None,
         }
     }
 
@@ -63,7 +69,7 @@ impl Envoy {
             "load_assignment": {"cluster_name": "up", "endpoints": [{"lb_endpoints": [
                 {"endpoint": {"address": address(upstream)}}]}]},
         });
-        if name != "server" {
+        if !name.ends_with("server") {
             cluster["transport_socket"] = socket("UpstreamTlsContext", json!({}));
         } else {
             chain["transport_socket"] = socket("DownstreamTlsContext", json!({"require_client_certificate": true}));
@@ -75,6 +81,19 @@ impl Envoy {
                 "clusters": [cluster],
             },
         })
+    }
+
+    /// Starts those of a pair, and waits until they are ready. Their files and sockets are named after it.
+    fn sidecars(&self, lab: &Lab, pair: &Pair, name: &str) -> Result<Sidecars> {
+        let tls = SocketAddr::new(lab.address(&pair.server())?, INBOUND);
+        let names = ["server", "client"].map(|end| format!("{name}{end}"));
+        let start = Instant::now();
+        let application = SocketAddr::from(([127, 0, 0, 1], PORT));
+        let mut inbound = self.spawn(lab, &pair.server().netns(), &names[0], tls, application)?;
+        let mut outbound = self.spawn(lab, &pair.client().netns(), &names[1], OUTBOUND.parse()?, tls)?;
+        envoy_ready(&mut inbound, &names[0], start)?;
+        envoy_ready(&mut outbound, &names[1], start)?;
+        Ok((outbound, inbound))
     }
 
     fn spawn(&self, lab: &Lab, netns: &str, name: &str, listen: SocketAddr, upstream: SocketAddr) -> Result<Running> {
@@ -122,21 +141,18 @@ impl Contender for Envoy {
 
     fn start(&mut self, lab: &Lab) -> Result<()> {
         certificates(lab)?;
-        let pair = self.pair();
-        let (client, server) = (lab.address(&pair.client())?, lab.address(&pair.server())?);
-        let tls = SocketAddr::new(server, INBOUND);
-        let start = Instant::now();
-        let application = SocketAddr::from(([127, 0, 0, 1], PORT));
-        let mut inbound = self.spawn(lab, &pair.server().netns(), "server", tls, application)?;
-        let outbound: SocketAddr = OUTBOUND.parse()?;
-        let mut outbound = self.spawn(lab, &pair.client().netns(), "client", outbound, tls)?;
-        envoy_ready(&mut inbound, "server", start)?;
-        envoy_ready(&mut outbound, "client", start).with_context(|| format!("in the pod {client}"))?;
-        self.running = Some((outbound, inbound));
+        self.running = Some(self.sidecars(lab, &self.pair(), "")?);
+        if let Some(neighbour) = self.neighbour() {
+            self.noisy = Some(self.sidecars(lab, &neighbour, "noisy-")?);
+        }
         Ok(())
     }
 
-    fn target(&self, _: &Lab) -> Result<SocketAddr> {
+    fn neighbour(&self) -> Option<Pair> {
+        Some(Pair::new("envoy-noisy", false).nice())
+    }
+
+    fn target(&self, _: &Lab, _: &Pair) -> Result<SocketAddr> {
         Ok(OUTBOUND.parse()?)
     }
 

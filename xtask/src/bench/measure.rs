@@ -1,7 +1,6 @@
 //! The measurements, each on one contender: load from the client's pod, and what the proxies spent on it.
 
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::contender::{Contender, Sides};
-use super::lab::{Lab, PORT};
+use super::lab::Lab;
 use super::process::{cpu_seconds, machine_cpu_seconds, memory_mib};
 
 /// Something to do to every contender, in turn.
@@ -28,7 +27,7 @@ pub enum Measure {
     Start,
 }
 
-/// What a pod's neighbour does meanwhile, through the same proxies.
+/// What a pod's neighbour does meanwhile, the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Noise {
     /// Bytes on eight streams.
@@ -245,7 +244,7 @@ fn load<T: DeserializeOwned>(lab: &Lab, contender: &dyn Contender, words: &[&str
     let mut command = lab.load(&contender.pair().client());
     command.args(words).args([
         "--target",
-        &contender.target(lab)?.to_string(),
+        &contender.target(lab, &contender.pair())?.to_string(),
         "--seconds",
         &seconds.to_string(),
     ]);
@@ -285,14 +284,14 @@ impl Noise {
     }
 }
 
-/// How long a pod's requests take while its neighbour makes noise. Only where the neighbour has the same proxies.
+/// How long a pod's requests take while its neighbour makes noise.
 fn quiet(lab: &Lab, contender: &dyn Contender, noise: Option<Noise>, seconds: f64) -> Result<Vec<Sample>> {
     let Some(neighbour) = contender.neighbour() else {
         return Ok(Vec::new());
     };
     let noisy = noise
         .map(|noise| {
-            let target = SocketAddr::new(lab.address(&neighbour.server())?, PORT);
+            let target = contender.target(lab, &neighbour)?;
             // The load's own share of the processor is not what is asked about.
             let mut command = lab.nice_load(&neighbour.client());
             let longer = (seconds + 1.0).to_string();
@@ -388,7 +387,7 @@ impl Drop for Held {
 fn hold(lab: &Lab, contender: &dyn Contender, count: u32) -> Result<Held> {
     let mut command = lab.load(&contender.pair().client());
     command.args(["idle", "--seconds", "60", "--count", &count.to_string()]);
-    command.args(["--target", &contender.target(lab)?.to_string()]);
+    command.args(["--target", &contender.target(lab, &contender.pair())?.to_string()]);
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -41,6 +41,9 @@ pub struct L4 {
     /// Only these contenders, by name.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only measurements whose titles have one of these words in them, as `quiet` or `connections`.
+    #[arg(long, value_name = "WORDS", value_delimiter = ',')]
+    measure: Vec<String>,
     /// How often everything is measured.
     #[arg(long, default_value_t = 3)]
     runs: usize,
@@ -59,6 +62,20 @@ pub struct L4 {
     /// Where the results go.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+}
+
+impl L4 {
+    /// How often everything is measured, and for how many seconds.
+    fn extent(&self) -> (usize, f64) {
+        match self.quick {
+            true => (1, 1.0),
+            false => (self.runs.max(1), self.seconds),
+        }
+    }
+
+    fn wants(&self, title: &str) -> bool {
+        self.measure.is_empty() || self.measure.iter().any(|words| title.contains(&**words))
+    }
 }
 
 fn peer(text: &str) -> Result<(String, String), String> {
@@ -82,11 +99,6 @@ pub fn l4(workspace: &Workspace, options: &L4) -> Result<()> {
         bail!("the benchmark can't run here; missing: {}", missing.join("; "));
     }
     let binary = prepare(workspace, options)?;
-    let (runs, seconds) = if options.quick {
-        (1, 1.0)
-    } else {
-        (options.runs.max(1), options.seconds)
-    };
     let mut contenders = contenders(workspace, options);
     if contenders.is_empty() {
         bail!("--only left nothing to measure");
@@ -99,6 +111,7 @@ pub fn l4(workspace: &Workspace, options: &L4) -> Result<()> {
         .iter()
         .map(|contender| (contender.name().to_owned(), contender.about()))
         .collect();
+    let (runs, seconds) = options.extent();
     let mut report = Report::new(machine(runs, seconds), about);
     contenders.retain_mut(|contender| match contender.start(&lab) {
         Ok(()) => true,
@@ -107,7 +120,8 @@ pub fn l4(workspace: &Workspace, options: &L4) -> Result<()> {
             false
         }
     });
-    measure_all(&lab, &contenders, runs, seconds, &mut report);
+    measure_all(&lab, &contenders, options, &mut report);
+    report.add_slowdowns();
     drop(contenders);
     drop(lab);
     // Measured first, while the proxies were fresh; told last.
@@ -116,8 +130,9 @@ pub fn l4(workspace: &Workspace, options: &L4) -> Result<()> {
 }
 
 /// Memory first, while the proxies are fresh; then every measurement on every contender, again and again.
-fn measure_all(lab: &Lab, contenders: &[Box<dyn Contender>], runs: usize, seconds: f64, report: &mut Report) {
-    for contender in contenders {
+fn measure_all(lab: &Lab, contenders: &[Box<dyn Contender>], options: &L4, report: &mut Report) {
+    let (runs, seconds) = options.extent();
+    for contender in contenders.iter().filter(|_| options.wants("memory")) {
         match measure::memory(lab, contender.as_ref()) {
             Ok(samples) => report.add(contender.name(), samples),
             Err(error) => report.fail(contender.name(), "memory", &error),
@@ -131,7 +146,7 @@ fn measure_all(lab: &Lab, contenders: &[Box<dyn Contender>], runs: usize, second
         }
     }
     for run in 1..=runs {
-        for measure in MEASURES {
+        for measure in MEASURES.into_iter().filter(|measure| options.wants(&measure.title())) {
             for contender in contenders {
                 match measure.run(lab, contender.as_ref(), seconds) {
                     Ok(samples) => {

@@ -58,6 +58,11 @@ impl Row {
     }
 }
 
+/// The row of a quiet pod's p99.
+fn quiet(beside: &str) -> String {
+    format!("quiet pod {beside}, p99")
+}
+
 /// The column that the others are compared with.
 const OURS: &str = "undercurrent";
 /// The ceiling: no ratio is made with it.
@@ -101,6 +106,29 @@ impl Report {
                 Some((_, values)) => values.push(sample.value),
                 None => columns.push((contender.to_owned(), vec![sample.value])),
             }
+        }
+    }
+
+    /// Adds what a noisy neighbour does to each contender's quiet pod: how many times its p99 is that of the pod alone.
+    pub fn add_slowdowns(&mut self) {
+        let Some(alone) = self.rows.iter().position(|row| row.name == quiet("alone")) else {
+            return;
+        };
+        let beside = |row: &&Row| row.name.starts_with("quiet pod beside") && row.name.ends_with("p99");
+        let slowdown = |row: &Row| {
+            let times = |name: &String| Some(row.median(name)? / self.rows[alone].median(name)?);
+            let of = |(name, _): &(String, Vec<f64>)| Some((name.clone(), vec![times(name)?]));
+            Row {
+                name: format!("{}, of alone", row.name),
+                unit: "×",
+                better: Better::Lower,
+                samples: row.samples.iter().filter_map(of).collect(),
+            }
+        };
+        let slowdowns: Vec<Row> = self.rows.iter().filter(beside).map(slowdown).collect();
+        for row in slowdowns.into_iter().rev() {
+            let beside = self.rows.iter().position(|other| row.name.starts_with(&other.name));
+            self.rows.insert(beside.map_or(self.rows.len(), |at| at + 1), row);
         }
     }
 
@@ -206,6 +234,9 @@ const METHOD: &str = "
 - In turn: each measurement is made on every contender before the next one, and all of them again in each run.
 - Requests and responses have 128 bytes, one in flight per connection. New connections: 16 at a time, one request each,
   closed by the server.
+- A quiet pod sends one request after the other, alone and beside a neighbour of its own kind on the same two nodes: behind
+  the same agents, with sidecars of its own (Envoy), or without either. Where the machine has few cores, much of what
+  the neighbour costs is the kernel's scheduling: what it does without a mesh is the measure.
 - CPU of a proxy is the user and system time of its process. What the kernel does in softirq on its behalf is counted
   where it happens to run; \"whole machine\" has it all, with the load's.
 - Memory is what is resident (RSS) of fresh proxies, before any other load; once.
@@ -272,6 +303,29 @@ mod tests {
         );
         assert!(text.contains("| bulk | Gb/s | 41.0 | 12.0 | 7.00 | 1.71× |"), "{text}");
         assert!(text.contains("| bulk | CPU s/GB | – | 0.50 | 1.00 | 2.00× |"), "{text}");
+    }
+
+    #[test]
+    fn a_noisy_neighbour_is_told_by_what_it_does_to_each() {
+        let mut report = report();
+        for (row, values) in [("alone", [20.0, 50.0]), ("beside noise", [30.0, 200.0])] {
+            for (contender, value) in ["no-mesh", "undercurrent"].into_iter().zip(values) {
+                let sample = Sample {
+                    row: quiet(row),
+                    unit: "µs",
+                    better: Better::Lower,
+                    value,
+                };
+                report.add(contender, vec![sample]);
+            }
+        }
+        report.add_slowdowns();
+        let row = report.rows.last().unwrap();
+        assert_eq!(row.name, "quiet pod beside noise, p99, of alone");
+        assert_eq!(
+            (row.median("no-mesh"), row.median("undercurrent")),
+            (Some(1.5), Some(4.0))
+        );
     }
 
     #[test]
