@@ -477,6 +477,10 @@ fn next_steps(stage: &mut Stage) {
             "the mesh goes on with what it knows (then: start-control)",
         ),
         (
+            "undercurrent playground upgrade node-2",
+            "another agent takes over: no connection fails",
+        ),
+        (
             "undercurrent playground kill-agent node-2",
             "fails closed: nothing leaves in plaintext",
         ),
