@@ -45,9 +45,10 @@ struct Endpoint {
 
 impl Endpoint {
     /// Whether it is to be passed over for this failure: that a waypoint can't reach what is behind it says nothing of
-    /// the waypoint.
+    /// the waypoint, and that we have no port left for it says nothing of anybody else.
     fn is_to_blame(&self, failure: &Failure) -> bool {
-        !self.is_waypoint || !matches!(failure, Failure::Open(hbone::OpenError::Refused { .. }))
+        let is_behind = self.is_waypoint && matches!(failure, Failure::Open(hbone::OpenError::Refused { .. }));
+        !is_behind && !failure.is_exhaustion()
     }
 }
 
@@ -132,6 +133,8 @@ impl Attempts<'_> {
             (Err(failure), Some(endpoint)) if is_endpoints_fault(&failure) => {
                 match endpoint.is_to_blame(&failure) {
                     true => experience.failed(&endpoint.uid, endpoint.at, Instant::now()),
+                    // Nobody heard of it.
+                    false if failure.is_exhaustion() => {}
                     false => experience.succeeded(&endpoint.uid, endpoint.at),
                 }
                 Err((failure.into(), self.may_go_on()))

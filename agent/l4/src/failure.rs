@@ -1,7 +1,7 @@
 //! Why a connection did not come to be, or was ended by other than its two ends. The texts name culprit and cause, since
 //! they stand in the access log.
 
-use std::net::SocketAddr;
+use std::{io, net::SocketAddr};
 
 use mesh::RefuseReason;
 use model::{Authority, Identity, WorkloadUid};
@@ -9,6 +9,7 @@ use policy::Reason;
 use telemetry::ResponseFlag;
 
 use crate::{
+    descriptors::{OutOfDescriptors, are_exhausted},
     lookup::LookupError,
     relay::{End, RelayError},
     socket::ConnectError,
@@ -112,6 +113,9 @@ pub enum Failure {
     /// The proxy ends.
     #[error("closed: the proxy is shutting down and its time to drain is over")]
     Drained,
+    /// Connections have all the descriptors that they may.
+    #[error("refused: {0}")]
+    Exhausted(#[from] OutOfDescriptors),
     /// Our bug.
     #[error("closed: the proxy failed (a bug; its log has the backtrace)")]
     Panicked,
@@ -136,6 +140,8 @@ pub enum FailureKind {
     Tunnel,
     /// The peer's request is not one for this pod.
     BadRequest,
+    /// The agent is out of file descriptors, or the pod out of ports.
+    Exhausted,
     /// Reset by one end.
     Reset,
     /// Ended by this proxy: pod removed, drained.
@@ -146,7 +152,7 @@ pub enum FailureKind {
 
 impl FailureKind {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Denied,
         Self::NoLongerAllowed,
         Self::Misdirected,
@@ -155,6 +161,7 @@ impl FailureKind {
         Self::Connect,
         Self::Tunnel,
         Self::BadRequest,
+        Self::Exhausted,
         Self::Reset,
         Self::Ended,
         Self::Panicked,
@@ -171,6 +178,7 @@ impl FailureKind {
             Self::Connect => "connect",
             Self::Tunnel => "tunnel",
             Self::BadRequest => "bad_request",
+            Self::Exhausted => "exhausted",
             Self::Reset => "reset",
             Self::Ended => "ended",
             Self::Panicked => "panicked",
@@ -187,6 +195,7 @@ impl Failure {
             Self::NoCredentials(_) | Self::OtherIdentity { .. } | Self::NoLongerTrusted(_) => FailureKind::Identity,
             Self::Denied(_) => FailureKind::Denied,
             Self::NoLongerAllowed(_) | Self::NoLongerRegistered(_) => FailureKind::NoLongerAllowed,
+            failure if failure.is_exhaustion() => FailureKind::Exhausted,
             Self::Connect(_) | Self::Lookup(_) => FailureKind::Connect,
             Self::Open(_) | Self::Tunnel(_) | Self::Relay(_) => FailureKind::Tunnel,
             Self::BadRequest(_)
@@ -201,6 +210,7 @@ impl Failure {
             }
             Self::Stream(_) => FailureKind::Tunnel,
             Self::PodRemoved | Self::Drained => FailureKind::Ended,
+            Self::Exhausted(_) => FailureKind::Exhausted,
             Self::Panicked => FailureKind::Panicked,
         }
     }
@@ -223,8 +233,19 @@ impl Failure {
                 FailureKind::Tunnel => ResponseFlag::UpstreamTermination,
                 FailureKind::BadRequest => ResponseFlag::DownstreamProtocolError,
                 FailureKind::Reset => ResponseFlag::None,
-                FailureKind::Ended | FailureKind::Panicked => ResponseFlag::LocalReset,
+                FailureKind::Exhausted | FailureKind::Ended | FailureKind::Panicked => ResponseFlag::LocalReset,
             },
+        }
+    }
+
+    /// Whether the agent had no descriptor left, or the pod no port: then nobody else is to blame.
+    pub(crate) fn is_exhaustion(&self) -> bool {
+        match self {
+            Self::Exhausted(_) | Self::Connect(ConnectError::NoPort { .. }) => true,
+            Self::Connect(ConnectError::Socket(error)) => are_exhausted(error),
+            Self::Open(hbone::OpenError::Socket(error)) => are_exhausted(error),
+            Self::Open(hbone::OpenError::Dial { source, .. }) => source.kind() == io::ErrorKind::AddrNotAvailable,
+            _ => false,
         }
     }
 

@@ -30,7 +30,7 @@ use tokio::net::TcpStream;
 use crate::{
     connection::Connection,
     counters::increment,
-    distrust,
+    descriptors, distrust,
     failure::Failure,
     handed, headers,
     outbound::credentials,
@@ -74,6 +74,7 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
     );
     let target = canonical_socket(target);
     connection.known.borrow_mut().destination = Some(target);
+    descriptors::spare(client)?;
     if is_own_port(target.port()) {
         return Err(Failure::Loop(target));
     }
@@ -191,6 +192,7 @@ impl Tunnel {
     /// Waits until the peer says something: who says nothing shall cost no more than its socket. Then there must be a
     /// certificate to answer with.
     async fn first_bytes(&self, socket: &TcpStream) -> Result<Arc<Credentials>, Failure> {
+        descriptors::spare(socket)?;
         let snapshot = self.shard.knowledge.snapshot();
         let workload = snapshot.workload(&self.pod.uid);
         let identity = workload

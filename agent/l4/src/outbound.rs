@@ -28,7 +28,7 @@ use tokio::net::TcpStream;
 use crate::{
     attempts::try_endpoints,
     connection::Connection,
-    dns,
+    descriptors, dns,
     failure::Failure,
     headers,
     lookup::{self, LookupError},
@@ -111,6 +111,9 @@ async fn begin(connection: &Connection, client: ResetOnDrop) -> Result<Opened, (
         Err(failure) => return Err((Some(failure), client)),
     };
     connection.known.borrow_mut().destination = Some(dialled.0);
+    if let Err(none) = descriptors::spare(&*client) {
+        return Err((Some(none.into()), client));
+    }
     if dialled.0.port() == dns::PORT && connection.pod.dns.on.get() {
         connection.establish();
         return Ok(Opened::Dns(client, dialled));
@@ -391,7 +394,7 @@ async fn tunnel(
         workload: end.workload.uid.clone(),
         address: hbone,
     };
-    let dial = || pod.sockets.outbound_socket(hbone);
+    let dial = || descriptors::spared(pod.sockets.outbound_socket(hbone));
     let stream = pod.pool.open(&key, &credentials, dial, request).await?;
     connection.known.borrow_mut().proof = Some(stream.proof());
     Ok(stream)

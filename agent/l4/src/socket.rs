@@ -9,12 +9,26 @@ use std::{
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
+use crate::descriptors;
+
 /// Why an address could not be connected to.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// No socket could be made in the pod's network: our side, not the destination's.
     #[error("no socket could be made in the pod's network: {0}")]
     Socket(#[source] io::Error),
+    /// No port is left to dial it from: our side, too.
+    #[error(
+        "no port is left to connect to {target} from: {source}; net.ipv4.ip_local_port_range of the pod has no more, and \
+         each connection to the same address and port takes one"
+    )]
+    NoPort {
+        /// Where to.
+        target: SocketAddr,
+        /// What the kernel said: EADDRNOTAVAIL.
+        #[source]
+        source: io::Error,
+    },
     /// The destination said no, or the network did.
     #[error("{target} could not be connected to: {source}")]
     Refused {
@@ -40,10 +54,13 @@ pub(crate) async fn connect(
     target: SocketAddr,
     within: Duration,
 ) -> Result<TcpStream, ConnectError> {
-    let socket = socket.map_err(ConnectError::Socket)?;
+    let socket = descriptors::spared(socket).map_err(ConnectError::Socket)?;
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(target);
     match tokio::time::timeout(within, connecting).await {
-        Ok(connected) => connected.map_err(|source| ConnectError::Refused { target, source }),
+        Ok(connected) => connected.map_err(|source| match source.kind() {
+            io::ErrorKind::AddrNotAvailable => ConnectError::NoPort { target, source },
+            _ => ConnectError::Refused { target, source },
+        }),
         Err(_) => Err(ConnectError::Timeout { target, within }),
     }
 }

@@ -14,6 +14,7 @@ use tokio::net::UdpSocket;
 use super::{Decision, Forwarding, Serving, Sockets, Transport, decide, learn, message, servfail};
 use crate::{
     counters::increment,
+    descriptors,
     shard::{PodState, Shard},
 };
 
@@ -190,7 +191,7 @@ async fn forward(
 }
 
 async fn ask(shard: &Shard, pod: &PodState, server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
-    let socket = pod.sockets.datagram_socket(server)?;
+    let socket = descriptors::spared(pod.sockets.datagram_socket(server))?;
     socket.connect(&server.into())?;
     let socket = UdpSocket::from_std(socket.into())?;
     socket.send(query).await?;
