@@ -8,6 +8,10 @@
 //! ```
 //! One success ends the back-off of every identity that failed because the authority was away
 //! (`one_success_wakes_those_who_wait`). A root that leaves the bundle has the certificates under it fetched anew.
+//!
+//! A clock that is set, forward past a certificate's end or back before its beginning, has it fetched anew within
+//! [`LONGEST_SLEEP`], once (`a_clock_that_is_set_forward_has_certificates_fetched_once`, `a_clock_that_is_set_back_…`). What
+//! is not valid yet by this clock is served meanwhile: a peer whose clock is right takes it.
 
 use std::{
     collections::HashMap,
@@ -36,6 +40,8 @@ const LONGEST_BACKOFF_WAITING: Duration = Duration::from_secs(10);
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long [`Identities::rotate`] sleeps at most: a clock that was set is noticed after this.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// A clock that is so much earlier than it was has been set; less is how clocks are kept right.
+const SET_BACK: Duration = Duration::from_secs(60);
 
 /// There is no valid certificate for an identity, now.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -80,6 +86,8 @@ struct Inner {
 struct Entry {
     credentials: Option<Arc<Credentials>>,
     next_fetch: SystemTime,
+    /// What time it was when that was decided.
+    decided: SystemTime,
     failures: u32,
     last_error: Option<IssueError>,
     /// Held while fetching, so that everyone who waits for an identity shares one fetch.
@@ -135,7 +143,8 @@ impl Identities {
     pub fn want(&self, identity: &Identity) {
         let mut entries = self.0.write();
         if !entries.contains_key(identity) {
-            entries.insert(identity.clone(), Entry::due(self.0.clock.now()));
+            let now = self.0.clock.now();
+            entries.insert(identity.clone(), Entry::due(now, now));
             drop(entries);
             self.0.changed.notify_waiters();
         }
@@ -194,7 +203,7 @@ impl Identities {
             let changed = self.0.changed.notified();
             let now = self.0.clock.now();
             let mut next = LONGEST_SLEEP;
-            for (identity, due, fetching) in self.0.dates() {
+            for (identity, due, fetching) in self.0.dates(now) {
                 match due.duration_since(now) {
                     Ok(wait) if !wait.is_zero() => next = next.min(wait),
                     _ => {
@@ -233,8 +242,9 @@ impl Inner {
     fn enter(&self, identity: &Identity) -> Arc<Mutex<()>> {
         let mut entries = self.write();
         // Whoever entered fetches; the rotation takes over if that is cancelled.
-        let due = self.clock.now() + ISSUE_TIMEOUT;
-        let entry = entries.entry(identity.clone()).or_insert_with(|| Entry::due(due));
+        let now = self.clock.now();
+        let due = now + ISSUE_TIMEOUT;
+        let entry = entries.entry(identity.clone()).or_insert_with(|| Entry::due(now, due));
         entry.fetching.clone()
     }
 
@@ -242,12 +252,13 @@ impl Inner {
         let entries = self.read();
         let entry = entries.get(identity)?;
         let error = entry.last_error.as_ref()?;
-        (entry.next_fetch > self.clock.now()).then(|| error.clone())
+        let now = self.clock.now();
+        (entry.due_at(now) > now).then(|| error.clone())
     }
 
-    fn dates(&self) -> Vec<(Identity, SystemTime, Arc<Mutex<()>>)> {
+    fn dates(&self, now: SystemTime) -> Vec<(Identity, SystemTime, Arc<Mutex<()>>)> {
         let date =
-            |(identity, entry): (&Identity, &Entry)| (identity.clone(), entry.next_fetch, entry.fetching.clone());
+            |(identity, entry): (&Identity, &Entry)| (identity.clone(), entry.due_at(now), entry.fetching.clone());
         self.read().iter().map(date).collect()
     }
 
@@ -314,13 +325,22 @@ impl Inner {
 }
 
 impl Entry {
-    fn due(next_fetch: SystemTime) -> Self {
+    fn due(now: SystemTime, next_fetch: SystemTime) -> Self {
         Self {
             credentials: None,
             next_fetch,
+            decided: now,
             failures: 0,
             last_error: None,
             fetching: Arc::default(),
+        }
+    }
+
+    /// When to fetch: as was decided, or now if the clock was set back since, for then nothing is where it was.
+    fn due_at(&self, now: SystemTime) -> SystemTime {
+        match self.decided.duration_since(now) {
+            Ok(ahead) if ahead > SET_BACK => now,
+            _ => self.next_fetch,
         }
     }
 
@@ -333,6 +353,7 @@ impl Entry {
     }
 
     fn keep(&mut self, result: &Result<Arc<Credentials>, IssueError>, now: SystemTime, jitter: f64) {
+        self.decided = now;
         match result {
             Ok(credentials) => {
                 // A certificate cut short by its authority's end may be past half of its life when it comes.
@@ -341,6 +362,10 @@ impl Entry {
                 self.next_fetch = credentials
                     .rotation_due(jitter)
                     .max(earliest.min(now + LONGEST_BACKOFF));
+                // Its authority's clock and this one differ; one of them will be set.
+                if credentials.not_before() > now {
+                    self.next_fetch = now + LONGEST_BACKOFF;
+                }
                 self.credentials = Some(credentials.clone());
                 self.failures = 0;
                 self.last_error = None;

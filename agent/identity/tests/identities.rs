@@ -5,7 +5,7 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicI64, AtomicUsize, Ordering::SeqCst},
     },
     time::{Duration, SystemTime},
 };
@@ -314,4 +314,86 @@ async fn one_success_wakes_those_who_wait() {
     for identity in &waiting {
         assert!(identities.cached(identity).is_some());
     }
+}
+
+/// A clock that goes with tokio's, and can be set.
+fn settable() -> (Arc<Moody>, Identities, Clock, impl Fn(i64)) {
+    let (offset, going) = (Arc::new(AtomicI64::new(0)), Clock::tokio(SystemTime::now()));
+    let set = offset.clone();
+    let clock = Clock::of(move || {
+        let seconds = offset.load(SeqCst);
+        let by = Duration::from_secs(seconds.unsigned_abs());
+        match seconds < 0 {
+            true => going.now() - by,
+            false => going.now() + by,
+        }
+    });
+    let moody = Arc::new(Moody::new(local(&clock)));
+    let identities = Identities::new(moody.clone(), TrustDomain::default(), clock.clone());
+    (moody, identities, clock, move |hours| set.store(hours * 3600, SeqCst))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_forward_has_certificates_fetched_once() {
+    let (moody, identities, clock, set) = settable();
+    spawn_rotation(&identities);
+    let first = identities.credentials(&web()).await.unwrap();
+    set(48);
+    assert!(identities.cached(&web()).is_none(), "it is over");
+    pass(Duration::from_secs(80)).await;
+    let second = identities.cached(&web()).unwrap();
+    assert!(second.serial() != first.serial() && second.not_after() > clock.now());
+    pass(HOUR).await;
+    assert_eq!(moody.issued(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_back_has_certificates_fetched_once() {
+    let (moody, identities, clock, set) = settable();
+    spawn_rotation(&identities);
+    let first = identities.credentials(&web()).await.unwrap();
+    set(-48);
+    assert!(first.not_before() > clock.now());
+    assert!(
+        identities.cached(&web()).is_some(),
+        "until there is another one it is served"
+    );
+    pass(Duration::from_secs(80)).await;
+    let second = identities.cached(&web()).unwrap();
+    assert!(
+        second.not_before() < clock.now(),
+        "peers whose clock was set, too, would refuse it"
+    );
+    pass(HOUR).await;
+    assert_eq!(moody.issued(), 2);
+    // A clock that is only kept right is not one that was set.
+    pass(10 * HOUR).await;
+    assert_eq!(moody.issued(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_certificate_does_not_wait_for_a_clock_that_was_set_back() {
+    let (moody, identities, _, set) = settable();
+    spawn_rotation(&identities);
+    moody.fail(true);
+    identities.credentials(&web()).await.unwrap_err();
+    moody.fail(false);
+    set(-48);
+    pass(Duration::from_secs(80)).await;
+    assert!(identities.cached(&web()).is_some(), "it waits for two days");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_whose_clock_is_ahead_is_not_asked_in_a_loop() {
+    let ahead = Clock::tokio(SystemTime::now() + 48 * HOUR);
+    let moody = Arc::new(Moody::new(local(&ahead)));
+    let identities = Identities::new(moody.clone(), TrustDomain::default(), Clock::tokio(SystemTime::now()));
+    spawn_rotation(&identities);
+    identities.credentials(&web()).await.unwrap();
+    pass(HOUR).await;
+    assert!(
+        (2..=25).contains(&moody.issued()),
+        "asked {} times in an hour",
+        moody.issued()
+    );
 }
