@@ -139,7 +139,8 @@ fn name_of(pod: &ListedPod) -> NamespacedName {
 
 /// Why a pod that was to be in the mesh is not: the Event's reason and text.
 fn complaint(pod: &ListedPod, enablement: Enablement, wishes: &Wishes) -> Option<(&'static str, &'static str)> {
-    if pod.ended {
+    // One on its way out is still listed when the plugin has taken it from us.
+    if pod.ended || pod.metadata.deletion_timestamp.is_some() {
         return None;
     }
     match enablement {
@@ -398,6 +399,9 @@ mod tests {
             reason(&listed, Enablement::Captured, &wishes(false, Wish::Enabled)),
             None
         );
+        listed.metadata.deletion_timestamp = Some("2026-01-01T00:00:00Z".to_owned());
+        assert_eq!(reason(&listed, Enablement::Captured, &complete), None);
+        listed.metadata.deletion_timestamp = None;
         listed.ended = true;
         assert_eq!(reason(&listed, Enablement::HostNetwork, &complete), None);
     }
