@@ -8,7 +8,8 @@
 //! down: removes all of it, from any state
 //! ```
 //! For developers and tests: it calls `ip`, `nft` and `tcpdump` and says so where they are missing. A pod is a network,
-//! process, mount, host-name and IPC namespace, with the capabilities that a mesh must expect of a hostile one. What it
+//! process, mount, host-name and IPC namespace, with the capabilities that a mesh must expect of a hostile one. It has
+//! addresses of both families, or of the one that its annotation `playground.undercurrent.io/ip-family` names. What it
 //! does not do: images, volumes, resource limits, and controllers for other kinds than Deployment and ReplicaSet. It knows
 //! the agents and the control plane only through their command lines, their sockets and their logs.
 //!

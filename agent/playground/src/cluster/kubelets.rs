@@ -22,7 +22,7 @@ pub(super) fn desired(pod: &Pod, slot: PodSlot, path: &str) -> Result<Desired> {
     Ok(Desired {
         uid: pod.metadata.uid.clone().unwrap_or_default(),
         pod: serde_json::from_value(value)?,
-        addresses: slot.addresses().to_vec(),
+        addresses: slot.addresses(),
         path: path.to_owned(),
     })
 }

@@ -136,7 +136,7 @@ fn state_of(pod: &Pod, name: &str) -> Option<Value> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::places::IpFamily, *};
 
     fn pod(status: Value) -> Pod {
         let spec = json!({"initContainers": [{"name": "first"}], "containers": [{"name": "main", "image": "i"}]});
@@ -157,7 +157,11 @@ mod tests {
         }
     }
 
-    const SLOT: PodSlot = PodSlot { node: 1, host: Some(7) };
+    const SLOT: PodSlot = PodSlot {
+        node: 1,
+        host: Some(7),
+        family: IpFamily::Dual,
+    };
 
     #[test]
     fn times_stay_while_nothing_changes() {

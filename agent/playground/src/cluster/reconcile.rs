@@ -32,7 +32,7 @@ use super::{
     dns::Dns,
     events, kubelets,
     nodes::{self, Nodes, SYSTEM},
-    places::{Places, PodSlot},
+    places::{IpFamily, Places, PodSlot},
     pods, services,
 };
 use crate::{
@@ -351,7 +351,7 @@ impl Cluster<'_> {
                 networks.insert(netns, key(pod));
                 let is_host = spec.host_network == Some(true);
                 self.places
-                    .take(&key(pod), index, is_host)
+                    .take(&key(pod), index, is_host, IpFamily::of(pod)?)
                     .with_context(|| format!("{node} has no address left"))
             };
             let place = { place }();

@@ -217,11 +217,7 @@ impl Scene<'_> {
 
     fn pod_addresses(&self, pod: &str) -> Vec<IpAddr> {
         let places = Places::load(self.layout).unwrap_or_default();
-        places
-            .pods
-            .get(pod)
-            .map(|slot| slot.addresses().to_vec())
-            .unwrap_or_default()
+        places.pods.get(pod).map(|slot| slot.addresses()).unwrap_or_default()
     }
 
     /// What the agents logged since, once the last call is among it.
