@@ -5,16 +5,20 @@ mod bytes;
 mod cluster;
 mod dns;
 mod encrypted;
+mod endings;
 mod enrolment;
 mod exclusions;
 mod fallback;
 mod knowledge;
 mod labels;
 mod lifecycle;
+mod limits;
 mod policy;
 mod probes;
 mod reach;
 mod services;
+mod six;
+mod stress;
 mod upgrade;
 mod waypoint;
 
@@ -48,6 +52,10 @@ fn main() -> std::process::ExitCode {
         exclusions::SCENARIOS,
         enrolment::SCENARIOS,
         waypoint::SCENARIOS,
+        limits::SCENARIOS,
+        endings::SCENARIOS,
+        six::SCENARIOS,
+        stress::SCENARIOS,
         fallback::SCENARIOS,
         upgrade::SCENARIOS,
         lifecycle::SCENARIOS,

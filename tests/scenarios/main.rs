@@ -5,6 +5,7 @@ mod cluster;
 mod dns;
 mod egress;
 mod encrypted;
+mod endings;
 mod enrolment;
 mod escape;
 mod exclusions;
@@ -12,10 +13,13 @@ mod hostile;
 mod knowledge;
 mod labels;
 mod lifecycle;
+mod limits;
 mod policy;
 mod probes;
 mod reach;
 mod services;
+mod six;
+mod stress;
 mod telemetry;
 mod upgrade;
 mod waypoint;
@@ -43,6 +47,10 @@ fn main() -> std::process::ExitCode {
         enrolment::SCENARIOS,
         waypoint::SCENARIOS,
         upgrade::SCENARIOS,
+        limits::SCENARIOS,
+        endings::SCENARIOS,
+        six::SCENARIOS,
+        stress::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("ebpf", &themes, &[])

@@ -6,6 +6,7 @@ The first line that a client sends to the ports that record is a token; port 800
 import hashlib
 import json
 import os
+import selectors
 import socket
 import struct
 import sys
@@ -130,6 +131,14 @@ def ticks(conn):
         time.sleep(0.1)
 
 
+def who(conn):
+    """Says its name and the line that was sent."""
+    line = line_of(conn)
+    conn.sendall(f"{socket.gethostname()} {line}\n".encode())
+    conn.shutdown(socket.SHUT_WR)
+    conn.recv(1)
+
+
 PORTS = {
     8001: echo,
     8002: speaks_first,
@@ -143,8 +152,10 @@ PORTS = {
     8010: observe,
     8011: http,
     8013: ticks,
+    8014: who,
 }
 UDP_ECHO = 8012
+MANY_ECHO = 8015
 
 
 def serve(port, behaviour):
@@ -162,6 +173,27 @@ def serve(port, behaviour):
         threading.Thread(target=one, args=(conn,), daemon=True).start()
 
 
+def serve_many():
+    """Echo for as many as there are, on one thread."""
+    selector = selectors.DefaultSelector()
+    listener = socket.create_server(("::", MANY_ECHO), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    selector.register(listener, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            conn = key.fileobj
+            if conn is listener:
+                selector.register(listener.accept()[0], selectors.EVENT_READ)
+                continue
+            try:
+                data = conn.recv(1 << 16)
+                conn.sendall(data)
+            except OSError:
+                data = b""
+            if not data:
+                selector.unregister(conn)
+                conn.close()
+
+
 def serve_udp():
     udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -175,6 +207,7 @@ def main():
     threading.stack_size(256 << 10)
     for port, behaviour in PORTS.items():
         threading.Thread(target=serve, args=(port, behaviour), daemon=True).start()
+    threading.Thread(target=serve_many, daemon=True).start()
     serve_udp()
 
 

@@ -6,6 +6,7 @@
 //!       ├ Pod: exec, python, background          through `undercurrent playground exec`, as a person would
 //!       ├ Kubectl: a stock kubectl with the playground's kubeconfig
 //!       ├ Capture: every frame on the fabric      tcpdump, bracketed by a packet of our own: nothing is missed
+//!       ├ Api: the API without a program between    and when every agent has what it says
 //!       └ Peer: a forged HBONE client             from inside any network namespace
 //! ```
 //! It knows the product by its outside alone: command line, files of the state directory, the agent's local socket,
@@ -16,7 +17,9 @@
 
 #![allow(missing_docs, reason = "a harness for the scenarios beside it, not an interface")]
 
+pub mod api;
 pub mod capture;
+pub mod chance;
 pub mod envoy;
 pub mod forge;
 pub mod gate;
@@ -26,10 +29,12 @@ pub mod machine;
 pub mod manifests;
 pub mod mesh;
 pub mod netns;
+pub mod oracle;
 pub mod pod;
 pub mod suite;
 pub mod wait;
 
+pub use api::Api;
 pub use capture::Capture;
 pub use kubectl::Kubectl;
 pub use leftovers::Leftovers;

@@ -72,9 +72,9 @@ impl Pod<'_> {
         Ok(self.addresses()?[1])
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    fn command(&self, at_most: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new("timeout");
-        command.args(["--kill-after=2", AT_MOST]).arg(self.mesh.binary());
+        command.args(["--kill-after=2", at_most]).arg(self.mesh.binary());
         command.args(["playground", "exec", &self.key(), "--"]).args(arguments);
         command.envs(self.mesh.environment());
         command
@@ -83,7 +83,7 @@ impl Pod<'_> {
     /// Runs a program in it to its end.
     pub fn exec(&self, arguments: &[&str]) -> Result<Said> {
         let output = self
-            .command(arguments)
+            .command(AT_MOST, arguments)
             .stdin(Stdio::null())
             .output()
             .context("cannot run playground exec")?;
@@ -117,9 +117,14 @@ impl Pod<'_> {
 
     /// Starts a script of `tests/scripts` in it. It is ended with the value.
     pub fn start(&self, script: &str, arguments: &[&str]) -> Result<Background> {
+        self.start_for(AT_MOST, script, arguments)
+    }
+
+    /// As [`Self::start`], for at most so many seconds.
+    pub fn start_for(&self, seconds: &str, script: &str, arguments: &[&str]) -> Result<Background> {
         let path = machine::scripts().join(script);
         let path = path.to_string_lossy();
-        let command = self.command(&[&[machine::python(), "-u", &path], arguments].concat());
+        let command = self.command(seconds, &[&[machine::python(), "-u", &path], arguments].concat());
         Background::start(command, format!("in {}: {script} {arguments:?}", self.key()))
     }
 }
@@ -165,6 +170,11 @@ impl Background {
         serde_json::from_str(&line).with_context(|| format!("{} said {line:?}", self.what))
     }
 
+    /// A line that it has printed by now, if there is one.
+    pub fn line(&self) -> Option<String> {
+        self.lines.try_recv().ok()
+    }
+
     /// Says a line to it.
     pub fn say(&mut self, line: &str) -> Result<()> {
         let stdin = self.child.stdin.as_mut().context("its standard input is closed")?;
@@ -177,6 +187,19 @@ impl Background {
     pub fn finish(mut self) -> Result<Value> {
         drop(self.child.stdin.take());
         self.next()
+    }
+
+    /// Closes its standard input; all that it prints from now on, to its end.
+    pub fn rest(mut self) -> Result<Vec<String>> {
+        drop(self.child.stdin.take());
+        let mut lines = Vec::new();
+        loop {
+            match self.lines.recv_timeout(wait::LONG) {
+                Ok(line) => lines.push(line),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(lines),
+                Err(mpsc::RecvTimeoutError::Timeout) => bail!("{} does not end", self.what),
+            }
+        }
     }
 
     /// Ends it without a goodbye.
