@@ -411,6 +411,7 @@ fn random_change_under_load_gives_no_wrong_verdict(mesh: &Mesh) -> Result<()> {
 fn stressed(mesh: &Mesh, seed: u64, seconds: u64) -> Result<()> {
     let nodes = ["node-1", "node-2"].map(|name| mesh.node(name));
     let mut stress = Stress::stage(mesh, seed)?;
+    let of_agents = [nodes[0].agent_log()?, nodes[1].agent_log()?];
     let (logs, capture) = ([nodes[0].access_log()?, nodes[1].access_log()?], Capture::on_fabric()?);
     stress.connect(seconds)?;
     let before = nodes.map(|node| (node.agent_rss().unwrap_or(0), node.agent_files().unwrap_or(0)));
@@ -427,6 +428,13 @@ fn stressed(mesh: &Mesh, seed: u64, seconds: u64) -> Result<()> {
     );
     let failed = judge(&stress.history, &stress.attempts)?;
     are_explained(&stress.history, &stress.attempts, &failed, &logs)?;
+    for line in of_agents.iter().flat_map(|log| log.lines().unwrap_or_default()) {
+        // Who comes and goes was never outside of the mesh.
+        let is_wrong = ["panicked", "StartedWithoutMesh"]
+            .iter()
+            .any(|word| line.contains(word));
+        ensure!(!is_wrong, "an agent says: {line}");
+    }
     for node in nodes {
         ensure!(
             node.status()?.access_log_dropped == 0,
