@@ -302,3 +302,35 @@ fn flag_of_handshake(error: &hbone::HandshakeError) -> ResponseFlag {
         _ => ResponseFlag::TlsFailure,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lack_of_descriptors_and_of_ports_is_told_apart_from_what_others_did() {
+        let target: SocketAddr = "10.0.0.1:80".parse().unwrap();
+        let os = io::Error::from_raw_os_error;
+        let dial = |number| hbone::OpenError::Dial {
+            address: target,
+            source: os(number).into(),
+        };
+        let (emfile, refused, no_port) = (nix::libc::EMFILE, nix::libc::ECONNREFUSED, nix::libc::EADDRNOTAVAIL);
+        let source = os(no_port);
+        let lacks: [Failure; 4] = [
+            ConnectError::Socket(os(emfile)).into(),
+            ConnectError::NoPort { target, source }.into(),
+            hbone::OpenError::Socket(os(emfile).into()).into(),
+            dial(no_port).into(),
+        ];
+        for failure in lacks {
+            assert_eq!(failure.kind(), FailureKind::Exhausted, "{failure}");
+        }
+        let source = os(refused);
+        assert_eq!(
+            Failure::from(ConnectError::Refused { target, source }).kind(),
+            FailureKind::Connect
+        );
+        assert_eq!(Failure::from(dial(refused)).kind(), FailureKind::Tunnel);
+    }
+}
