@@ -1,6 +1,6 @@
 //! What was not taken, or not in full: which object, where it stands, which field, why, and what follows.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 /// Where an object stands among the manifests.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -70,9 +70,43 @@ pub enum Problem {
     /// Another object of the same scope is older and wins.
     #[error("{0} is older and wins")]
     Conflict(ObjectRef),
+    /// Another object of the same scope is older and wins for some of what both select.
+    #[error("{older} is older and wins for what both select: {shared}")]
+    Overlap {
+        /// It.
+        older: ObjectRef,
+        /// What both select.
+        shared: Shared,
+    },
     /// A reference to what is not there.
     #[error("{0} is not there")]
     Missing(ObjectRef),
+}
+
+/// The names of what two objects select, in their order, each once; of many the first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shared(BTreeSet<String>);
+
+/// How many names are told.
+const NAMED: usize = 3;
+
+impl Extend<String> for Shared {
+    fn extend<I: IntoIterator<Item = String>>(&mut self, names: I) {
+        self.0.extend(names);
+    }
+}
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, name) in self.0.iter().take(NAMED).enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{name}")?;
+        }
+        match self.0.len().saturating_sub(NAMED) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
 }
 
 /// What follows from a problem.
@@ -84,6 +118,8 @@ pub enum Effect {
     Elsewhere,
     /// The object works in part, and what is left is the stricter part.
     Narrowed,
+    /// The object holds for a part of what it selects, and another one for the rest.
+    Divided,
     /// The object has no effect.
     Refused,
     /// The object is a policy that can't be enforced as written: what it selects is closed until it is mended.
@@ -96,6 +132,7 @@ impl fmt::Display for Effect {
             Self::Note => "note",
             Self::Elsewhere => "elsewhere",
             Self::Narrowed => "narrowed",
+            Self::Divided => "divided",
             Self::Refused => "refused",
             Self::Closed => "closed",
         })

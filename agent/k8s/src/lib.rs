@@ -36,7 +36,7 @@ mod translate;
 pub use authorization_policy::{AuthorizationPolicy, TargetRef, closing};
 pub use capture::{PERMISSION as EXCLUSIONS_PERMISSION, Permission as ExclusionsPermission, capture_of};
 pub use enablement::{EXCLUDED_NAMESPACES, Enablement, enablement, enablement_of, non_tcp_of};
-pub use finding::{Effect, Finding, ObjectRef, Place, Problem};
+pub use finding::{Effect, Finding, ObjectRef, Place, Problem, Shared};
 pub use live::validate;
 pub use meta::{IntOrString, Metadata, OwnerReference, Selector};
 pub(crate) use parse::deserialize;

@@ -1,7 +1,8 @@
 //! PeerAuthentication: whether a peer without an identity may talk to a workload, as istiod compiles it for ztunnel.
 //!
 //! Scopes, the narrower first: workload (with a selector), namespace, mesh (in the root namespace). UNSET asks the next
-//! wider one; nothing said anywhere is PERMISSIVE. Inside a scope the oldest wins. DISABLE is PERMISSIVE: there is
+//! wider one; nothing said anywhere is PERMISSIVE. Inside a scope the oldest wins, for each workload by itself
+//! (`where_two_overlap_the_older_wins_and_the_younger_is_told`). DISABLE is PERMISSIVE: there is
 //! nothing to disable on the accepting side. Ports are the workload's own. What can't be said where it stands never opens:
 //! `portLevelMtls` without a selector has no meaning, but a STRICT in it holds, for every port
 //! (`a_strict_port_that_can_not_be_is_every_port`). <https://istio.io/latest/docs/reference/config/security/peer_authentication/>
@@ -11,7 +12,7 @@ use std::collections::BTreeMap;
 use model::{Action, Match, NamespacedName, Policy, Rule, Scope, StringMatch};
 use serde::{Deserialize, Serialize};
 
-use crate::{Effect, Finding, Metadata, ObjectRef, Place, Problem, Selector, meta::null_is_empty};
+use crate::{Effect, Finding, Metadata, ObjectRef, Place, Problem, Selector, finding::Shared, meta::null_is_empty};
 
 /// A PeerAuthentication.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -102,10 +103,10 @@ impl<'a> PeerAuthentications<'a> {
             for (field, problem, effect) in policy.remarks(selects) {
                 find(field, problem, effect);
             }
-            let twin = |other: &&&PeerAuthentication| {
-                selects && other.metadata.namespace == namespace && other.spec.selector == policy.spec.selector
+            let takes_all = |other: &&&PeerAuthentication| {
+                selects && other.metadata.namespace == namespace && other.selects_all_of(policy)
             };
-            if let Some(older) = scopes.workloads.iter().find(twin) {
+            if let Some(older) = scopes.workloads.iter().find(takes_all) {
                 find("spec.selector", Problem::Conflict(older.object()), Effect::Refused);
             }
             if selects && namespace == root {
@@ -127,6 +128,45 @@ impl<'a> PeerAuthentications<'a> {
             }
         }
         scopes
+    }
+
+    /// What a policy with a selector does not get, since older ones select it, too: `workloads` are those of its
+    /// namespace with their labels, and `has` says whether such labels have all that a selector asks for.
+    pub fn overlaps<'w, L>(
+        &self,
+        policy: &PeerAuthentication,
+        workloads: impl IntoIterator<Item = (&'w str, L)>,
+        has: impl Fn(&L, &BTreeMap<String, String>) -> bool,
+    ) -> Vec<(&'static str, Problem, Effect)> {
+        let of_scope = |other: &&&PeerAuthentication| other.metadata.namespace == policy.metadata.namespace;
+        let is_older = |other: &&PeerAuthentication| !std::ptr::eq(*other, policy);
+        let scope: Vec<_> = self
+            .workloads
+            .iter()
+            .copied()
+            .filter(|other| of_scope(&other))
+            .collect();
+        let older: Vec<_> = scope.iter().copied().take_while(is_older).collect();
+        // One that takes all of it was told of already; one that is not of the scope has nothing to get.
+        if older.is_empty() || older.len() == scope.len() || older.iter().any(|older| older.selects_all_of(policy)) {
+            return Vec::new();
+        }
+        let selects = |policy: &PeerAuthentication, labels: &L| {
+            policy
+                .selector()
+                .is_some_and(|selector| has(labels, &selector.match_labels))
+        };
+        let mut has_own = false;
+        let mut shared: BTreeMap<ObjectRef, Shared> = BTreeMap::new();
+        for (name, labels) in workloads.into_iter().filter(|(_, labels)| selects(policy, labels)) {
+            match older.iter().find(|older| selects(older, &labels)) {
+                Some(older) => shared.entry(older.object()).or_default().extend([name.to_owned()]),
+                None => has_own = true,
+            }
+        }
+        let effect = if has_own { Effect::Divided } else { Effect::Refused };
+        let told = |(older, shared)| ("spec.selector", Problem::Overlap { older, shared }, effect);
+        shared.into_iter().map(told).collect()
     }
 
     /// The policy that a pod needs, if any: what is listed with its workload.
@@ -183,7 +223,17 @@ impl PeerAuthentication {
             .filter(|selector| !selector.match_labels.is_empty())
     }
 
-    fn object(&self) -> ObjectRef {
+    /// Whether it selects whatever the other one does: it asks for nothing that the other does not ask for.
+    fn selects_all_of(&self, other: &Self) -> bool {
+        let (Some(own), Some(others)) = (self.selector(), other.selector()) else {
+            return false;
+        };
+        let mut own = own.match_labels.iter();
+        own.all(|(key, value)| others.match_labels.get(key) == Some(value))
+    }
+
+    /// What names it.
+    pub fn object(&self) -> ObjectRef {
         ObjectRef {
             kind: "PeerAuthentication".to_owned(),
             namespace: self.metadata.namespace.clone(),

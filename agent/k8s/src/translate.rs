@@ -123,8 +123,30 @@ pub fn translate(objects: &Objects, context: &Context) -> Mesh {
         mesh.workloads.push(workload);
     }
     mesh.policies.extend(converted.into_values());
+    overlapping(objects, &peer_authentications, &mut mesh.findings);
     missing_references(objects, &mut mesh.findings);
     mesh
+}
+
+/// What PeerAuthentications do not get of the pods that they select, since older ones select them, too.
+fn overlapping(objects: &Objects, scopes: &PeerAuthentications<'_>, findings: &mut Vec<Finding>) {
+    for (place, policy) in &objects.peer_authentications {
+        let pods = objects.pods.iter().map(|(_, pod)| &pod.metadata);
+        let pods = pods.filter(|pod| pod.namespace == policy.metadata.namespace);
+        let labelled = pods.map(|pod| (pod.name.as_str(), &pod.labels));
+        let has = |labels: &&BTreeMap<String, String>, asked: &BTreeMap<String, String>| {
+            asked.iter().all(|(key, value)| labels.get(key) == Some(value))
+        };
+        for (field, problem, effect) in scopes.overlaps(policy, labelled, has) {
+            findings.push(Finding {
+                place: place.clone(),
+                object: policy.object(),
+                field: field.to_owned(),
+                problem,
+                effect,
+            });
+        }
+    }
 }
 
 /// Compiles the AuthorizationPolicies into `mesh`; returns those that close what they select.

@@ -395,6 +395,55 @@ fn two_that_select_the_same_are_in_conflict() {
 }
 
 #[test]
+fn where_two_overlap_the_older_wins_and_the_younger_is_told() {
+    let labelled = |name: &str, labels: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{{labels}}}}}\nspec: \
+             {{containers: [{{name: c, command: [x]}}]}}\n"
+        )
+    };
+    let selecting = |name: &str, time: &str, labels: &str, mode: &str| {
+        format!(
+            "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: shop, \
+             creationTimestamp: \"2026-0{time}-01T00:00:00Z\"}}\nspec: {{selector: {{matchLabels: {{{labels}}}}}, mtls: \
+             {{mode: {mode}}}}}\n"
+        )
+    };
+    let policies = [
+        selecting("old", "1", "app: web", "PERMISSIVE"),
+        selecting("young", "2", "tier: front", "STRICT"),
+        selecting("all", "3", "app: web, tier: front", "STRICT"),
+    ]
+    .concat();
+    let both = labelled("web", "app: web, tier: front");
+    let text = [AMBIENT, &both, &labelled("cart", "tier: front"), &policies].concat();
+    let (_, found) = mesh(&text);
+    assert!(
+        workload(&found, "web").authorization_policies.is_empty(),
+        "the older one says PERMISSIVE"
+    );
+    assert_eq!(workload(&found, "cart").authorization_policies.len(), 1);
+    let told = |text: &str, policy: &str| {
+        let of = format!("PeerAuthentication shop/{policy}: ");
+        let all = findings(text).into_iter();
+        let told: Vec<_> = all
+            .filter_map(|line| Some((line.split(':').next()?.to_owned(), line.split_once(&of)?.1.to_owned())))
+            .collect();
+        told
+    };
+    let shared = "spec.selector: PeerAuthentication shop/old is older and wins for what both select: web";
+    assert_eq!(told(&text, "young"), [("divided".to_owned(), shared.to_owned())]);
+    assert!(told(&text, "old").is_empty());
+    // What an older one selects whatever the pods are is told without any pod.
+    let always = "spec.selector: PeerAuthentication shop/old is older and wins";
+    assert_eq!(told(&policies, "all"), [("refused".to_owned(), always.to_owned())]);
+    assert!(told(&policies, "young").is_empty());
+    // With nothing left for it, it has no effect.
+    let text = [AMBIENT, &both, &policies].concat();
+    assert_eq!(told(&text, "young"), [("refused".to_owned(), shared.to_owned())]);
+}
+
+#[test]
 fn trust_domains_and_mapped_addresses() {
     let of = |spec: &str| {
         mesh(&policy("AuthorizationPolicy", "shop", "p", spec)).1.policies[0]

@@ -269,7 +269,7 @@ fn report(progress: &Progress, findings: &[Finding]) {
         progress.say(&match finding.effect {
             _ if !colour => text,
             Effect::Note | Effect::Elsewhere => text.dimmed().to_string(),
-            Effect::Narrowed => text.yellow().to_string(),
+            Effect::Narrowed | Effect::Divided => text.yellow().to_string(),
             _ => text.red().to_string(),
         });
     }

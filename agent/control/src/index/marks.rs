@@ -73,6 +73,23 @@ impl Tables {
         self.dirty.extend(marked);
     }
 
+    /// The PeerAuthentications that select a workload which came, went or changed its labels: who of them has it is told.
+    /// One alone has whatever it selects.
+    pub(super) fn mark_overlapping(&mut self, namespace: &Arc<str>, labels: &Labels) {
+        let selecting = || {
+            let all = within(&self.authentications, namespace);
+            all.filter_map(|(name, record)| Some((name, record.selector.as_ref()?)))
+        };
+        if selecting().nth(1).is_none() {
+            return;
+        }
+        let selecting = selecting().filter(|(_, selector)| labels.matches(selector));
+        let parts: Vec<_> = selecting
+            .map(|(name, _)| Part::new(PartKind::PeerAuthentication, name))
+            .collect();
+        self.dirty.extend(parts);
+    }
+
     /// Every namespace that anything is in.
     fn all_namespaces(&self) -> BTreeSet<Arc<str>> {
         let pods = self.pods.keys().map(|name| &name.namespace);

@@ -24,6 +24,15 @@ impl Labels {
         selector.0.iter().all(has)
     }
 
+    /// Whether all of a selector's labels are here.
+    pub fn have_all(&self, selector: &std::collections::BTreeMap<String, String>) -> bool {
+        let has = |(key, value): (&String, &String)| {
+            let found = self.0.binary_search_by(|(other, _)| (**other).cmp(key));
+            found.is_ok_and(|at| *self.0[at].1 == **value)
+        };
+        selector.iter().all(has)
+    }
+
     /// Whether there are none: as a selector of services, this selects nothing.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

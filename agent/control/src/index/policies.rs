@@ -9,6 +9,7 @@ use k8s::{Effect, Finding, PeerAuthentication, PeerAuthentications, Place, closi
 use model::{NamespacedName, Policy};
 
 use super::{
+    finding,
     names::Labels,
     parts::{Part, within},
     tables::{Authentication, Tables},
@@ -86,9 +87,28 @@ impl Tables {
         };
         let mut found = Vec::new();
         let scoped = PeerAuthentications::new(self.readable(&part.of.namespace), &self.root_namespace, &mut found);
-        let object = part.source().object();
+        let source = part.source();
+        let object = source.object();
         findings.extend(found.into_iter().filter(|finding| finding.object == object));
+        let overlaps = scoped.overlaps(written, self.labelled(&part.of.namespace), |labels, asked| {
+            labels.have_all(asked)
+        });
+        let overlaps = overlaps.into_iter();
+        findings.extend(overlaps.map(|(field, problem, effect)| finding(&source, (field.to_owned(), problem, effect))));
         scoped.converted(written)
+    }
+
+    /// The workloads of a namespace that a selector can mean, and the names of what runs there: a rollout changes none.
+    fn labelled<'a>(&'a self, namespace: &'a Arc<str>) -> impl Iterator<Item = (&'a str, &'a Labels)> {
+        let pods = within(&self.pods, namespace).map(|(_, pod)| (&*pod.workload_name, &*pod.labels));
+        let entries = within(&self.entries, namespace);
+        let entries = entries.map(|(name, entry)| (&*name.name, &*entry.endpoint.labels));
+        let service_entries = within(&self.service_entries, namespace);
+        let endpoints = service_entries.flat_map(|(name, entry)| {
+            let endpoints = entry.endpoints.iter();
+            endpoints.map(|endpoint| (&*name.name, &*endpoint.labels))
+        });
+        pods.chain(entries).chain(endpoints)
     }
 
     fn unreadable(&self, name: &NamespacedName, record: &Authentication) -> Policy {

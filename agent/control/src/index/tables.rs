@@ -152,8 +152,13 @@ impl Tables {
         };
         let new = self.pods.get(name).cloned();
         let part = Part::new(PartKind::Pod, name);
+        let selected_as = |pod: &Option<Pod>| pod.as_ref().map(|pod| (pod.labels.clone(), pod.workload_name.clone()));
+        let is_selected_anew = selected_as(&old) != selected_as(&new);
         for (record, put) in [(old, false), (new, true)] {
             let Some(pod) = record else { continue };
+            if is_selected_anew {
+                self.mark_overlapping(&name.namespace, &pod.labels);
+            }
             let on = (pod.node.clone(), name.clone());
             if put {
                 self.pods_on.insert(on);
@@ -262,6 +267,7 @@ impl Tables {
         let part = Part::new(PartKind::Entry, name);
         for (record, put) in [(old, false), (new, true)] {
             let Some(entry) = record else { continue };
+            self.mark_overlapping(&name.namespace, &entry.endpoint.labels);
             self.link_labels(&entry.endpoint.labels, part.source(), put);
             self.claim_place(&entry.endpoint.place, entry.endpoint.network.as_ref(), &part, put);
         }
@@ -300,6 +306,7 @@ impl Tables {
             }
             for (index, endpoint) in entry.endpoints.iter().enumerate() {
                 let part = Part::at(PartKind::Endpoint, name, index);
+                self.mark_overlapping(&name.namespace, &endpoint.labels);
                 self.claim_place(&endpoint.place, endpoint.network.as_ref(), &part, put);
             }
             self.mark_service_entry(name, &entry);

@@ -89,7 +89,7 @@ fn told(status: &'static str, reason: &'static str, message: String) -> Conditio
 pub fn reason(problem: &Problem) -> &'static str {
     match problem {
         Problem::Unsupported(_) | Problem::NotActedUpon => "UnsupportedValue",
-        Problem::Conflict(_) | Problem::Duplicate(_) => "Conflict",
+        Problem::Conflict(_) | Problem::Overlap { .. } | Problem::Duplicate(_) => "Conflict",
         Problem::Missing(_) => "NotFound",
         _ => "Invalid",
     }
@@ -101,7 +101,7 @@ pub fn describe(findings: &[Finding]) -> String {
     sorted.sort_by_key(|finding| std::cmp::Reverse(finding.effect));
     let texts = sorted.iter().map(|finding| {
         let consequence = match finding.effect {
-            Effect::Note | Effect::Elsewhere => "",
+            Effect::Note | Effect::Elsewhere | Effect::Divided => "",
             Effect::Narrowed => " (what is left of it is stricter)",
             Effect::Refused => " (it has no effect)",
             Effect::Closed => " (what it selects is closed until this is mended)",

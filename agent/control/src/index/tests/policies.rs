@@ -4,7 +4,7 @@ use k8s::live::Kind;
 use proto::security::{Action, Scope};
 use serde_json::{Value, json};
 
-use super::{Mesh, object, pod};
+use super::{Mesh, merged, object, pod};
 
 fn authorization(name: &str, spec: Value) -> Value {
     object("AuthorizationPolicy", "shop", name, json!({"spec": spec}))
@@ -118,5 +118,40 @@ fn peer_authentications() {
     mesh.put(authentication("shop", "open", strict));
     let policy = mesh.policy("shop/converted_peer_authentication_web").unwrap();
     assert_eq!(policy.rules[0].clauses.len(), 1);
+    mesh.check();
+}
+
+#[test]
+fn of_two_peer_authentications_that_overlap_the_older_has_the_workload() {
+    let made = |name: &str, time: &str, labels: Value, mode: &str| {
+        let spec = json!({"selector": {"matchLabels": labels}, "mtls": {"mode": mode}});
+        merged(
+            authentication("shop", name, spec),
+            json!({"metadata": {"creationTimestamp": time}}),
+        )
+    };
+    let labelled = |name: &str, ip: &str, labels: Value| pod("shop", name, ip, json!({"metadata": {"labels": labels}}));
+    let front = json!({"tier": "front"});
+    let mut mesh = Mesh::with([
+        labelled("web", "10.0.0.1", json!({"tier": "front"})),
+        labelled("cart", "10.0.0.2", front),
+        made("old", "2026-01-01T00:00:00Z", json!({"app": "web"}), "PERMISSIVE"),
+        made("young", "2026-02-01T00:00:00Z", json!({"tier": "front"}), "STRICT"),
+    ]);
+    let told = |mesh: &Mesh| mesh.found(Kind::PeerAuthentication, "shop", "young");
+    let shared = "PeerAuthentication shop/young: spec.selector: PeerAuthentication shop/old is older and wins for what \
+                  both select: web";
+    assert!(mesh.pod("shop", "web").authorization_policies.is_empty());
+    assert_eq!(mesh.pod("shop", "cart").authorization_policies.len(), 1);
+    assert_eq!(told(&mesh), [format!("divided: {shared}")]);
+    assert!(mesh.found(Kind::PeerAuthentication, "shop", "old").is_empty());
+    // Without anything of its own it has no effect; a workload's readiness says nothing of that.
+    mesh.delete(Kind::Pod, "shop", "cart");
+    assert_eq!(told(&mesh), [format!("refused: {shared}")]);
+    let unready = json!({"metadata": {"labels": {"tier": "front"}}, "status": {"conditions": []}});
+    assert_eq!(mesh.put(pod("shop", "web", "10.0.0.1", unready)).recomputed, 1);
+    // Another label, and they share nothing.
+    mesh.put(labelled("web", "10.0.0.1", json!({"app": "other", "tier": "front"})));
+    assert!(told(&mesh).is_empty());
     mesh.check();
 }
