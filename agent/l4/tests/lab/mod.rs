@@ -52,6 +52,8 @@ pub struct LoopbackNetwork {
     ip: IpAddr,
     dialled: Mutex<HashMap<SocketAddr, SocketAddr>>,
     steered: Mutex<Option<SocketAddr>>,
+    /// Where the pod's datagrams to its name server were going.
+    pub name_server: Mutex<Option<SocketAddr>>,
 }
 
 impl PodSockets for LoopbackNetwork {
@@ -71,6 +73,17 @@ impl PodSockets for LoopbackNetwork {
 
     fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
         socket_from(source, target)
+    }
+
+    fn name_server(&self, _slot: usize, _client: SocketAddr) -> Option<SocketAddr> {
+        *self.name_server.lock().unwrap()
+    }
+
+    fn datagram_socket(&self, target: SocketAddr) -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(target), Type::DGRAM, Some(Protocol::UDP))?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&SocketAddr::new(self.ip, 0).into())?;
+        Ok(socket)
     }
 }
 
@@ -222,6 +235,7 @@ impl Lab {
             ip,
             dialled: Mutex::default(),
             steered: Mutex::default(),
+            name_server: Mutex::default(),
         });
         let pod = LabPod {
             uid: uid.clone(),
