@@ -4,6 +4,9 @@
 //! Names are those that the pod learned by DNS from servers that are trusted ([`crate::names`]); a live connection keeps
 //! those that it had when it began, for an application does not ask again while it is connected.
 //!
+//! What the pod's name server passes on is not judged, over TCP as over UDP: it is DNS and no more, and who was answered
+//! with a part over UDP asks again over TCP (`what_the_name_server_passes_on_is_not_judged`).
+//!
 //! Before it is known what the mesh says (the Kubernetes API was never heard from), a connection that the registry has
 //! nothing for waits for a while and is refused then (`before_it_is_known_a_connection_waits_and_is_refused`). A
 //! connection inside the mesh asks and waits for nothing.
@@ -15,6 +18,7 @@ use model::{NamespacedName, OriginalDst, Workload};
 
 use crate::{
     connection::{Connection, Live},
+    dns,
     failure::Failure,
     names::Source,
     shard::{PodState, Shard},
@@ -36,6 +40,9 @@ pub(crate) async fn check(
     OriginalDst(dialled): OriginalDst,
     route: Route,
 ) -> Result<Route, Failure> {
+    if is_name_servers(&connection.pod, dialled) {
+        return Ok(route);
+    }
     let service = match &route {
         Route::Plaintext { service, .. } | Route::Named { service, .. } => service.as_ref(),
         Route::Passthrough { .. } => None,
@@ -63,6 +70,11 @@ pub(crate) async fn check(
         Exit::NotKnown => Err(Failure::NoRoute(RefuseReason::OutboundNotKnown(dialled))),
         Exit::Closed(reason) => Err(Failure::NoRoute(reason)),
     }
+}
+
+/// Whether our name server has the connection: it carries DNS and no more.
+fn is_name_servers(pod: &PodState, dialled: SocketAddr) -> bool {
+    dialled.port() == dns::PORT && pod.dns.on.get()
 }
 
 /// A way within the mesh: no names are looked up for it, and nothing is kept to judge it again.
