@@ -6,13 +6,13 @@
 //! | --- | --- |
 //! | a pod | yes |
 //! | another workload (a WorkloadEntry, an endpoint of a ServiceEntry or of a Service without pods) | on the ports of its services that are exported |
-//! | a service (its own ports only, as ever) | if it is exported to the pod's namespace |
+//! | a service (its own ports only, as ever), through a waypoint too | if it is exported to the pod's namespace |
 //! | an address or block of a ServiceEntry with resolution NONE | if that is exported, on the entry's ports |
 //! | any other address that the pod learned by a name | if a service or ServiceEntry of that name, or of a wildcard that covers it, is exported, on its ports |
 //! | all else, the node's own and link-local addresses too | no |
 //!
-//! As for Istio's sidecars the Kubernetes API is reached by its Service; the cloud's metadata address and node-local DNS
-//! over TCP need a ServiceEntry. Differences: a pod may dial a workload of the mesh by its own address, as everywhere in
+//! As for Istio's sidecars the Kubernetes API is reached by its Service; the cloud's metadata address needs a
+//! ServiceEntry, as do name servers over TCP where the agent is not the pod's (`l4::dns`). Differences: a pod may dial a workload of the mesh by its own address, as everywhere in
 //! ambient mode, and `exportTo` counts although the workload API tells only "everybody" from "its own namespace".
 //!
 //! v4-mapped addresses are the IPv4 addresses that they are; another port or family of a host is another destination
@@ -56,7 +56,9 @@ impl Snapshot {
         let (workload, service) = match route {
             Route::Tunnel { workload, service, .. }
             | Route::Plaintext { workload, service, .. }
-            | Route::Named { workload, service, .. } => (workload, service),
+            | Route::Named { workload, service, .. } => (Some(workload), service),
+            // A waypoint is but the way: what is behind it counts.
+            Route::Waypoint { service, target, .. } => (self.workload_by_ip(target.ip()), service),
             Route::Passthrough { .. } => return self.exit_to(source, dialled, names),
             _ => return Exit::Open(None),
         };
@@ -65,7 +67,7 @@ impl Snapshot {
         }
         let may = match service {
             Some(service) => is_exported(service, source),
-            None => self.is_there_for(source, workload, dialled.port()),
+            None => workload.is_some_and(|workload| self.is_there_for(source, workload, dialled.port())),
         };
         match may {
             true => Exit::Open(None),

@@ -92,6 +92,43 @@ fn what_is_exported_to_its_own_namespace_opens_nothing_for_others() {
 }
 
 #[test]
+fn a_waypoint_opens_nothing_that_is_not_exported() {
+    const BEHIND: &str = r#"
+settings: {outboundTrafficPolicy: {mode: REGISTRY_ONLY}}
+workloads:
+- {uid: c//v1/Pod/shop/waypoint, name: waypoint, namespace: shop, workloadIps: ["10.0.0.9"], protocol: HBONE}
+- {uid: c//v1/Pod/shop/pod, name: pod, namespace: shop, workloadIps: ["10.0.0.1"], protocol: HBONE,
+   waypoint: {destination: /10.0.0.9, hboneMtlsPort: 15008}}
+- {uid: c/networking.istio.io/ServiceEntry/shop/own/198.51.100.20, name: own, namespace: shop, workloadIps: [198.51.100.20],
+   services: {"shop/own": {80: 8080}}, waypoint: {destination: /10.0.0.9, hboneMtlsPort: 15008}}
+services:
+- {name: all, namespace: shop, hostname: all, vips: [240.240.0.1], ports: {80: 80}, waypoint: {destination: /10.0.0.9, hboneMtlsPort: 15008}}
+- {name: own, namespace: shop, hostname: own, ports: {80: 8080}, visibility: Namespace}
+- {name: kept, namespace: shop, hostname: kept.shop.svc.cluster.local, vips: [10.96.0.3], ports: {80: 80},
+   waypoint: {destination: /10.0.0.9, hboneMtlsPort: 15008}, visibility: Namespace}
+"#;
+    let (mut writer, knowledge) = mesh::new();
+    let (contents, rejected) = static_file::parse(BEHIND).unwrap();
+    assert!(
+        rejected.is_empty() && writer.replace(contents, &[]).is_empty(),
+        "{rejected:?}"
+    );
+    let may = |namespace: &str, dialled: &str| {
+        let (snapshot, source, dialled) = (knowledge.snapshot(), pod(namespace), dialled.parse().unwrap());
+        let route = snapshot.resolve(&source, OriginalDst(dialled), 0, &[]);
+        assert!(matches!(route, mesh::Route::Waypoint { .. }), "{dialled}: {route:?}");
+        matches!(snapshot.exit(&source, dialled, &route, &[]), Exit::Open(_))
+    };
+    for dialled in ["240.240.0.1:80", "10.0.0.1:9999"] {
+        assert!(may("shop", dialled) && may("other", dialled), "{dialled}");
+    }
+    // A Service that is not exported, by its address; and an endpoint of such an entry, by its own.
+    for dialled in ["10.96.0.3:80", "198.51.100.20:8080"] {
+        assert!(may("shop", dialled) && !may("other", dialled), "{dialled}");
+    }
+}
+
+#[test]
 fn an_address_that_was_learned_by_a_registered_name_is_reached_on_its_ports() {
     let ip = |port: u16| format!("192.0.2.7:{port}");
     assert!(may("other", &ip(443), &["api.example.com"]));
