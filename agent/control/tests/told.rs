@@ -163,6 +163,60 @@ async fn a_policy_that_an_agent_refuses_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn service_entries_carry_a_condition_beside_the_addresses_that_they_are_allotted() {
+    let cluster = Cluster::new().await;
+    let replica = cluster.control().await;
+    replica.ready().await;
+    let kind = GroupVersionKind::gvk("networking.istio.io", "v1", "ServiceEntry");
+    let entries = Api::<DynamicObject>::namespaced_with(
+        cluster.client.clone(),
+        "shop",
+        &ApiResource::from_gvk_with_plural(&kind, "serviceentries"),
+    );
+    let entry = |hosts: Value| {
+        cluster::object(json!({
+            "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry", "metadata": {"name": "api"},
+            "spec": {"hosts": hosts, "resolution": "DNS", "ports": [{"number": 443, "name": "tls", "protocol": "TLS"}]},
+        }))
+    };
+    // Its status once our condition is about this generation and it has an address.
+    let status = async |generation: i64| {
+        eventually("the entry has a condition and an address", || async {
+            let status = entries.get("api").await.ok()?.data["status"].clone();
+            let condition = status["conditions"].as_array()?.iter().find(|condition| {
+                condition["type"] == "ZtunnelAccepted" && condition["observedGeneration"] == generation
+            })?;
+            status["addresses"][0]["value"].as_str()?;
+            Some(condition.clone())
+        })
+        .await
+    };
+    entries
+        .create(&PostParams::default(), &entry(json!(["api.example.com"])))
+        .await
+        .unwrap();
+    let told = status(1).await;
+    assert_eq!(
+        (&told["status"], &told["reason"]),
+        (&json!("True"), &json!("Accepted")),
+        "{told}"
+    );
+    let partly = json!({"spec": {"hosts": ["api.example.com", "*.example.com"]}});
+    entries
+        .patch("api", &PatchParams::default(), &Patch::Merge(&partly))
+        .await
+        .unwrap();
+    let generation = entries.get("api").await.unwrap().metadata.generation.unwrap();
+    let told = status(generation).await;
+    assert_eq!(told["status"], "False", "{told}");
+    let message = told["message"].as_str().unwrap();
+    assert!(
+        message.contains("spec.hosts[1]") && message.contains("the rest of it holds"),
+        "{message}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn objects_without_conditions_get_an_event() {
     let cluster = Cluster::new().await;
     let replica = cluster.control().await;

@@ -10,7 +10,7 @@ use k8s::{Effect, Finding, ObjectRef, live::Kind};
 use serde_json::Value;
 use tokio::sync::Notify;
 
-/// A policy as the watch brought it.
+/// An object that has a condition, as the watch brought it.
 #[derive(Clone, Debug)]
 pub struct Seen {
     /// Which.
@@ -35,7 +35,7 @@ pub struct SeenState {
 impl Seen {
     /// Of an object of the API; nothing for kinds that have no condition here.
     pub fn of(kind: Kind, namespace: &str, name: &str, object: Option<&Value>) -> Option<Self> {
-        if !kind.is_policy() {
+        if !kind.has_condition() {
             return None;
         }
         let state = object.map(|object| {
@@ -63,7 +63,7 @@ impl Seen {
 /// An object that something may be told of.
 #[derive(Clone, Debug)]
 pub struct Record {
-    /// For policies.
+    /// Of an object that has a condition.
     pub seen: Option<SeenState>,
     /// What is to be told.
     pub findings: Vec<Finding>,
@@ -91,7 +91,7 @@ impl Board {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A step of the index: policies that it took in, findings that changed, and the state of the mesh that has them.
+    /// A step of the index: objects with a condition that it took in, findings that changed, and the state of the mesh that has them.
     pub fn note(&self, seen: Vec<Seen>, findings: Vec<(ObjectRef, Vec<Finding>)>, generation: u64) {
         if seen.is_empty() && findings.is_empty() {
             return;

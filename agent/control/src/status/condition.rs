@@ -1,11 +1,11 @@
 //! What an object's author is told: findings and agents' answers to a condition, or to an Event. Pure.
 //!
-//! The condition is Istio's `ZtunnelAccepted`: True once the policy is in force at every agent that is connected, False
-//! when it is not enforced as written, with the field and what to do.
+//! The condition is Istio's `ZtunnelAccepted`: True once the object is in force at every agent that is connected, False
+//! when it does not hold as written, with the field and what to do.
 
 use std::time::Duration;
 
-use k8s::{Effect, Finding, Problem};
+use k8s::{Effect, Finding, ObjectRef, Problem, live::Kind};
 use serde_json::{Map, Value, json};
 
 /// The condition's type.
@@ -42,7 +42,7 @@ pub struct Condition {
     pub message: String,
 }
 
-/// The condition of a policy.
+/// The condition of an object.
 pub fn condition(findings: &[Finding], progress: &Progress) -> Condition {
     let worst = findings
         .iter()
@@ -102,9 +102,11 @@ pub fn describe(findings: &[Finding]) -> String {
     let texts = sorted.iter().map(|finding| {
         let consequence = match finding.effect {
             Effect::Note | Effect::Elsewhere | Effect::Divided => "",
-            Effect::Narrowed => " (what is left of it is stricter)",
+            Effect::Narrowed if is_policy(&finding.object) => " (what is left of it is stricter)",
+            Effect::Narrowed => " (the rest of it holds)",
             Effect::Refused => " (it has no effect)",
-            Effect::Closed => " (what it selects is closed until this is mended)",
+            Effect::Closed if is_policy(&finding.object) => " (what it selects is closed until this is mended)",
+            Effect::Closed => " (closed until this is mended)",
         };
         match finding.field.is_empty() {
             true => format!("{}{consequence}", finding.problem),
@@ -114,6 +116,11 @@ pub fn describe(findings: &[Finding]) -> String {
     shortened(texts.collect::<Vec<_>>().join("; "))
 }
 
+pub fn is_policy(object: &ObjectRef) -> bool {
+    let mut kinds = Kind::ALL.into_iter();
+    kinds.any(|kind| kind.is_policy() && kind.name() == object.kind)
+}
+
 fn shortened(mut text: String) -> String {
     if text.len() > LONGEST {
         let end = (0..=LONGEST).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
@@ -121,6 +128,12 @@ fn shortened(mut text: String) -> String {
         text.push('…');
     }
     text
+}
+
+/// Whether ours is among an object's conditions.
+pub fn stands(conditions: Option<&Value>) -> bool {
+    let mut conditions = conditions.and_then(Value::as_array).into_iter().flatten();
+    conditions.any(|condition| condition["type"] == TYPE)
 }
 
 /// An object's conditions with ours put in place; nothing if it stands there already. Those of others stay as they are.
@@ -163,7 +176,7 @@ pub fn merged(before: Option<&Value>, condition: &Condition, generation: i64, no
 
 #[cfg(test)]
 mod tests {
-    use k8s::{ObjectRef, Place};
+    use k8s::Place;
 
     use super::*;
 

@@ -1,12 +1,14 @@
-//! What becomes of objects, told where their authors look: a condition on policies, an Event on everything else.
+//! What becomes of objects, told where their authors look: a condition on policies and ServiceEntries, an Event on
+//! everything else, and where the API keeps no status of the kind (`where_there_is_no_status_an_event_tells`).
 //!
 //! ```text
-//! index ─ findings, policies seen ─► Board ─┐
+//! index ─ findings, objects seen ─► Board ──┐
 //! agents ─ acknowledged, refused ───────────┴─► (the replica that leads) ─► status.conditions, Events
 //! ```
 //! A condition is written when it differs from the one that stands there, with the version that was read, and with the
 //! conditions of others as they were: Istio's CRDs have no list keys, so a server-side apply of ours would take the whole
-//! list. Writes are a few at a time and spaced; an object that changes often is told of once, as it is then. With the API
+//! list. Writes are a few at a time and spaced; an object that changes often is told of once, as it is then, and one that can't be told
+//! yet holds up no other (`what_can_not_be_told_yet_holds_up_nothing`). With the API
 //! away, what is open stays open. Drain ends the task at once: conditions are for people, and the next leader looks at all.
 
 mod board;
@@ -51,6 +53,16 @@ enum Told {
     Done,
     /// Agents have yet to answer, or the object changed meanwhile, or the API is away.
     Later,
+}
+
+/// What became of a condition.
+enum Written {
+    /// It stands there, or the object is another by now.
+    Stands,
+    /// The object changed meanwhile.
+    Changed,
+    /// The API has no place for it.
+    NoStatus,
 }
 
 /// Tells.
@@ -123,7 +135,9 @@ impl Reporter {
                 false
             }
         });
-        told.buffer_unordered(AT_ONCE).any(|later| async move { later }).await
+        told.buffer_unordered(AT_ONCE)
+            .fold(false, |any, later| async move { any | later })
+            .await
     }
 
     async fn condition(
@@ -141,17 +155,22 @@ impl Reporter {
         }
         let condition = condition::condition(&record.findings, &progress);
         let stands = condition::merged(seen.conditions.as_ref(), &condition, seen.generation, "").is_none();
-        if !stands && !self.write(object, seen, &condition).await? {
-            return Ok(Told::Later);
+        let written = match stands {
+            true => Written::Stands,
+            false => self.write(object, seen, &condition).await?,
+        };
+        match written {
+            Written::Stands if !waiting => Ok(Told::Done),
+            Written::Stands | Written::Changed => Ok(Told::Later),
+            Written::NoStatus => event::write(&self.client, &self.replica, object, &record.findings).await,
         }
-        Ok(if waiting { Told::Later } else { Told::Done })
     }
 
     fn progress(&self, object: &ObjectRef, record: &Record, in_force: u64, refusals: &[xds::Refusal]) -> Progress {
         let name = format!("{}/{}", object.namespace, object.name);
-        let refusal = refusals
-            .iter()
-            .find(|refusal| refusal.resources.iter().any(|resource| **resource == *name));
+        // They are of policies, and what a ServiceEntry is called a policy may be, too.
+        let mut refusals = refusals.iter().filter(|_| condition::is_policy(object));
+        let refusal = refusals.find(|refusal| refusal.resources.iter().any(|resource| **resource == *name));
         if let Some(refusal) = refusal {
             return Progress::Rejected {
                 node: refusal.node.clone(),
@@ -165,20 +184,20 @@ impl Reporter {
         }
     }
 
-    /// Whether the object stands as it was seen, and so says this now.
-    async fn write(&self, object: &ObjectRef, seen: &SeenState, condition: &Condition) -> Result<bool, kube::Error> {
+    /// Puts the condition there, if the object stands as it was seen.
+    async fn write(&self, object: &ObjectRef, seen: &SeenState, condition: &Condition) -> Result<Written, kube::Error> {
         let (group, version) = seen.version.split_once('/').unwrap_or(("", &seen.version));
         let Some(kind) = Kind::find(group, &object.kind) else {
-            return Ok(true);
+            return Ok(Written::Stands);
         };
         let api = Api::<Raw>::namespaced_with(self.client.clone(), &object.namespace, &resource(kind, version));
         let Some(found) = api.get_opt(&object.name).await? else {
-            return Ok(true);
+            return Ok(Written::Stands);
         };
         let text = |pointer: &str| found.value.pointer(pointer).cloned().unwrap_or_default();
         if text("/metadata/uid") != seen.uid || text("/metadata/generation") != seen.generation {
             // The watch brings the newer one.
-            return Ok(true);
+            return Ok(Written::Stands);
         }
         let now = OffsetDateTime::now_utc()
             .replace_nanosecond(0)
@@ -186,7 +205,7 @@ impl Reporter {
         let now = now.format(&Rfc3339).unwrap_or_default();
         let before = found.value.pointer("/status/conditions");
         let Some(conditions) = condition::merged(before, condition, seen.generation, &now) else {
-            return Ok(true);
+            return Ok(Written::Stands);
         };
         let patch = json!({
             "metadata": {"resourceVersion": text("/metadata/resourceVersion")},
@@ -199,10 +218,122 @@ impl Reporter {
         let written = api.patch_status(&object.name, &params, &Patch::Merge(&patch)).await;
         tokio::time::sleep(SPACE).await;
         match written {
-            Ok(_) => Ok(true),
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
-            Err(kube::Error::Api(status)) if status.code == 404 => Ok(true),
+            // A field that the CRD does not have is dropped without a word.
+            Ok(after) => match condition::stands(after.value.pointer("/status/conditions")) {
+                true => Ok(Written::Stands),
+                false => Ok(Written::NoStatus),
+            },
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(Written::Changed),
+            // The object was there a moment ago: its kind has no status of its own, or it is gone, as the watch tells.
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(Written::NoStatus),
             Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use http::{Request, Response};
+    use k8s::{Effect, Finding, Place, Problem};
+    use kube::client::Body;
+    use serde_json::Value;
+
+    use super::*;
+
+    /// An API: answers by method and path, and remembers what it was asked to write.
+    fn reporter(
+        answer: impl Fn(&str, &str) -> (u16, Value) + Send + Sync + 'static,
+    ) -> (Reporter, Arc<Mutex<Vec<String>>>) {
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (seen, answer) = (asked.clone(), Arc::new(answer));
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
+            let (code, text) = answer(&method, &path);
+            if method != "GET" {
+                seen.lock().unwrap().push(format!("{method} {path}"));
+            }
+            let response = Response::builder()
+                .status(code)
+                .body(Body::from(text.to_string().into_bytes()));
+            async move { Ok::<_, std::convert::Infallible>(response.unwrap()) }
+        });
+        let reporter = Reporter {
+            client: Client::new(service, "default"),
+            board: Arc::default(),
+            acknowledged: Arc::default(),
+            replica: "r".into(),
+        };
+        (reporter, asked)
+    }
+
+    fn failure(code: u16, reason: &str) -> (u16, Value) {
+        let status = json!({"kind": "Status", "status": "Failure", "code": code, "reason": reason, "message": ""});
+        (code, status)
+    }
+
+    fn object(kind: Kind, name: &str) -> Value {
+        json!({"apiVersion": format!("{}/v1", kind.group()), "kind": kind.name(),
+            "metadata": {"name": name, "namespace": "shop", "uid": name, "generation": 1, "resourceVersion": "5"},
+            "status": {"conditions": [{"type": "ZtunnelAccepted"}]}})
+    }
+
+    fn seen(kind: Kind, name: &str) -> Seen {
+        let mut object = object(kind, name);
+        object["status"] = Value::Null;
+        Seen::of(kind, "shop", name, Some(&object)).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_can_not_be_told_yet_holds_up_nothing() {
+        let kind = Kind::AuthorizationPolicy;
+        let (reporter, asked) = reporter(move |_, path| match path.contains("/bad") {
+            true => failure(500, "InternalError"),
+            false => (200, object(kind, "good")),
+        });
+        let policies = (0..20).map(|number| seen(kind, &format!("bad-{number}")));
+        let policies = policies.chain([seen(kind, "good")]).collect();
+        reporter.board.note(policies, Vec::new(), 0);
+        assert!(reporter.tell(0).await, "twenty are left");
+        let left: Vec<_> = reporter
+            .board
+            .open()
+            .into_iter()
+            .map(|(object, _)| object.name)
+            .collect();
+        assert!(left.len() == 20 && !left.contains(&"good".to_owned()), "{left:?}");
+        let path = "PATCH /apis/security.istio.io/v1/namespaces/shop/authorizationpolicies/good/status";
+        assert_eq!(*asked.lock().unwrap(), [path]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_there_is_no_status_an_event_tells() {
+        // A status that is no resource of its own; and one whose conditions the CRD does not have.
+        for without in [true, false] {
+            let kind = Kind::ServiceEntry;
+            let (reporter, asked) = reporter(move |method, path| match (method, path.ends_with("/status")) {
+                ("PATCH", true) if without => failure(404, "NotFound"),
+                ("POST", _) => (201, json!({"metadata": {"name": "e"}, "involvedObject": {}})),
+                _ => {
+                    let mut object = object(kind, "entry");
+                    object["status"] = json!({});
+                    (200, object)
+                }
+            });
+            let finding = Finding {
+                place: Place::default(),
+                object: kind.object("shop", "entry"),
+                field: "spec.hosts[0]".into(),
+                problem: Problem::Unsupported("a wildcard".into()),
+                effect: Effect::Narrowed,
+            };
+            let findings = vec![(kind.object("shop", "entry"), vec![finding])];
+            reporter.board.note(vec![seen(kind, "entry")], findings, 0);
+            assert!(!reporter.tell(0).await && reporter.board.open().is_empty());
+            let asked = asked.lock().unwrap();
+            let status = "PATCH /apis/networking.istio.io/v1/namespaces/shop/serviceentries/entry/status";
+            assert_eq!(*asked, [status, "POST /api/v1/namespaces/shop/events"]);
         }
     }
 }

@@ -129,6 +129,11 @@ impl Kind {
         !matches!(self, Self::Namespace | Self::Node | Self::GatewayClass)
     }
 
+    /// Whether what becomes of it is told by a condition in its status.
+    pub const fn has_condition(self) -> bool {
+        self.is_policy() || matches!(self, Self::ServiceEntry)
+    }
+
     /// Whether an object of it that can't be read must close something.
     pub const fn is_policy(self) -> bool {
         matches!(self, Self::PeerAuthentication | Self::AuthorizationPolicy)
