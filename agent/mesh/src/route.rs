@@ -207,7 +207,7 @@ impl Snapshot {
         if let Some(workload) = self.workload_by_ip(target.ip()) {
             return self.to_pod(source, workload, target, attempt).unwrap_or_else(refused);
         }
-        let seen = self.service_seen_by(source, target.ip());
+        let seen = self.service_seen_in(&source.namespace, target.ip());
         if let Some((length, name)) = self.closed.at(target.ip())
             && !matches!(seen, Seen::Service(known, _) if known >= length)
         {

@@ -22,6 +22,10 @@ use crate::{
     unreadable::Closed,
 };
 
+/// Namespace → its service.
+type KeptServices = BTreeMap<Arc<str>, Arc<Service>>;
+/// A range, of everybody's or of one namespace's.
+type ServiceClaim = (Range, Option<Arc<str>>);
 type PoliciesByName = BTreeMap<Arc<str>, Arc<Policy>>;
 
 /// One moment's knowledge. Immutable; every index agrees with the others. Cheap to clone: snapshots share what did not
@@ -37,6 +41,8 @@ pub struct Snapshot {
     pub(crate) services: Held<Service>,
     /// Of the services' addresses.
     prefixes: Prefixes,
+    /// Those that are kept to their namespaces, by what they claim there.
+    kept: Trie<Range, Arc<KeptServices>>,
     hosts: Hosts,
     pub(crate) closed: Closed,
     endpoints: Trie<NamespacedName, Arc<Endpoints>>,
@@ -70,7 +76,7 @@ impl Claimant for Workload {
 
 impl Claimant for Service {
     type Key = NamespacedName;
-    type Claim = Range;
+    type Claim = ServiceClaim;
 
     fn key(&self) -> NamespacedName {
         self.key()
@@ -80,9 +86,12 @@ impl Claimant for Service {
         self.canonical
     }
 
-    fn claims(&self, network: &str) -> BTreeSet<Range> {
+    /// Two namespaces that each keep a service to themselves may have the same address for it.
+    fn claims(&self, network: &str) -> BTreeSet<ServiceClaim> {
+        let scope = (!is_for_all(self)).then(|| self.namespace.clone());
         let own = self.vips.iter().filter(|vip| *vip.network == *network);
-        own.filter_map(range_of).collect()
+        let ranges = own.filter_map(range_of);
+        ranges.map(|range| (range, scope.clone())).collect()
     }
 }
 
@@ -116,16 +125,27 @@ impl Snapshot {
     }
 
     pub(crate) fn apply_service(&mut self, change: Change<Service>) {
-        let prefixes = &mut self.prefixes;
         match change {
             Change::Gained(service) => {
-                let ranges = service.claims(&self.network).into_iter();
-                ranges.for_each(|range| prefixes.add(range));
+                for (range, scope) in service.claims(&self.network) {
+                    self.prefixes.add(range);
+                    if let Some(namespace) = scope {
+                        Arc::make_mut(self.kept.entry(&range)).insert(namespace, service.clone());
+                    }
+                }
                 self.hosts.add(&service);
             }
             Change::Lost(service) => {
-                let ranges = service.claims(&self.network).into_iter();
-                ranges.for_each(|range| prefixes.remove(range));
+                for (range, scope) in service.claims(&self.network) {
+                    self.prefixes.remove(range);
+                    if let Some(namespace) = scope {
+                        let kept = Arc::make_mut(self.kept.entry(&range));
+                        kept.remove(&namespace);
+                        if kept.is_empty() {
+                            self.kept.remove(&range);
+                        }
+                    }
+                }
                 self.hosts.remove(&service);
             }
         }
@@ -248,43 +268,60 @@ impl Snapshot {
         self.hosts.wildcard(host, namespace)
     }
 
-    /// The service with this virtual address, or else with the longest range that it is in, in the node's network.
+    /// The service with this virtual address, or else with the longest range that it is in, in the node's network; where
+    /// only namespaces have one for themselves, that of the first of them. Who dials it may see another one.
     pub fn service_by_vip(&self, ip: IpAddr) -> Option<&Arc<Service>> {
-        self.service_and_length(canonical_ip(ip)).map(|(_, service)| service)
+        self.services_by_vip(ip).next()
     }
 
-    /// The service, and how long the range is that it has the address by.
-    pub(crate) fn service_and_length(&self, ip: IpAddr) -> Option<(u8, &Arc<Service>)> {
-        if let Some(service) = self.services.by_claim.get(&(ip, bits(ip))) {
-            return Some((bits(ip), service));
+    /// The same as a namespace sees it.
+    pub fn service_by_vip_in(&self, ip: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
+        match self.service_seen_in(namespace, canonical_ip(ip)) {
+            Seen::Service(_, service) => Some(service),
+            Seen::Hidden | Seen::Nothing => None,
         }
-        let mut ranges = self.prefixes.around(ip);
-        ranges.find_map(|range| Some((range.1, self.services.by_claim.get(&range)?)))
     }
 
-    /// The same, as this workload sees it. A service that only its own namespace sees is not there for others: what is in
-    /// the longest range after it is. But one that has its name and address by Kubernetes is there for all who dial it:
-    /// `exportTo` hides the name, what keeps them out is policy, and passing them around the mesh would be plaintext.
-    pub(crate) fn service_seen_by(&self, source: &Workload, ip: IpAddr) -> Seen<'_> {
-        let Some(found) = self.service_and_length(ip) else {
-            return Seen::Nothing;
-        };
-        if is_seen(found.1, source) {
-            return Seen::Service(found.0, found.1);
+    /// All that have the longest of the ranges that the address is in; what is everybody's first.
+    pub(crate) fn services_by_vip(&self, ip: IpAddr) -> impl Iterator<Item = &Arc<Service>> {
+        let mut around = self.ranges_around(canonical_ip(ip));
+        let found = around.find(|range| self.services_of(*range).next().is_some());
+        found.into_iter().flat_map(|range| self.services_of(range))
+    }
+
+    /// Who has exactly this range: for everybody, and for single namespaces.
+    fn services_of(&self, range: Range) -> impl Iterator<Item = &Arc<Service>> {
+        let kept = self.kept.get(&range).into_iter().flat_map(|kept| kept.values());
+        self.services.by_claim.get(&(range, None)).into_iter().chain(kept)
+    }
+
+    /// The ranges that the address might be in, itself first, then the longest first.
+    fn ranges_around(&self, ip: IpAddr) -> impl Iterator<Item = Range> + '_ {
+        std::iter::once((ip, bits(ip))).chain(self.prefixes.around(ip))
+    }
+
+    /// What stands at an address for who is in a namespace. A service that another namespace keeps to itself is not there;
+    /// its own one goes before everybody's of the same range. But one that has its name and address by Kubernetes is
+    /// there for all who dial it: `exportTo` hides the name, what keeps them out is policy, and passing them around the
+    /// mesh would be plaintext.
+    pub(crate) fn service_seen_in(&self, namespace: &str, ip: IpAddr) -> Seen<'_> {
+        let keeps_any = self.kept.len() > 0;
+        let mut is_hidden = false;
+        for range in self.ranges_around(ip) {
+            let kept = keeps_any.then(|| self.kept.get(&range)).flatten();
+            let own = kept.and_then(|kept| kept.get(namespace));
+            if let Some(service) = own.or_else(|| self.services.by_claim.get(&(range, None))) {
+                return Seen::Service(range.1, service);
+            }
+            is_hidden |= kept.is_some();
         }
-        let mut ranges = self.prefixes.around(ip);
-        let seen = ranges.find_map(|range| {
-            let service = self.services.by_claim.get(&range)?;
-            is_seen(service, source).then_some(Seen::Service(range.1, service))
-        });
-        seen.unwrap_or(Seen::Hidden)
+        if is_hidden { Seen::Hidden } else { Seen::Nothing }
     }
 
     /// Every service that has this address, or a range that it is in, in the node's network; the longest range first.
     pub(crate) fn services_around(&self, ip: IpAddr) -> impl Iterator<Item = &Arc<Service>> {
-        let ip = canonical_ip(ip);
-        let all = std::iter::once((ip, bits(ip))).chain(self.prefixes.around(ip));
-        all.filter_map(|range| self.services.by_claim.get(&range))
+        let ranges = self.ranges_around(canonical_ip(ip));
+        ranges.flat_map(|range| self.services_of(range))
     }
 
     /// The healthy endpoints of a service.
@@ -351,13 +388,14 @@ pub(crate) enum Seen<'a> {
     Nothing,
 }
 
-fn is_seen(service: &Service, source: &Workload) -> bool {
+/// Whether it is there for whoever dials its address.
+fn is_for_all(service: &Service) -> bool {
     let is_of_kubernetes = || {
         let rest = service.hostname.strip_prefix(&*service.name);
         let rest = rest.and_then(|rest| rest.strip_prefix('.')?.strip_prefix(&*service.namespace));
         rest.is_some_and(|rest| rest.starts_with(".svc."))
     };
-    service.visibility == model::Visibility::Public || service.namespace == source.namespace || is_of_kubernetes()
+    service.visibility == model::Visibility::Public || is_of_kubernetes()
 }
 
 /// How many of each kind there are.

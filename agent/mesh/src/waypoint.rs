@@ -311,8 +311,8 @@ impl Snapshot {
         if let Some(target) = self.workload_by_ip(asked.ip()) {
             return target.waypoint.iter().any(|waypoint| self.is_at(workload, waypoint));
         }
-        let service = self.service_by_vip(asked.ip());
-        service.is_some_and(|service| service.waypoints().any(|waypoint| self.is_at(workload, waypoint)))
+        let mut waypoints = self.services_by_vip(asked.ip()).flat_map(|service| service.waypoints());
+        waypoints.any(|waypoint| self.is_at(workload, waypoint))
     }
 
     /// Why a connection may not be taken, where the workload has a waypoint and it did not come through one.

@@ -309,7 +309,7 @@ impl State {
         let services = self
             .services
             .conflicts(&snapshot.services)
-            .map(|(service, (ip, length), holder)| {
+            .map(|(service, ((ip, length), _), holder)| {
                 let whole = length == if ip.is_ipv4() { 32 } else { 128 };
                 let range = if whole {
                     ip.to_string()

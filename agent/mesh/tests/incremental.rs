@@ -10,7 +10,7 @@ use std::{
 use mesh::{Contents, Delta, Snapshot};
 use model::{
     Action, HealthStatus, Match, NamespacedName, NetworkAddress, NetworkMode, Policy, Scope, Service, TunnelProtocol,
-    Workload, WorkloadUid,
+    Visibility, Workload, WorkloadUid,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -86,6 +86,11 @@ fn service() -> impl Strategy<Value = Service> {
                 .collect(),
             ports: [(80, port)].into(),
             canonical,
+            visibility: if port == 2 {
+                Visibility::Namespace
+            } else {
+                Visibility::Public
+            },
             ..Service::default()
         }
     })
@@ -214,8 +219,11 @@ fn seen(snapshot: &Snapshot) -> Seen {
             .services()
             .map(|service| (service.key(), service.clone()))
             .collect(),
-        by_vip: (0..=255)
-            .map(|last| snapshot.service_by_vip(ip(last)).cloned())
+        by_vip: (192..=223)
+            .flat_map(|last| {
+                let here = snapshot.service_by_vip_in(ip(last), "n0");
+                [here, snapshot.service_by_vip(ip(last))].map(|service| service.cloned())
+            })
             .collect(),
         endpoints: (0..6)
             .map(|number| {

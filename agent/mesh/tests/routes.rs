@@ -389,3 +389,62 @@ fn nearness_as_services_say_it() {
         "service n/h has no healthy endpoint"
     );
 }
+
+#[test]
+fn two_namespaces_may_each_keep_a_service_of_one_address_to_themselves() {
+    const KEPT: &str = r#"
+workloads:
+- {uid: a, name: a, namespace: x, workloadIps: [192.0.2.1], services: {"x/db": {80: 80}}}
+- {uid: b, name: b, namespace: y, workloadIps: [192.0.2.2], services: {"y/db": {80: 80}}}
+- {uid: c, name: c, namespace: z, workloadIps: [192.0.2.3], services: {"z/all": {80: 80}}}
+services:
+- {name: db, namespace: x, hostname: db, vips: [/10.9.0.1, /10.8.0.0/16], ports: {80: 80}, visibility: Namespace}
+- {name: db, namespace: y, hostname: db, vips: [/10.9.0.1, /10.8.0.1], ports: {80: 80}, visibility: Namespace}
+"#;
+    const FOR_ALL: &str = "- {name: all, namespace: z, hostname: all, vips: [/10.9.0.1], ports: {80: 80}}";
+    let (mut writer, knowledge) = mesh::new();
+    let replace = |writer: &mut mesh::Writer, file: &str| {
+        let (contents, rejected) = static_file::parse(file).unwrap();
+        assert!(
+            rejected.is_empty() && writer.replace(contents, &[]).is_empty(),
+            "{rejected:?}"
+        );
+    };
+    let reached = |namespace: &str, dialled: &str| {
+        let source = Workload {
+            namespace: namespace.into(),
+            ..Workload::default()
+        };
+        match knowledge
+            .snapshot()
+            .resolve(&source, OriginalDst(dialled.parse().unwrap()), 0, &[])
+        {
+            Route::Plaintext { workload, .. } => workload.uid.0.to_string(),
+            Route::Passthrough { .. } => "passed".to_owned(),
+            other => panic!("{other:?}"),
+        }
+    };
+    replace(&mut writer, KEPT);
+    assert_eq!(
+        ["x", "y", "z"].map(|from| reached(from, "10.9.0.1:80")),
+        ["a", "b", "passed"]
+    );
+    // Another namespace's longer range hides nothing.
+    assert_eq!(
+        ["x", "y", "z"].map(|from| reached(from, "10.8.0.1:80")),
+        ["a", "b", "passed"]
+    );
+    let with_all = [KEPT, FOR_ALL].concat();
+    replace(&mut writer, &with_all);
+    assert_eq!(
+        ["x", "y", "z"].map(|from| reached(from, "10.9.0.1:80")),
+        ["a", "b", "c"]
+    );
+    // When one goes, the others stay.
+    let without = with_all.replace("- {name: db, namespace: x", "- {name: db, namespace: w");
+    replace(&mut writer, &without);
+    assert_eq!(
+        ["x", "y", "z"].map(|from| reached(from, "10.9.0.1:80")),
+        ["c", "b", "c"]
+    );
+}

@@ -14,7 +14,8 @@
 //! - A change costs what depends on it, not what there is (`one_endpoint_is_one_workload`).
 //! - HBONE goes to nobody who is not said to take it (`nobody_is_hbone_without_redirection`).
 //! - An address, and within a namespace a host name, has one owner (`an_address_has_one_owner`): a pod before a Service
-//!   before what somebody writes into an entry, the older before the younger. Who loses is told.
+//!   before what somebody writes into an entry, the older before the younger. Who loses is told. Entries that namespaces keep to
+//!   themselves are each the owner there (`namespaces_may_keep_entries_of_one_address_to_themselves`).
 //! - Fail closed: a policy that can't be enforced denies what it selects; a waypoint that can't be used is refused by
 //!   agents, where istiod lets traffic around it (see `waypoints`).
 //!

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use model::{NamespacedName, Visibility};
+
 use super::{
     parts::{Address, Part, PartKind},
     records::{Age, Place},
@@ -66,13 +68,30 @@ impl Tables {
         (class, terminating, age.cloned(), part.clone())
     }
 
-    /// Who has an address.
-    pub(super) fn owner(&self, address: &Address) -> Option<&Part> {
+    /// Who has an address, of those that contend with this part for it; nobody else may have it and not know of it.
+    pub(super) fn owner(&self, address: &Address, part: &Part) -> Option<&Part> {
         let mut claimants = self.addresses.of(address).peekable();
         let first = claimants.next()?;
         if claimants.peek().is_none() {
             return Some(first);
         }
-        self.addresses.of(address).min_by_key(|part| self.rank(part))
+        let contending = self.addresses.of(address).filter(|other| self.contend(part, other));
+        contending.min_by_key(|part| self.rank(part))
+    }
+
+    /// Hosts that namespaces keep to themselves have their addresses there alone, and so do not contend with each other
+    /// nor with a host that is everybody's (`namespaces_may_keep_entries_of_one_address_to_themselves`).
+    fn contend(&self, part: &Part, other: &Part) -> bool {
+        let kept_to = |host: &Part| {
+            let NamespacedName { namespace, name } = &host.of;
+            let entry = self.service_entries.get(&host.of)?;
+            let hostname = &entry.hosts.get(usize::try_from(host.index).ok()?)?.hostname;
+            // One that is called as a Service is by Kubernetes is there for everybody, for agents.
+            let is_kept =
+                entry.visibility == Visibility::Namespace && !hostname.starts_with(&format!("{name}.{namespace}.svc."));
+            is_kept.then(|| namespace.clone())
+        };
+        let both_hosts = part.kind == PartKind::Host && other.kind == PartKind::Host;
+        !both_hosts || kept_to(part) == kept_to(other)
     }
 }

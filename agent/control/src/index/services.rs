@@ -124,7 +124,7 @@ impl Tables {
             address: address.ip,
             length: (!single).then_some(address.length),
         };
-        match self.owner(address) {
+        match self.owner(address, part) {
             Some(owner) if owner != part => {
                 notes.push(taken(field, &format!("{}/{}", address.ip, address.length), owner))
             }

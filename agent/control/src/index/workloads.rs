@@ -206,7 +206,7 @@ impl Tables {
     ) -> Vec<IpAddr> {
         let mut owned = Vec::with_capacity(addresses.len());
         for ip in addresses {
-            match self.owner(&Address::single(network, *ip)) {
+            match self.owner(&Address::single(network, *ip), part) {
                 Some(owner) if owner != part => {
                     let (field, problem, effect) = taken(field, &ip.to_string(), owner);
                     let stands_in = part.kind != PartKind::Pod && owner.kind.is_workload();
@@ -275,7 +275,7 @@ impl Tables {
             }
             _ => return None,
         };
-        self.owner(&Address::single(network.unwrap_or(&self.network), ip))
+        self.owner(&Address::single(network.unwrap_or(&self.network), ip), part)
     }
 
     /// The services that a pod is an endpoint of: those whose slices name it, and the hosts of entries that select it.

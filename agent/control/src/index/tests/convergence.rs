@@ -63,6 +63,7 @@ fn selector() -> impl Strategy<Value = Value> {
         json!(null),
         json!({"matchLabels": {"app": "x"}}),
         json!({"matchLabels": {"app": "y"}}),
+        json!({"matchLabels": {"istio.io/use-waypoint": "x"}}),
     ])
 }
 
@@ -130,6 +131,7 @@ fn service_entries() -> impl Strategy<Value = Value> {
     let more = one(&[
         json!({"resolution": "DNS"}),
         json!({"resolution": "NONE", "addresses": ["10.0.0.2", "10.1.0.0/16"], "subjectAltNames": ["s"]}),
+        json!({"resolution": "NONE", "addresses": ["10.0.0.2", "10.0.0.6"], "exportTo": ["."]}),
         json!({"resolution": "STATIC", "workloadSelector": {"labels": {"app": "x"}}}),
         json!({"resolution": "STATIC", "endpoints": [{"address": "10.0.0.3"}, {"address": "10.0.0.4", "labels": {"app": "x"}}]}),
         json!({"resolution": "STATIC", "endpoints": [{"address": "10.0.0.4"}, {"address": "10.0.0.4"}, {"address": "10.0.0.3"}]}),

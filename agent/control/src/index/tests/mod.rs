@@ -1,7 +1,7 @@
 //! The index from outside: objects as JSON in, decoded resources out.
 //!
 //! [`Mesh`] keeps what a subscriber would have, and checks at every step what must hold of each state: an alias names one
-//! resource, a policy that a workload lists is there.
+//! resource in each namespace, a policy that a workload lists is there.
 
 mod convergence;
 mod policies;
@@ -83,10 +83,10 @@ impl Mesh {
 
     /// What must hold of every state.
     pub fn check(&self) {
-        let mut names: BTreeMap<String, String> = BTreeMap::new();
+        let mut names: BTreeMap<(String, Option<String>), String> = BTreeMap::new();
         for ((_, name), resource) in &self.resources {
             for alias in &resource.aliases {
-                let other = names.insert(alias.to_string(), name.clone());
+                let other = names.insert((alias.to_string(), self.kept_to(name)), name.clone());
                 assert_eq!(other, None, "{alias} is {name}, too");
             }
         }
@@ -100,6 +100,14 @@ impl Mesh {
                 );
             }
         }
+    }
+
+    /// The namespace that a ServiceEntry's host is kept to, if it is.
+    fn kept_to(&self, name: &str) -> Option<String> {
+        let service = self.find_service(name)?;
+        let is_kept = service.visibility() == proto::workload::Visibility::Namespace;
+        let of_kubernetes = format!("{}.{}.svc.", service.name, service.namespace);
+        (is_kept && !service.hostname.starts_with(&of_kubernetes)).then_some(service.namespace)
     }
 
     fn address(&self, name: &str) -> Option<address::Type> {

@@ -251,3 +251,35 @@ fn a_host_name_has_one_owner() {
     assert!(mesh.service("shop/v.com").addresses.is_empty());
     mesh.check();
 }
+
+#[test]
+fn namespaces_may_keep_entries_of_one_address_to_themselves() {
+    let entry = |namespace: &str, year: u16, export_to: Value| {
+        let spec = json!({"hosts": [format!("{namespace}.com")], "addresses": ["10.9.0.1"], "ports": [{"number": 80}],
+            "resolution": "NONE", "exportTo": export_to});
+        let time = format!("{year}-01-01T00:00:00Z");
+        object(
+            "ServiceEntry",
+            namespace,
+            "db",
+            json!({"metadata": {"creationTimestamp": time}, "spec": spec}),
+        )
+    };
+    let own = json!(["."]);
+    let mut mesh = Mesh::with([entry("a", 2024, own.clone()), entry("b", 2025, own.clone())]);
+    for name in ["a/a.com", "b/b.com"] {
+        assert_eq!(mesh.aliases(name), ["/10.9.0.1"]);
+    }
+    // Of those that are everybody's one has it; what one namespace has for itself does not matter.
+    mesh.put(entry("c", 2026, json!(["*"])));
+    mesh.put(entry("d", 2027, json!(["*"])));
+    assert_eq!((mesh.aliases("c/c.com").len(), mesh.aliases("d/d.com").len()), (1, 0));
+    assert!(mesh.aliases("a/a.com").len() == 1 && mesh.findings.len() == 1);
+    // Who stops keeping it to itself contends.
+    mesh.put(entry("a", 2024, json!(["*"])));
+    assert_eq!((mesh.aliases("a/a.com").len(), mesh.aliases("c/c.com").len()), (1, 0));
+    // A pod's address is nobody else's, kept or not.
+    mesh.put(pod("x", "web", "10.9.0.1", json!({})));
+    assert!(mesh.aliases("b/b.com").is_empty() && mesh.pod("x", "web").addresses.len() == 1);
+    mesh.check();
+}
