@@ -217,7 +217,7 @@ pub struct PodStatus {
     pub addresses: Vec<IpAddr>,
     /// Whether its traffic is captured now.
     pub captured: bool,
-    /// Why it is not captured, where it should be.
+    /// Why it is not captured, where it should be or asks to be; where it is, what of its annotations is not done.
     pub problem: Option<String>,
     /// What the pod's annotation `ambient.istio.io/redirection` says as far as this agent wrote it: `enabled`, `pending`, or
     /// nothing.

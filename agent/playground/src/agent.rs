@@ -32,6 +32,14 @@ fn ask<T>(future: impl Future<Output = Result<T, ClientError>>) -> Result<T> {
     Ok(runtime.context("cannot start a runtime")?.block_on(future)?)
 }
 
+/// Options of the node role that an agent is told by the environment of whoever starts it.
+const PASSED_ON: [&str; 4] = [
+    "UNDERCURRENT_SHARDS",
+    "UNDERCURRENT_EBPF_LOG",
+    "UNDERCURRENT_EXCLUDE_NAMESPACES",
+    "UNDERCURRENT_DNS_CAPTURE",
+];
+
 /// What the agent says of itself.
 pub(crate) fn status(socket: &Path) -> Result<Status> {
     Ok(serde_json::from_str(&ask(admin::get(socket, "/status"))?)?)
@@ -163,10 +171,11 @@ fn spawn(layout: &Layout, state: &State, node: &str, agent: &Cgroup) -> Result<(
     launch.netns = Some(&netns);
     launch.session = true;
     let mut command: Command = launch.command(&layout.binary(), &words);
-    // What the playground itself was told by its environment is not meant for the agents, but their log level is.
+    // What the playground itself was told by its environment is not meant for the agents, but their log level is, and
+    // these are.
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy();
-        if name.starts_with("UNDERCURRENT_") && name != "UNDERCURRENT_SHARDS" && name != "UNDERCURRENT_EBPF_LOG" {
+        if name.starts_with("UNDERCURRENT_") && !PASSED_ON.contains(&&*name) {
             command.env_remove(&*name);
         }
     }

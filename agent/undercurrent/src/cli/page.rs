@@ -103,15 +103,19 @@ fn source(status: &Status) -> Cell {
 
 fn capture(status: &Status) -> Cell {
     let captured = status.pods.iter().filter(|pod| pod.captured).count();
-    let troubled = status.pods.iter().filter(|pod| pod.problem.is_some()).count();
+    let with_problem = |captured: bool| {
+        let pods = status.pods.iter().filter(|pod| pod.captured == captured);
+        pods.filter(|pod| pod.problem.is_some()).count()
+    };
     let text = format!(
         "{}, {captured} of {} pods in the mesh",
         status.capture.mode,
         status.pods.len()
     );
-    match troubled {
-        0 => Cell::good(text),
-        _ => Cell::bad(format!("{text}, {troubled} should be and are not")),
+    match (with_problem(false), with_problem(true)) {
+        (0, 0) => Cell::good(text),
+        (0, ignored) => Cell::warn(format!("{text}, {ignored} not as their annotations ask")),
+        (missing, _) => Cell::bad(format!("{text}, {missing} should be and are not")),
     }
 }
 
@@ -195,7 +199,8 @@ fn pods(pods: &[PodStatus], now: u64, colours: bool) -> String {
             Cell::plain(format!("{}/{}", pod.namespace, pod.name)),
             Cell::dim(addresses.first().cloned().unwrap_or_default()),
             match (&pod.problem, pod.captured) {
-                (Some(problem), _) => Cell::bad(format!("no: {problem}")),
+                (Some(problem), false) => Cell::bad(format!("no: {problem}")),
+                (Some(ignored), true) => Cell::warn(format!("yes, but: {ignored}")),
                 (None, true) => Cell::good("yes"),
                 (None, false) => Cell::dim("no"),
             },
@@ -276,6 +281,18 @@ mod tests {
     #[test]
     fn a_healthy_node() {
         insta::assert_snapshot!(page(&status(), 1_000_000, false));
+    }
+
+    #[test]
+    fn a_pod_whose_annotation_is_ignored_is_in_the_mesh() {
+        let mut status = status();
+        status.pods[0].problem = Some("excludeOutboundPorts: not permitted".to_owned());
+        let text = page(&status, 1_000_000, false);
+        assert!(
+            text.contains("1 of 1 pods in the mesh, 1 not as their annotations ask"),
+            "{text}"
+        );
+        assert!(text.contains("yes, but: excludeOutboundPorts: not permitted"), "{text}");
     }
 
     #[test]

@@ -49,6 +49,9 @@ pub struct ApiPod {
     pub service_account: Arc<str>,
     /// Whether its traffic is to be captured.
     pub in_mesh: bool,
+    /// Why not, where it asks to be.
+    #[serde(default)]
+    pub left_out: Option<String>,
     /// What becomes of its traffic that is not TCP.
     pub non_tcp: NonTcp,
     /// How it is captured.
@@ -172,16 +175,38 @@ impl Rules {
     fn api_pod(&self, pod: &ListedPod, namespace: &k8s::Metadata) -> ApiPod {
         let (settings, problems) = k8s::capture_of(&pod.metadata, Some(namespace), self.exclusions);
         // Whose containers have all ended has nothing to capture.
-        let in_mesh = self.enablement(pod, Some(namespace)) == Enablement::Captured && !pod.ended;
+        let enablement = self.enablement(pod, Some(namespace));
+        let in_mesh = enablement == Enablement::Captured && !pod.ended;
+        let left_out = left_out(enablement).filter(|_| !pod.ended);
         ApiPod {
             uid: pod.metadata.uid.clone(),
             service_account: pod.service_account.clone(),
             in_mesh,
+            left_out: left_out.map(|(_, why)| why.to_owned()),
             non_tcp: k8s::non_tcp_of(&pod.metadata, Some(namespace)).0,
             settings,
             // Of a pod that is not captured there is nothing to exclude.
             problems: if in_mesh { problems } else { Vec::new() },
         }
+    }
+}
+
+/// Why a pod that asks to be in the mesh can't be: the Event's reason, and a text.
+pub fn left_out(enablement: Enablement) -> Option<(&'static str, &'static str)> {
+    match enablement {
+        Enablement::HostNetwork => Some((
+            "HostNetworkNotCaptured",
+            "asked to be in the mesh, but it has the node's network, which is not its own to capture",
+        )),
+        Enablement::Sidecar => Some((
+            "SidecarNotCaptured",
+            "asked to be in the mesh, but it has a sidecar: remove the sidecar or the label istio.io/dataplane-mode",
+        )),
+        Enablement::ExcludedNamespace => Some((
+            "NamespaceNotCaptured",
+            "asked to be in the mesh, but its namespace is one whose pods the agent never captures (--exclude-namespaces)",
+        )),
+        Enablement::Captured | Enablement::NotAsked => None,
     }
 }
 

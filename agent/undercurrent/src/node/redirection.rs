@@ -27,7 +27,7 @@ use serde_json::json;
 use tasks::Backoff;
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 
-use super::kube_source::{Cluster, ListedPod, REDIRECTION};
+use super::kube_source::{Cluster, ListedPod, REDIRECTION, left_out};
 
 const PATCHES_AT_ONCE: usize = 8;
 const PATCH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -144,24 +144,12 @@ fn complaint(pod: &ListedPod, enablement: Enablement, wishes: &Wishes) -> Option
         return None;
     }
     match enablement {
-        Enablement::HostNetwork => Some((
-            "HostNetworkNotCaptured",
-            "asked to be in the mesh, but it has the node's network, which is not its own to capture",
-        )),
-        Enablement::Sidecar => Some((
-            "SidecarNotCaptured",
-            "asked to be in the mesh, but it has a sidecar: remove the sidecar or the label istio.io/dataplane-mode",
-        )),
-        Enablement::ExcludedNamespace => Some((
-            "NamespaceNotCaptured",
-            "asked to be in the mesh, but its namespace is one that is never captured",
-        )),
         // Long past the plugin's call: it was started without it.
         Enablement::Captured if pod.running && wishes.complete && !wishes.pods.contains_key(&name_of(pod)) => Some((
             "StartedWithoutMesh",
             "asked to be in the mesh, but it was started before the CNI plugin was there: restart it",
         )),
-        Enablement::Captured | Enablement::NotAsked => None,
+        other => left_out(other),
     }
 }
 

@@ -168,6 +168,15 @@ impl Seen {
 
     /// Whether the mesh lets the pod go there (`outboundTrafficPolicy`).
     fn may_leave(&self, way: &mut Way, source: &Workload, dialled: SocketAddr, route: &Route, name: &str) -> Goes<()> {
+        let is_answered = |pod: &PodView| pod.uid == source.uid && pod.answers_dns;
+        if dialled.port() == l4::dns::PORT && self.pods.iter().any(is_answered) {
+            way.passes(
+                "egress",
+                "DNS, which the agent carries for the pod wherever it is sent",
+                None,
+            );
+            return Some(());
+        }
         // What a pod dials by a name it has learned by that name.
         let names = [Arc::from(name)];
         let names = if name.parse::<IpAddr>().is_ok() {
@@ -439,7 +448,7 @@ impl Seen {
     ) -> Result<(String, SocketAddr, Option<String>), String> {
         if let Ok(ip) = name.trim_matches(['[', ']']).parse::<IpAddr>() {
             let workload = self.snapshot.workload_by_ip(ip).map(|workload| object_of(workload));
-            let service = || Some(service_object(self.snapshot.service_by_vip(ip)?));
+            let service = || Some(service_object(self.snapshot.service_by_vip_in(ip, &source.namespace)?));
             let dialled = canonical_socket(SocketAddr::new(ip, port));
             return Ok((name.to_owned(), dialled, workload.or_else(service)));
         }

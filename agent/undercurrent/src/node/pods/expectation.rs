@@ -244,6 +244,7 @@ mod tests {
             uid: "u1".to_owned(),
             service_account: "checkout".into(),
             in_mesh: true,
+            left_out: None,
             non_tcp: NonTcp::Forbid,
             settings: PodSettings::default(),
             problems: Vec::new(),

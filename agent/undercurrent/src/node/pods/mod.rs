@@ -141,10 +141,12 @@ pub struct PodView {
     pub addresses: Vec<IpAddr>,
     pub captured: bool,
     pub identity: Option<Identity>,
+    /// Whether the agent is its name server.
+    pub answers_dns: bool,
     pub problem: Option<String>,
     /// What of its traffic is not captured.
     pub exclusions: Exclusions,
-    /// What of its annotations is not done; it is captured all the same.
+    /// What it asks for and does not get: to be in the mesh; or, where it is captured, what its annotations say.
     pub notes: Vec<String>,
 }
 

@@ -73,6 +73,11 @@ impl Parts {
         self.link.release(&uid.0);
     }
 
+    /// Whether the agent is to be the name server of a captured pod.
+    pub(super) fn answers_dns(&self, settings: &PodSettings) -> bool {
+        settings.dns_capture.unwrap_or(self.dns_capture)
+    }
+
     pub(super) async fn capture(
         &self,
         record: &PodRecord,
@@ -80,7 +85,7 @@ impl Parts {
         settings: PodSettings,
         served: bool,
     ) -> Result<(), Trouble> {
-        let dns = settings.dns_capture.unwrap_or(self.dns_capture);
+        let dns = self.answers_dns(&settings);
         let inherited = self.link.claim(&uid.0);
         if !inherited.is_empty() {
             self.capture.offer(uid.clone(), inherited);

@@ -499,6 +499,10 @@ impl Reconciler {
                 addresses: pod.record.addresses.clone(),
                 captured,
                 identity: pod.captured_as().cloned(),
+                answers_dns: match &pod.state {
+                    State::Told(Expected::Captured { settings, .. }) => self.parts.answers_dns(settings),
+                    State::Told(_) | State::Unknown => false,
+                },
                 problem: pod.trouble.as_ref().map(|trouble| trouble.text().to_owned()),
                 exclusions: pod
                     .record
@@ -509,9 +513,9 @@ impl Reconciler {
                 notes: pod
                     .record
                     .api
-                    .as_ref()
-                    .map(|api| api.problems.clone())
-                    .unwrap_or_default(),
+                    .iter()
+                    .flat_map(|api| api.left_out.iter().chain(&api.problems).cloned())
+                    .collect(),
             }
         };
         let pods = self.pods.values().map(view).collect();
