@@ -17,6 +17,7 @@ scenarios![
     nobody_else_is_answered,
     a_pod_may_ask_its_own_name_server,
     without_an_agent_name_servers_are_asked_directly,
+    name_servers_are_asked_directly_while_the_agent_is_told_to_leave_them_alone,
 ];
 
 const SERVICE: &str = "server.mesh.svc.cluster.local";
@@ -210,4 +211,32 @@ fn without_an_agent_name_servers_are_asked_directly(mesh: &Mesh) -> Result<()> {
         let answer = ask(client(mesh), "glibc", &server, "any.wild.example", "A")?;
         Ok(answer["addresses"] == serde_json::json!(["240.11.0.1"]))
     })
+}
+
+/// Pods run on while the agent is replaced by one with the other setting, and back.
+fn name_servers_are_asked_directly_while_the_agent_is_told_to_leave_them_alone(mesh: &Mesh) -> Result<()> {
+    let (_serving, server, _) = upstream(mesh)?;
+    let server = server.to_string();
+    // The mesh knows this name; the server, which answers anything, says something else.
+    let is_ours = |pattern: &str| {
+        let answer = ask(client(mesh), pattern, &server, "any.wild.example", "A")?;
+        let by_the_mesh = answer["addresses"] == serde_json::json!(["240.11.0.1"]);
+        ensure!(by_the_mesh != (answer["untouched"] == true), "{pattern}: {answer}");
+        Ok(by_the_mesh)
+    };
+    let patterns = ["glibc", "go", "musl", "mapped", "tcp"];
+    let node = mesh.node("node-1");
+    for (option, expected) in [(Some(("UNDERCURRENT_DNS_CAPTURE", "false")), false), (None, true)] {
+        node.restart_agent(option)?;
+        let all = patterns.map(|pattern| {
+            wait::until_true(&format!("{pattern}: the mesh answers: {expected}"), || {
+                Ok(is_ours(pattern)? == expected)
+            })
+        });
+        if !expected && all.iter().any(Result::is_err) {
+            node.restart_agent(None)?;
+        }
+        all.into_iter().collect::<Result<()>>()?;
+    }
+    Ok(())
 }

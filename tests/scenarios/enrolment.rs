@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use system_tests::{Background, Capture, Kubectl, Mesh, kubectl::is_captured, machine, scenarios, wait};
+use system_tests::{Background, Capture, Kubectl, Mesh, Pod, kubectl::is_captured, machine, scenarios, wait};
 
 scenarios![
     who_cannot_be_captured_is_told_why,
+    a_pod_of_an_excluded_namespace_is_let_go_and_the_status_says_why,
     a_job_is_captured_from_its_first_init_container_and_let_go_at_its_end,
     the_way_of_capture_changes_while_pods_run,
 ];
@@ -52,6 +53,41 @@ fn who_cannot_be_captured_is_told_why(mesh: &Mesh) -> Result<()> {
         kubectl.says(&["delete", "pod", "-n", "apps", name])?;
     }
     Ok(())
+}
+
+fn a_pod_of_an_excluded_namespace_is_let_go_and_the_status_says_why(mesh: &Mesh) -> Result<()> {
+    let (node, comer) = (mesh.node("node-1"), mesh.pod("late", "comer"));
+    let address = mesh.pod("mesh", "server").v4()?.to_string();
+    mesh.enrol("comer", true)?;
+    let problem = || {
+        let pods = node.status()?.pods.into_iter();
+        let mut pods = pods.filter(|pod| pod.namespace == "late" && pod.name == "comer");
+        let pod = pods.next().context("the agent does not know the pod")?;
+        Ok((!pod.captured).then(|| pod.problem.unwrap_or_default()))
+    };
+    let in_clear = |from: Pod<'_>| {
+        let (capture, marker) = (Capture::on_fabric()?, "xN3-excluded-");
+        let result = from.client(&["echo", &address, "8001", marker, "100"])?;
+        ensure!(result["same"] == true, "{result}");
+        capture.stop().map(|packets| packets.contain(marker))
+    };
+    let excluded = || {
+        node.restart_agent(Some(("UNDERCURRENT_EXCLUDE_NAMESPACES", "kube-system,late")))?;
+        let why = wait::until("the pod is let go", problem)?;
+        ensure!(why.contains("--exclude-namespaces"), "the status says {why:?}");
+        ensure!(in_clear(comer)?, "the pod is captured");
+        ensure!(
+            !in_clear(mesh.pod("mesh", "client"))?,
+            "another namespace's pod is not captured"
+        );
+        Ok(())
+    };
+    let excluded = excluded();
+    node.restart_agent(None)?;
+    excluded?;
+    wait::until_true("the pod is captured again", || Ok(problem()?.is_none()))?;
+    ensure!(!in_clear(comer)?, "the pod is said to be captured and is not");
+    mesh.enrol("comer", false)
 }
 
 fn a_job_is_captured_from_its_first_init_container_and_let_go_at_its_end(mesh: &Mesh) -> Result<()> {

@@ -17,6 +17,7 @@ mod limits;
 mod policy;
 mod probes;
 mod reach;
+mod roots;
 mod services;
 mod six;
 mod stress;
@@ -51,6 +52,7 @@ fn main() -> std::process::ExitCode {
         endings::SCENARIOS,
         six::SCENARIOS,
         stress::SCENARIOS,
+        roots::SCENARIOS,
         lifecycle::SCENARIOS,
     ];
     suite::run("ebpf", &themes, &[])

@@ -130,6 +130,10 @@ impl Mesh {
 
     /// A command of the playground; its standard output.
     pub fn playground(&self, arguments: &[&str]) -> Result<String> {
+        self.playground_told(arguments, &[])
+    }
+
+    fn playground_told(&self, arguments: &[&str], options: &[(&str, &str)]) -> Result<String> {
         let mut command = Command::new("timeout");
         command
             .args(["--kill-after=5", "120"])
@@ -138,6 +142,7 @@ impl Mesh {
             .args(arguments);
         let output = command
             .envs(self.environment())
+            .envs(options.iter().copied())
             .stdin(Stdio::null())
             .output()
             .context("cannot run the binary")?;
@@ -369,6 +374,12 @@ impl Node<'_> {
     /// Starts the agent again; nobody tells it of its pods. Returns when it says that it is ready.
     pub fn start_agent(&self) -> Result<()> {
         self.mesh.playground(&["start-agent", self.name]).map(drop)
+    }
+
+    /// Ends the agent as an upgrade does, and starts it with this option, by its name in the environment; none: as ever.
+    pub fn restart_agent(&self, option: Option<(&str, &str)>) -> Result<()> {
+        let restart = ["restart-agent", self.name];
+        self.mesh.playground_told(&restart, option.as_slice()).map(drop)
     }
 
     /// The first process of a pod on this node.
