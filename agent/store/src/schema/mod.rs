@@ -25,7 +25,7 @@ mod strict;
 pub(crate) use defaults::fill_defaults;
 pub(crate) use document::{Field, ListKind, Shape, Type, document};
 pub(crate) use node::Node;
-pub use openapi::{openapi_hash, openapi_v2, openapi_v3, openapi_v3_index};
+pub use openapi::{openapi_hash, openapi_v2, openapi_v2_protobuf, openapi_v3, openapi_v3_index};
 pub use strict::{duplicate_fields, unknown_fields};
 
 use crate::kinds::Kind;

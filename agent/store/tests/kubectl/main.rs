@@ -104,6 +104,35 @@ fn apply_on_the_server_names_who_owns_what() {
     assert_eq!(cluster.says("get cm ssa -n shop -o jsonpath={.data}"), "");
 }
 
+/// kubectl applies the items one by one; but before that it looks for what the server can do with the whole, in protobuf.
+#[test]
+fn lists_are_applied() {
+    let Some(cluster) = Cluster::start() else { return };
+    let list = |name: &str, colour: &str| {
+        format!(
+            "{{apiVersion: v1, kind: List, items: [\
+             {{apiVersion: v1, kind: ConfigMap, metadata: {{name: {name}, namespace: shop}}, data: {{{colour}: blue}}}}, \
+             {{apiVersion: v1, kind: ServiceAccount, metadata: {{name: {name}, namespace: shop}}}}]}}"
+        )
+    };
+    for apply in [&["apply", "-f", "-"][..], &["apply", "--server-side", "-f", "-"]] {
+        let said = cluster.with_input(apply, &list("of-a-list", "color"));
+        assert!(
+            said.contains("configmap/of-a-list") && said.contains("serviceaccount/of-a-list"),
+            "{said}"
+        );
+    }
+    // What `get` writes can be applied again.
+    let written = cluster.says("get cm,sa -n shop -o yaml");
+    assert!(written.contains("kind: List"), "{written}");
+    let said = cluster.with_input(&["apply", "-f", "-"], &written);
+    assert!(said.contains("configmap/of-a-list configured"), "{said}");
+    // A mistake in an item is named.
+    let misspelt = list("bad", "color").replace("data:", "dataa:");
+    let refused = cluster.refuses("apply -f -", &misspelt);
+    assert!(refused.contains("unknown field \"dataa\""), "{refused}");
+}
+
 /// The API server renews kubectl's annotation at a server-side apply, without the empty `annotations` that kubectl itself
 /// writes: so the first client-side apply after that is a change, on a cluster as here.
 #[test]

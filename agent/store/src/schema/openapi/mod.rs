@@ -3,9 +3,9 @@
 //! ```text
 //! /openapi/v3                    index: where each group and version is described
 //! /openapi/v3/apis/apps/v1       paths (which operations take `fieldValidation` and `dryRun`) and components
-//! /openapi/v2                    every component, for older clients; no paths
+//! /openapi/v2                    everything, for older clients; in protobuf, too, for kubectl before it applies a `List`
 //! ```
-//! Made from the descriptions on request; `http` keeps what was asked for. Protobuf forms are not made.
+//! Made from the descriptions on request; `http` keeps what was asked for.
 //!
 //! Invariants: every reference of a document is in it (`every_reference_is_in_its_document`); kubectl finds the kind of
 //! every resource and the two parameters (`kubectl_finds_what_it_looks_for`).
@@ -14,6 +14,7 @@
 
 mod component;
 mod path;
+mod protobuf;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -27,7 +28,7 @@ use super::document::TEXTS;
 use crate::kinds::{self, Kind};
 
 /// Counts up when the documents change although their sources do not.
-const FORM: u32 = 1;
+const FORM: u32 = 2;
 
 /// Where the documents are: `GET /openapi/v3`.
 pub fn openapi_v3_index() -> Value {
@@ -67,15 +68,23 @@ pub fn openapi_v3(group: &str, version: &str) -> Option<Value> {
     }))
 }
 
-/// Every component: `GET /openapi/v2`.
+/// Everything: `GET /openapi/v2`.
 pub fn openapi_v2() -> Value {
     let mut components = Components::new(&V2, None);
+    let mut paths = Map::new();
     for kind in kinds::ALL {
         for version in kind.versions {
-            components.kind(kind, version);
+            let object = components.kind(kind, version);
+            let of_kind = path::of(kind, version, &object).into_iter();
+            paths.extend(of_kind.map(|(path, item)| (path, path::swagger(item))));
         }
     }
-    json!({"swagger": "2.0", "info": info(), "paths": {}, "definitions": components.finish()})
+    json!({"swagger": "2.0", "info": info(), "paths": paths, "definitions": components.finish()})
+}
+
+/// The same in protobuf.
+pub fn openapi_v2_protobuf() -> Vec<u8> {
+    protobuf::document(&openapi_v2())
 }
 
 fn info() -> Value {

@@ -42,6 +42,48 @@ pub(super) fn of(kind: &Kind, version: &str, object: &Value) -> Map<String, Valu
     paths
 }
 
+/// A path item as Swagger 2.0 has it: a parameter's type beside its name, the body among the parameters.
+pub(super) fn swagger(mut item: Value) -> Value {
+    for (what, value) in item.as_object_mut().into_iter().flatten() {
+        if what == "parameters" {
+            flatten(value);
+            continue;
+        }
+        flatten(&mut value["parameters"]);
+        let object = value["responses"]["200"]["content"]["application/json"]["schema"].take();
+        value["responses"] = json!({"200": {"description": "OK", "schema": object}});
+        let Some(mut body) = value
+            .as_object_mut()
+            .and_then(|operation| operation.remove("requestBody"))
+        else {
+            continue;
+        };
+        let Some(content) = body["content"].as_object_mut() else {
+            continue;
+        };
+        let consumes: Vec<Value> = content.keys().map(|kind| Value::from(kind.as_str())).collect();
+        let schema = content.values_mut().next().map(|content| content["schema"].take());
+        let body = json!({"name": "body", "in": "body", "required": true, "schema": schema});
+        if let Some(parameters) = value["parameters"].as_array_mut() {
+            parameters.push(body);
+        }
+        value["consumes"] = Value::from(consumes);
+    }
+    item
+}
+
+/// Puts the fields of each parameter's schema beside its others.
+fn flatten(parameters: &mut Value) {
+    for parameter in parameters.as_array_mut().into_iter().flatten() {
+        let Some(parameter) = parameter.as_object_mut() else {
+            continue;
+        };
+        if let Some(Value::Object(schema)) = parameter.remove("schema") {
+            parameter.extend(schema);
+        }
+    }
+}
+
 struct Operations<'a> {
     kind: &'a Kind,
     version: &'a str,
