@@ -35,7 +35,7 @@ impl Live {
     }
 
     /// Whichever agent knows of it first resets it, and says why; the other end has a reset then.
-    fn is_reset_with_the_reason(self) -> Result<()> {
+    fn until_reset_with_the_reason(self) -> Result<()> {
         let end = self.watcher.next()?;
         ensure!(end["end"] == "ECONNRESET", "{}: {end}", self.name);
         wait::until_true(&format!("an agent says why {} was reset", self.name), || {
@@ -127,7 +127,7 @@ fn a_root_that_leaves_takes_along_what_was_proved_under_it(mesh: &Mesh) -> Resul
     let before = serial(mesh)?;
     let moved = change_authority(mesh, &kubectl, give_authority);
     let checked = moved.and_then(|()| {
-        lives.into_iter().try_for_each(Live::is_reset_with_the_reason)?;
+        lives.into_iter().try_for_each(Live::until_reset_with_the_reason)?;
         works(mesh)?;
         ensure!(serial(mesh)? != before, "the certificate is still the one of before");
         // Who is still certified by the old one is nobody.

@@ -21,13 +21,12 @@ const ANSWER_LIMIT: usize = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("no agent answers at {path}: {source}", path = .path.display())]
+    #[error("no agent answers at {path}: {why}{}", what_to_do(.why), path = .path.display())]
     Connect {
         /// The socket.
         path: PathBuf,
         /// What the kernel says.
-        #[source]
-        source: io::Error,
+        why: io::Error,
     },
     /// The agent said no.
     #[error("the agent answers {status}: {text}")]
@@ -61,6 +60,14 @@ impl ClientError {
     }
 }
 
+fn what_to_do(why: &io::Error) -> &'static str {
+    match why.kind() {
+        io::ErrorKind::PermissionDenied => "; only root may ask it",
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => "; it does not run",
+        _ => "",
+    }
+}
+
 /// `GET` from the agent behind this socket; the text of the answer.
 pub async fn get(socket: &Path, path: &str) -> Result<String, ClientError> {
     within(TIMEOUT, socket, path, None::<&()>).await
@@ -91,12 +98,10 @@ pub async fn within(
 }
 
 async fn exchange(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<String, ClientError> {
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|source| ClientError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
+    let stream = UnixStream::connect(socket).await.map_err(|why| ClientError::Connect {
+        path: socket.to_owned(),
+        why,
+    })?;
     let broken = |error: &dyn std::fmt::Display| ClientError::Broken(error.to_string());
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
         .await

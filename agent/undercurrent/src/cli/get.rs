@@ -79,7 +79,11 @@ pub fn run(args: &GetArgs) -> Result<()> {
     print(&match args.output {
         Output::Json => serde_json::to_string_pretty(&items)? + "\n",
         Output::Yaml => serde_yaml_ng::to_string(&items)?,
-        Output::Table | Output::Wide if items.is_empty() => "nothing\n".to_owned(),
+        Output::Table | Output::Wide if items.is_empty() => {
+            let kind = clap::ValueEnum::to_possible_value(&args.kind);
+            let kind = kind.as_ref().map_or("such objects", |value| value.get_name());
+            format!("no {kind}\n")
+        }
         Output::Table | Output::Wide => shown(args.kind, &items, wide, colours()),
     })
 }

@@ -102,7 +102,7 @@ impl Agent {
     }
 
     fn trouble(&self) -> String {
-        format!("{} can't be asked (only root may; is it running?)", self.name())
+        format!("{} can't be asked", self.name())
     }
 }
 

@@ -101,7 +101,16 @@ fn at_destination(agents: &[Agent], why: &mut Why) -> Result<bool> {
     let Some(agent) = agents.iter().find(is_theirs) else {
         return Ok(arrival.node == why.node);
     };
-    let steps: Vec<Step> = agent.post("/why/arrival", arrival).with_context(|| agent.trouble())?;
+    let steps: Vec<Step> = match agent.post("/why/arrival", arrival) {
+        // What is captured is refused then, and its node's agent is all there is to mend.
+        Err(error @ ClientError::Connect { .. }) => vec![Step {
+            stage: "arrival".to_owned(),
+            outcome: Outcome::Refused,
+            text: format!("nobody takes it: {error}"),
+            object: Some(format!("Node {}", arrival.node)),
+        }],
+        answered => answered.with_context(|| agent.trouble())?,
+    };
     why.steps.retain(|step| step.stage != "policy");
     why.steps.extend(steps);
     why.allowed = why.steps.iter().all(|step| step.outcome != Outcome::Refused);

@@ -92,7 +92,11 @@ impl Seen {
         Ok(Why {
             node: self.node.clone(),
             source: format!("{}/{}", source.namespace, source.name),
-            destination: format!("{destination}:{}", question.port),
+            // Of an address with colons the port is to be told.
+            destination: match destination.parse() {
+                Ok(ip) => SocketAddr::new(ip, question.port).to_string(),
+                Err(_) => format!("{destination}:{}", question.port),
+            },
             allowed: way.0.iter().all(|step| step.outcome != Outcome::Refused),
             steps: way.0,
             arrival,
@@ -168,15 +172,6 @@ impl Seen {
 
     /// Whether the mesh lets the pod go there (`outboundTrafficPolicy`).
     fn may_leave(&self, way: &mut Way, source: &Workload, dialled: SocketAddr, route: &Route, name: &str) -> Goes<()> {
-        let is_answered = |pod: &PodView| pod.uid == source.uid && pod.answers_dns;
-        if dialled.port() == l4::dns::PORT && self.pods.iter().any(is_answered) {
-            way.passes(
-                "egress",
-                "DNS, which the agent carries for the pod wherever it is sent",
-                None,
-            );
-            return Some(());
-        }
         // What a pod dials by a name it has learned by that name.
         let names = [Arc::from(name)];
         let names = if name.parse::<IpAddr>().is_ok() {
@@ -186,6 +181,14 @@ impl Seen {
         };
         match self.snapshot.exit(source, dialled, route, names) {
             Exit::Open(_) => Some(()),
+            _ if self.is_name_servers(source, dialled) => {
+                way.passes(
+                    "egress",
+                    "DNS, which the agent carries for the pod wherever it is sent",
+                    None,
+                );
+                Some(())
+            }
             Exit::Closed(reason) => way.refused("egress", reason.to_string(), None),
             Exit::NotKnown => way.refused(
                 "egress",
@@ -193,6 +196,12 @@ impl Seen {
                 None,
             ),
         }
+    }
+
+    /// Whether the pod's own name server has the connection: the agent.
+    fn is_name_servers(&self, source: &Workload, dialled: SocketAddr) -> bool {
+        let is_answered = |pod: &PodView| pod.uid == source.uid && pod.answers_dns;
+        dialled.port() == l4::dns::PORT && self.pods.iter().any(is_answered)
     }
 
     /// Whether the pod's connections come to this agent.
@@ -226,9 +235,18 @@ impl Seen {
                 "in the mesh, and this agent was not told that it runs here",
                 object,
             ),
-            _ => {
-                let text = "not in the mesh (no istio.io/dataplane-mode=ambient on it or its namespace): its connections \
-                            leave as they are, in plaintext and without an identity";
+            view => {
+                // What it asks for and does not get.
+                let notes = view
+                    .filter(|view| !view.notes.is_empty())
+                    .map(|view| view.notes.join("; "));
+                let why = notes.unwrap_or_else(|| {
+                    "neither it nor, where it says nothing, its namespace has istio.io/dataplane-mode=ambient"
+                        .to_owned()
+                });
+                let text = format!(
+                    "not in the mesh ({why}): its connections leave as they are, in plaintext and without an identity"
+                );
                 way.step("capture", Outcome::Notable, text, object);
                 Some(false)
             }
@@ -358,9 +376,14 @@ impl Seen {
             self.snapshot.endpoints(&service.key()).len(),
             self.snapshot.unhealthy_endpoints(&service.key()).len(),
         );
+        let one = match healthy {
+            1 => ", its only healthy endpoint".to_owned(),
+            _ => format!(", one of {healthy} healthy endpoints"),
+        };
         match unhealthy {
-            0 => format!(", one of {healthy} healthy endpoints"),
-            _ => format!(", one of {healthy} healthy endpoints ({unhealthy} are not)"),
+            0 => one,
+            1 => format!("{one} (1 is not)"),
+            _ => format!("{one} ({unhealthy} are not)"),
         }
     }
 
