@@ -161,12 +161,17 @@ fn why_says_what_happens(mesh: &Mesh) -> Result<()> {
 }
 
 fn what_agents_know_is_listed(mesh: &Mesh) -> Result<()> {
+    let address = mesh.pod("mesh", "server").v4()?.to_string();
+    let live = mesh
+        .pod("mesh", "client")
+        .start("client.py", &["watch", &address, "8013"])?;
+    ensure!(live.next()?["first"] == "tick\n", "no connection");
     for (kind, names) in [
         ("workloads", "server"),
         ("services", "server"),
         ("policies", "NAME"),
         ("certificates", "spiffe://cluster.local/ns/mesh/sa/client"),
-        ("connections", "PEER"),
+        ("connections", "mesh/client"),
     ] {
         let (code, said) = mesh.ask(&["get", kind])?;
         ensure!(code == Some(0) && said.contains(names), "get {kind} ({code:?}): {said}");
@@ -182,5 +187,5 @@ fn what_agents_know_is_listed(mesh: &Mesh) -> Result<()> {
         code == Some(0) && said.contains("node-1") && said.contains("node-2"),
         "status ({code:?}): {said}"
     );
-    Ok(())
+    live.kill()
 }
