@@ -102,6 +102,8 @@ pub trait Agent: Health + Scraped {
     fn arrival(&self, arrival: Arrival) -> Result<Vec<Step>, String>;
     /// Where the CPU goes for a while, in pprof's form (protobuf, not compressed).
     fn profile(&self, during: Duration) -> Reply<Result<Vec<u8>, String>>;
+    /// Who allocated what is in use, of what was allocated for a while, in pprof's form; or why not.
+    fn heap(&self, during: Duration) -> Reply<Result<Vec<u8>, String>>;
     /// What memory is used for, as text.
     fn memory(&self) -> String;
     /// Ends the agent as SIGTERM does.

@@ -12,7 +12,7 @@ use hyper::{
 use serde::de::DeserializeOwned;
 
 use crate::{
-    agent::{ASK_AGAIN, Agent, Health, Scraped, Section},
+    agent::{ASK_AGAIN, Agent, Health, Reply, Scraped, Section},
     guard,
     listing::Body,
     why::{Arrival, Question},
@@ -20,7 +20,7 @@ use crate::{
 
 /// How large a request's body may be: the ids of all sandboxes of a node fit.
 const BODY_LIMIT: usize = 256 << 10;
-/// How long a CPU profile takes where nothing is said, and at most.
+/// How long a profile takes where nothing is said, and at most.
 const PROFILE: Duration = Duration::from_secs(10);
 const LONGEST_PROFILE: u64 = 60;
 
@@ -35,7 +35,8 @@ POST /logging?reset               log what the agent was started with
 POST /why, /why/arrival           what would become of a connection, and why
 GET  /stats/prometheus, /metrics  counters
 GET  /debug/pprof/profile?seconds=10  where the CPU goes (pprof)
-GET  /debug/pprof/heap            what memory is used for (text: the allocator keeps no call stacks)
+GET  /debug/pprof/heap?seconds=10     who allocated what, of what was allocated then and is in use after it (pprof)
+GET  /memory                      what memory is used for, as the kernel sees it
 GET  /healthz/ready               ready, or what is pending
 POST /quitquitquit                end the agent, as SIGTERM does
 ";
@@ -96,8 +97,9 @@ async fn common(agent: Arc<dyn Agent>, request: Request<Incoming>) -> Response<B
             },
             Err(error) => text(StatusCode::BAD_REQUEST, error),
         },
-        (&Method::GET, "/debug/pprof/profile") => profile(&*agent, query).await,
-        (&Method::GET, "/debug/pprof/heap") => text(StatusCode::OK, agent.memory()),
+        (&Method::GET, "/debug/pprof/profile") => profile(query, |during| agent.profile(during)).await,
+        (&Method::GET, "/debug/pprof/heap") => profile(query, |during| agent.heap(during)).await,
+        (&Method::GET, "/memory") => text(StatusCode::OK, agent.memory()),
         (&Method::POST, "/quitquitquit") => {
             agent.quit();
             text(StatusCode::OK, "shutdown now\n")
@@ -153,7 +155,7 @@ fn logging(level: Result<String, String>) -> Response<Body> {
     }
 }
 
-async fn profile(agent: &dyn Agent, query: &str) -> Response<Body> {
+async fn profile(query: &str, taken: impl FnOnce(Duration) -> Reply<Result<Vec<u8>, String>>) -> Response<Body> {
     let seconds = query.split('&').find_map(|pair| pair.strip_prefix("seconds="));
     let during = match seconds.map(str::parse::<u64>) {
         None => PROFILE,
@@ -163,7 +165,7 @@ async fn profile(agent: &dyn Agent, query: &str) -> Response<Body> {
             return text(StatusCode::BAD_REQUEST, words);
         }
     };
-    match agent.profile(during).await {
+    match taken(during).await {
         Ok(profile) => with_type(full(profile), "application/octet-stream"),
         Err(error) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
     }

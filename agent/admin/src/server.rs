@@ -240,6 +240,10 @@ mod tests {
             Box::pin(async { Err("no".to_owned()) })
         }
 
+        fn heap(&self, _: Duration) -> Reply<Result<Vec<u8>, String>> {
+            Box::pin(async { Err("no".to_owned()) })
+        }
+
         fn memory(&self) -> String {
             String::new()
         }

@@ -12,6 +12,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// The system's, with samples for `/debug/pprof/heap`.
+#[global_allocator]
+static ALLOCATOR: heap::Sampled = heap::Sampled;
+
 /// A service mesh without sidecars.
 #[derive(Parser)]
 #[command(name = "undercurrent", version, max_term_width = 110, arg_required_else_help = true)]

@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("tasks", &[]),
     ("proto", &[]),
     ("abi", &[]),
+    ("heap", &[]),
     ("policy", &["model"]),
     ("routing", &["model"]),
     ("k8s", &["model"]),

@@ -290,6 +290,10 @@ impl admin::Agent for NodeAgent {
         Box::pin(super::profile::cpu(during))
     }
 
+    fn heap(&self, during: Duration) -> Reply<Result<Vec<u8>, String>> {
+        Box::pin(super::profile::heap(during))
+    }
+
     fn memory(&self) -> String {
         super::profile::memory()
     }

@@ -3,8 +3,8 @@
 //! CPU: by samples at SIGPROF for as long as somebody asked, one at a time, in pprof's own form; nothing runs otherwise.
 //! Code of libc is not unwound from, since a handler there could wait for a lock that it interrupted.
 //!
-//! Memory: the C library's allocator keeps no call stacks, so there is no profile of the heap by who allocated; what there is
-//! is what the kernel says of the process's memory, by kind.
+//! The heap: by samples of what is allocated in the same way ([`heap`]), and what is in use of it at the end. And what the
+//! kernel says of the process's memory, by kind.
 
 use std::{collections::HashMap, fs, time::Duration};
 
@@ -13,6 +13,10 @@ use prost::Message;
 
 /// Samples in a second of CPU time; not a round number, so that what happens regularly is not hit always or never.
 const FREQUENCY: i32 = 99;
+
+/// What is in the names of frames that every allocation has, which are among the first of a stack.
+const ALLOCATOR: [&str; 4] = ["heap::", "backtrace::", "__rust_", "alloc::alloc::"];
+const OWN: usize = 16;
 
 /// Samples the process for a while.
 pub async fn cpu(during: Duration) -> Result<Vec<u8>, String> {
@@ -34,12 +38,29 @@ pub async fn cpu(during: Duration) -> Result<Vec<u8>, String> {
     }
 }
 
+/// Who allocated what, of what was allocated for a while and is in use at its end.
+pub async fn heap(during: Duration) -> Result<Vec<u8>, String> {
+    let sampling = heap::Sampling::start().ok_or("the heap can't be profiled now: another profile is being taken")?;
+    tokio::time::sleep(during).await;
+    let written = tokio::task::spawn_blocking(move || {
+        let (samples, dropped) = sampling.end();
+        if dropped > 0 {
+            tracing::warn!(
+                dropped,
+                "a profile of the heap has not all samples: there were too many"
+            );
+        }
+        encode_heap(samples, during).encode_to_vec()
+    });
+    written
+        .await
+        .map_err(|error| format!("the samples can't be read: {error}"))
+}
+
 /// What memory is used for.
 pub fn memory() -> String {
-    let mut text = String::from(
-        "# The kernel's view of the process's memory. The allocator (glibc) keeps no call stacks, so there is no profile of\n\
-         # the heap by who allocated.\n",
-    );
+    let mut text =
+        String::from("# The kernel's view of the process's memory; for who allocates, see /debug/pprof/heap.\n");
     for (title, file) in [
         ("status", "/proc/self/status"),
         ("all mappings together", "/proc/self/smaps_rollup"),
@@ -131,69 +152,115 @@ impl Texts {
     }
 }
 
+/// A profile as it is put together.
+struct Encoder {
+    texts: Texts,
+    profile: Profile,
+    known: HashMap<(i64, i64, i64), u64>,
+}
+
+impl Encoder {
+    fn new() -> Self {
+        Self {
+            texts: Texts(vec![String::new()], HashMap::from([(String::new(), 0)])),
+            profile: Profile::default(),
+            known: HashMap::new(),
+        }
+    }
+
+    /// The number of a place in the code.
+    fn location(&mut self, name: String, file: String, line: i64) -> u64 {
+        let (name, filename) = (self.texts.index(name), self.texts.index(file));
+        let next = self.known.len() as u64 + 1;
+        let id = *self.known.entry((name, filename, line)).or_insert(next);
+        if id == next {
+            self.profile.function.push(Function { id, name, filename });
+            let line = vec![Line { function_id: id, line }];
+            self.profile.location.push(Location { id, line });
+        }
+        id
+    }
+
+    fn add(&mut self, location_id: Vec<u64>, first: i64, second: i64) {
+        let value = vec![first, second];
+        self.profile.sample.push(Sample { location_id, value });
+    }
+
+    fn kind(&mut self, kind: &str, unit: &str) -> ValueType {
+        ValueType {
+            kind: self.texts.index(kind.to_owned()),
+            unit: self.texts.index(unit.to_owned()),
+        }
+    }
+
+    /// With the kinds and units of both values.
+    fn finish(mut self, first: (&str, &str), second: (&str, &str), period: i64, during: Duration) -> Profile {
+        let (first, second) = (self.kind(first.0, first.1), self.kind(second.0, second.1));
+        self.profile.sample_type = vec![first, second.clone()];
+        self.profile.period_type = Some(second);
+        self.profile.period = period;
+        self.profile.duration_nanos = i64::try_from(during.as_nanos()).unwrap_or(i64::MAX);
+        self.profile.string_table = self.texts.0;
+        self.profile
+    }
+}
+
 fn encode(report: &Report, during: Duration) -> Profile {
-    let mut texts = Texts(vec![String::new()], HashMap::from([(String::new(), 0)]));
-    let mut profile = Profile::default();
-    let mut known: HashMap<(i64, i64, i64), u64> = HashMap::new();
+    let mut encoder = Encoder::new();
     let period = 1_000_000_000 / i64::from(FREQUENCY);
     for (stack, count) in &report.data {
-        let mut location_id = Vec::new();
-        for symbol in stack.frames.iter().flatten() {
-            let (name, file) = (texts.index(symbol.name()), texts.index(symbol.filename().into_owned()));
-            let line = symbol.lineno().into();
-            let next = known.len() as u64 + 1;
-            let id = *known.entry((name, file, line)).or_insert(next);
-            if id == next {
-                profile.function.push(Function {
-                    id,
-                    name,
-                    filename: file,
-                });
-                let line = vec![Line { function_id: id, line }];
-                profile.location.push(Location { id, line });
-            }
-            location_id.push(id);
-        }
+        let symbols = stack.frames.iter().flatten();
+        let places = symbols.map(|symbol| (symbol.name(), symbol.filename().into_owned(), symbol.lineno().into()));
         // The thread stands for the root of its stacks.
-        let thread = texts.index(stack.thread_name.clone());
-        let next = known.len() as u64 + 1;
-        let id = *known.entry((thread, 0, 0)).or_insert(next);
-        if id == next {
-            profile.function.push(Function {
-                id,
-                name: thread,
-                filename: 0,
-            });
-            let line = vec![Line {
-                function_id: id,
-                line: 0,
-            }];
-            profile.location.push(Location { id, line });
-        }
-        location_id.push(id);
-        let count = *count as i64;
-        profile.sample.push(Sample {
-            location_id,
-            value: vec![count, count * period],
-        });
+        let places = places.chain([(stack.thread_name.clone(), String::new(), 0)]);
+        let locations = places.map(|(name, file, line)| encoder.location(name, file, line));
+        let (locations, count) = (locations.collect(), *count as i64);
+        encoder.add(locations, count, count * period);
     }
-    let (samples, count) = (texts.index("samples".to_owned()), texts.index("count".to_owned()));
-    let cpu = ValueType {
-        kind: texts.index("cpu".to_owned()),
-        unit: texts.index("nanoseconds".to_owned()),
-    };
-    profile.sample_type = vec![
-        ValueType {
-            kind: samples,
-            unit: count,
-        },
-        cpu.clone(),
-    ];
-    profile.period_type = Some(cpu);
-    profile.period = period;
-    profile.duration_nanos = i64::try_from(during.as_nanos()).unwrap_or(i64::MAX);
-    profile.string_table = texts.0;
-    profile
+    encoder.finish(("samples", "count"), ("cpu", "nanoseconds"), period, during)
+}
+
+/// Samples with the same stack are one; of a stack the allocator's own frames are left out.
+fn encode_heap(samples: Vec<heap::Sample>, during: Duration) -> Profile {
+    let mut stacks: HashMap<Vec<usize>, (usize, usize)> = HashMap::new();
+    for sample in samples {
+        let sum = stacks.entry(sample.stack).or_default();
+        *sum = (sum.0 + sample.count, sum.1 + sample.bytes);
+    }
+    let mut encoder = Encoder::new();
+    let mut resolved: HashMap<usize, Vec<(bool, u64)>> = HashMap::new();
+    for (stack, (count, bytes)) in stacks {
+        let mut frames = Vec::with_capacity(stack.len());
+        for address in stack {
+            let found = resolved.entry(address);
+            frames.extend_from_slice(found.or_insert_with(|| resolve(address, &mut encoder)));
+        }
+        let own = frames.iter().take(OWN).rposition(|(is_allocators, _)| *is_allocators);
+        let locations = frames.iter().skip(own.map_or(0, |last| last + 1));
+        encoder.add(
+            locations.map(|(_, location)| *location).collect(),
+            count as i64,
+            bytes as i64,
+        );
+    }
+    let period = heap::INTERVAL as i64;
+    encoder.finish(("inuse_objects", "count"), ("inuse_space", "bytes"), period, during)
+}
+
+/// The places at an address, the innermost first, and whether they are the allocator's.
+fn resolve(address: usize, encoder: &mut Encoder) -> Vec<(bool, u64)> {
+    let mut found = Vec::new();
+    // What is there is where the call returns to.
+    let call = address.saturating_sub(1) as *mut std::ffi::c_void;
+    backtrace::resolve(call, |symbol| {
+        let name = symbol.name().map(|name| format!("{name:#}"));
+        let name = name.unwrap_or_else(|| format!("{address:#x}"));
+        let file = symbol.filename().map(|file| file.display().to_string());
+        let is_allocators = ALLOCATOR.iter().any(|own| name.contains(own));
+        let line = symbol.lineno().unwrap_or(0).into();
+        found.push((is_allocators, encoder.location(name, file.unwrap_or_default(), line)));
+    });
+    found
 }
 
 #[cfg(test)]
@@ -233,6 +300,32 @@ mod tests {
                     .all(|id| profile.location.iter().any(|location| location.id == *id))
             );
         }
+    }
+
+    #[inline(never)]
+    fn hoard() -> Vec<Vec<u8>> {
+        (0..100)
+            .map(|_| std::hint::black_box(vec![1; heap::INTERVAL]))
+            .collect()
+    }
+
+    #[test]
+    fn what_was_hoarded_is_in_the_profile_under_its_name() {
+        let sampling = heap::Sampling::start().unwrap();
+        let hoarded = hoard();
+        let (samples, _) = sampling.end();
+        drop(hoarded);
+        let profile = encode_heap(samples, Duration::from_secs(1));
+        let is_hoard = |function: &&Function| profile.string_table[function.name as usize].ends_with("hoard");
+        let places: Vec<u64> = profile.function.iter().filter(is_hoard).map(|one| one.id).collect();
+        let of_hoard = |sample: &&Sample| sample.location_id.iter().any(|id| places.contains(id));
+        let samples = profile.sample.iter().filter(of_hoard);
+        let bytes: i64 = samples.map(|sample| sample.value[1]).sum();
+        assert!(
+            bytes >= 100 * heap::INTERVAL as i64,
+            "{bytes}: {:?}",
+            profile.string_table
+        );
     }
 
     #[test]
