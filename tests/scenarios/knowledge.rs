@@ -177,14 +177,12 @@ fn a_pod_that_comes_without_a_control_plane_waits_for_its_certificate_and_says_s
     })?;
     note(&format!("a certificate without a control plane: {why}"));
     let args = ["pod", "-n", "apps", "newcomer"];
-    let pod = kubectl.get(&args)?;
+    // The kubelet hears of it a moment later.
+    let pod = kubectl.until("the pod says that it waits for its node's agent", &args, |pod| {
+        let why = pod["status"]["message"].as_str();
+        why.is_some_and(|why| why.contains("agent"))
+    })?;
     ensure!(pod["status"]["phase"] == "Pending" && !is_captured(&pod), "{pod:#}");
-    ensure!(
-        pod["status"]["message"]
-            .as_str()
-            .is_some_and(|why| why.contains("agent")),
-        "{pod:#}"
-    );
     mesh.start_control()?;
     kubectl.until("the pod runs, and is captured", &args, |pod| {
         pod["status"]["phase"] == "Running" && is_captured(pod)
