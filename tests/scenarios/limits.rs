@@ -1,7 +1,7 @@
 //! Where something ends: file descriptors, ports. Who comes too late is refused and told why, who is there goes on, and
-//! with room again all is as before. And what thousands of connections of one pod cost.
+//! with room again all is as before. What thousands of connections of one pod cost, and who goes first.
 
-use std::process::Command;
+use std::{collections::BTreeSet, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -14,6 +14,7 @@ scenarios![
     a_pod_without_ports_fails_by_that_name_and_recovers,
     an_agent_without_ports_to_a_destination_refuses_and_recovers,
     an_agent_without_ports_to_the_application_refuses_and_recovers,
+    shards_of_a_pod_that_asks_for_much_are_not_urgent,
 ];
 
 /// Echo, on one thread.
@@ -271,4 +272,42 @@ fn an_agent_without_ports_to_the_application_refuses_and_recovers(mesh: &Mesh) -
     ensure!(line.contains("direction=\"inbound\""), "{line}");
     crowd.all_answer()?;
     crowd.makes_room(more / 2)
+}
+
+/// The agent's shards that go before other processes.
+fn urgent_shards(node: &Node<'_>) -> Result<BTreeSet<u64>> {
+    const SCHED_RR: &str = "2";
+    let mut urgent = BTreeSet::new();
+    for task in std::fs::read_dir(format!("/proc/{}/task", node.agent_pid()?))? {
+        let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+        let (name, after) = stat.rsplit_once(')').context("no name")?;
+        let policy = after.split_whitespace().nth(38).context("no policy")?;
+        if let Some((_, index)) = name.split_once("(shard-").filter(|_| policy == SCHED_RR) {
+            urgent.insert(index.parse()?);
+        }
+    }
+    Ok(urgent)
+}
+
+fn shards_of_a_pod_that_asks_for_much_are_not_urgent(mesh: &Mesh) -> Result<()> {
+    let node = mesh.node("node-1");
+    let address = server(mesh).v4()?.to_string();
+    let mut crowd = Crowd::of(client(mesh), &[&address, ECHO])?;
+    crowd.grow(8)?;
+    let shards = node.connections()?;
+    let shards: BTreeSet<_> = shards.iter().filter_map(|one| one["shard"].as_u64()).collect();
+    ensure!(!shards.is_empty(), "no connection is listed");
+    let mut until_urgent = || {
+        wait::until_true("who asks for little is urgent", || {
+            crowd.all_answer()?;
+            Ok(urgent_shards(&node)?.is_superset(&shards))
+        })
+    };
+    until_urgent()?;
+    let drinker = client(mesh).start("drink.py", &[&address, "8008", "8"])?;
+    wait::until_true("who asks for much is not", || {
+        Ok(urgent_shards(&node)?.is_disjoint(&shards))
+    })?;
+    ensure!(drinker.finish()?["bytes"].as_u64() > Some(0), "nothing came");
+    until_urgent()
 }

@@ -298,6 +298,11 @@ impl Node<'_> {
         serde_json::from_str(&text).with_context(|| format!("the status of {} is not one: {text}", self.name))
     }
 
+    /// The connections that its agent carries, as it lists them.
+    pub fn connections(&self) -> Result<Vec<serde_json::Value>> {
+        Ok(serde_json::from_str(&self.ask("/connections")?)?)
+    }
+
     /// Whether its agent says that it is ready.
     pub fn is_ready(&self) -> bool {
         self.ask("/healthz/ready").is_ok()

@@ -28,7 +28,7 @@ pub mod why;
 pub use agent::{ASK_AGAIN, Agent, Answer, Health, Reply, Scraped, Section};
 pub use client::{ClientError, get, post, within};
 pub use listing::{Entries, Listing, Values};
-pub use server::{ServeError, listen, serve_admin, serve_health, serve_metrics, serve_socket};
+pub use server::{ServeError, listen, put_in_place, serve_admin, serve_health, serve_metrics, serve_socket};
 pub use status::{
     CapabilityStatus, CaptureStatus, CertificateStatus, IdentityStatus, KnowledgeStatus, PodAdded, PodChecked, PodIp,
     PodRemoved, PodSourceStatus, PodStatus, SourceStatus, Status, ValidAttachments,

@@ -38,7 +38,7 @@ pub struct ServeError {
 
 /// Serves the local socket until the future is dropped. A socket that a dead agent left behind is replaced.
 pub async fn serve_socket(path: &Path, agent: Arc<dyn Agent>) -> Result<Infallible, ServeError> {
-    let listener = bind(path).map_err(|source| ServeError {
+    let listener = put_in_place(path, |path| UnixListener::bind(path)).map_err(|source| ServeError {
         at: path.display().to_string(),
         source,
     })?;
@@ -116,8 +116,9 @@ where
     }
 }
 
-/// The socket is made under another name, restricted to its owner, and then put in its place in one step.
-fn bind(path: &Path) -> io::Result<UnixListener> {
+/// Binds a local socket under another name, restricts it to its owner, and then puts it in its place in one step: whoever
+/// was found there before is never missed, and whoever is found is never half made.
+pub fn put_in_place<S>(path: &Path, bind: impl FnOnce(&Path) -> io::Result<S>) -> io::Result<S> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
@@ -126,10 +127,10 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = UnixListener::bind(&fresh)?;
+    let socket = bind(&fresh)?;
     fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))?;
     fs::rename(&fresh, path)?;
-    Ok(listener)
+    Ok(socket)
 }
 
 async fn start<S, F, Fut>(accepted: io::Result<S>, places: &Arc<Semaphore>, handler: F)

@@ -23,6 +23,8 @@
 //!   `restart.rs`.
 //! - Nothing is left after [`uninstall`]: `lifecycle.rs`.
 //!
+//! Since `unsafe` lives here, so does the one system call that lets a thread go before others ([`set_urgent`]).
+//!
 //! What it does not do: it spawns no task. [`Node::reconcile`] wants to be called now and then, and a [`KernelLog`] to
 //! be run.
 
@@ -52,6 +54,7 @@ mod routes;
 mod sockets;
 mod sys;
 mod uninstall;
+mod urgency;
 
 pub use abi::Reason;
 pub use capabilities::{Capabilities, Hook, Support, probe};
@@ -64,3 +67,4 @@ pub use mode::{Capture, CapturedPod};
 pub use node::{Node, NodeConfig, PodSpec};
 pub use sockets::{DnsQueries, PodHandle, PodListeners};
 pub use uninstall::uninstall;
+pub use urgency::{allow_urgency, set_urgent};

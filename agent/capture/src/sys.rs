@@ -265,6 +265,26 @@ pub(crate) fn tcx_query() -> io::Result<bool> {
     }
 }
 
+/// Has this thread run before all that is not urgent (`SCHED_RR`, the lowest priority), or as usual with the nice value
+/// that it had. What it starts is usual.
+pub(crate) fn set_urgent(urgent: bool) -> io::Result<()> {
+    let (policy, priority) = if urgent {
+        (libc::SCHED_RR, 1)
+    } else {
+        (libc::SCHED_OTHER, 0)
+    };
+    let parameters = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: the parameters are ours, and 0 is this thread.
+    let result = unsafe { libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Gives back what loading the programs needed for a moment: several MiB, for the kernel's types among others.
 pub(crate) fn return_free_memory() {
     #[cfg(target_env = "gnu")]

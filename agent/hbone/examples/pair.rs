@@ -56,12 +56,15 @@ impl Handler for Dial {
             return Decision::Refuse { status: 400 };
         };
         match TcpStream::connect(address).await {
-            Ok(application) => Decision::Accept {
-                application,
-                headers: vec![],
-                context: (),
-                live: Live::default(),
-            },
+            Ok(application) => {
+                let _ = application.set_nodelay(true);
+                Decision::Accept {
+                    application,
+                    headers: vec![],
+                    context: (),
+                    live: Live::default(),
+                }
+            }
             Err(_) => Decision::Refuse { status: 503 },
         }
     }
@@ -165,6 +168,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 async fn forward(socket: TcpStream, pool: Pool, key: TunnelKey, credentials: Arc<Credentials>, target: SocketAddr) {
+    let _ = socket.set_nodelay(true);
     let dial = || {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
         socket.set_nonblocking(true)?;

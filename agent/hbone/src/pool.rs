@@ -207,6 +207,11 @@ impl Pool {
         peers.iter().flat_map(of_peer).collect()
     }
 
+    /// Whether there is no tunnel, retired ones included, and no dial under way.
+    pub fn is_empty(&self) -> bool {
+        self.0.peers.borrow().is_empty()
+    }
+
     fn all(&self) -> Vec<Rc<Tunnel>> {
         let peers = self.0.peers.borrow();
         peers.values().flat_map(|peer| peer.tunnels.iter().cloned()).collect()
@@ -483,7 +488,7 @@ impl ClientStream {
     }
 
     /// Copies both ways between the stream and an application's connection, until both have ended or one failed.
-    /// Dropping the future resets both.
+    /// Dropping the future resets both. Without TCP_NODELAY on the connection, what is small may come late.
     pub async fn relay(self, application: TcpStream) -> RelayEnd {
         self.relay_watched(application, Live::default()).await
     }

@@ -148,8 +148,6 @@ pub(crate) struct Application {
 
 impl Application {
     pub(crate) fn new(socket: TcpStream) -> Self {
-        // An error here shows at the first read, too.
-        let _ = socket.set_nodelay(true);
         Self {
             socket,
             finished: Cell::new(false),

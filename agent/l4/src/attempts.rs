@@ -97,7 +97,7 @@ impl Attempts<'_> {
         let connection = self.connection;
         let shard = &connection.shard;
         let endpoint = endpoint_of_service(&route);
-        let counted = workload_of(&route).map(|workload| shard.experience.count(shard.index, &workload.uid));
+        let counted = workload_of(&route).map(|workload| shard.experience.count(&workload.uid));
         if let Some(endpoint) = &endpoint {
             self.tried.borrow_mut().push(endpoint.uid.clone());
             shard.experience.begin(&endpoint.uid, endpoint.at, Instant::now());

@@ -7,10 +7,15 @@ use crate::lookup::{Lookup, NoLookup};
 /// The proxy's settings.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Shards: threads, each with tunnels and streams of its own. The default is one per core and two at most. The
-    /// second gives 30 % more bulk and nothing in requests (PERFORMANCE.md), and a proxy that every pod of a node
-    /// shares should not take the node's other cores unasked.
+    /// Shards: threads, each with tunnels and streams of its own; 16, whatever the number of cores. Pods that share none
+    /// do not hold each other up, since the kernel shares the processors out between threads.
     pub shards: usize,
+    /// On how many shards a pod is: one per core and two at most. The second gives 30 % more bulk and nothing in requests
+    /// (PERFORMANCE.md), and one pod should not take all of the node's cores by the proxy.
+    pub shards_per_pod: usize,
+    /// Makes the thread that calls it urgent, or usual again; false if it can't. Shards are urgent while they do little
+    /// ([`tasks::urgency`]). Without it, none ever is.
+    pub set_urgent: Option<fn(bool) -> bool>,
     /// How tunnels are framed, pooled and kept alive.
     pub hbone: hbone::Config,
     /// How long the application may take to accept a connection; ztunnel's 10 s.
@@ -40,7 +45,9 @@ impl Default for Config {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
-            shards: cores.min(2),
+            shards: 16,
+            shards_per_pod: cores.min(2),
+            set_urgent: None,
             hbone: hbone::Config::default(),
             connect_timeout: Duration::from_secs(10),
             credentials_timeout: Duration::from_secs(5),

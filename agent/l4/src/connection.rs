@@ -122,6 +122,9 @@ impl Connection {
         });
         let key = shard.connections.borrow_mut().insert(live.clone());
         live.key.set(key);
+        if shard.connections.borrow().len() == 1 {
+            shard.stirred.notify_waiters();
+        }
         pod.connections.set(pod.connections.get() + 1);
         Self {
             live,

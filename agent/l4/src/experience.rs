@@ -1,12 +1,11 @@
 //! What the shards have learnt of endpoints by dialling them: how many connections live at each, and who failed lately.
 //!
 //! ```text
-//! shard 0 ─ writes ─> [loads] ┐                     ┌ who failed, if anybody did: one lock, seldom taken
-//! shard 1 ─ writes ─> [loads] ┴─ all read: the sum  └ nobody failed: one look at a counter
+//! all shards ─ count ─> [loads] ─ all read     who failed, if anybody did: one lock, seldom taken
+//!                                              nobody failed: one look at a counter
 //! ```
-//! Loads are counted in [`SLOTS`] slots for each shard, by a hash of the endpoint's uid: bounded, without a lock and
-//! without a shared write; endpoints that meet in a slot look as loaded as both together, which costs a little balance and
-//! nothing else.
+//! Loads are counted in [`SLOTS`] slots, by a hash of the endpoint's uid: bounded, and without a lock; endpoints that meet
+//! in a slot look as loaded as both together, which costs a little balance and nothing else.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -22,42 +21,43 @@ use model::WorkloadUid;
 
 use crate::passing_over::PassedOver;
 
-/// Slots of a shard: 64 KiB. Of a thousand endpoints six in a hundred share theirs.
+/// Slots: 64 KiB. Of a thousand endpoints six in a hundred share theirs.
 const SLOTS: usize = 1 << 14;
 
 /// What all shards know together.
 pub(crate) struct Experience {
-    loads: Box<[Box<[AtomicU32]>]>,
+    loads: Box<[AtomicU32]>,
     hasher: RandomState,
     passed_over: RwLock<PassedOver>,
     /// How many those are, so that nobody locks to learn that there are none.
     failing: AtomicUsize,
 }
 
-impl Experience {
-    /// For so many shards.
-    pub(crate) fn new(shards: usize) -> Arc<Self> {
-        let loads = || (0..SLOTS).map(|_| AtomicU32::new(0)).collect();
-        Arc::new(Self {
-            loads: (0..shards).map(|_| loads()).collect(),
+impl Default for Experience {
+    fn default() -> Self {
+        Self {
+            loads: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
             hasher: RandomState::new(),
             passed_over: RwLock::default(),
             failing: AtomicUsize::new(0),
-        })
+        }
     }
+}
 
+impl Experience {
     fn slot(&self, endpoint: &WorkloadUid) -> usize {
         self.hasher.hash_one(endpoint) as usize % SLOTS
     }
 
-    /// Counts a connection of this shard to an endpoint, until the guard is dropped. Only the shard's own thread may.
-    pub(crate) fn count(self: &Arc<Self>, shard: usize, endpoint: &WorkloadUid) -> Counted {
+    /// Counts a connection to an endpoint, until the guard is dropped.
+    pub(crate) fn count(self: &Arc<Self>, endpoint: &WorkloadUid) -> Counted {
         let counted = Counted {
             experience: self.clone(),
-            shard,
             slot: self.slot(endpoint),
         };
-        counted.add(1);
+        if let Some(load) = counted.load() {
+            load.fetch_add(1, Relaxed);
+        }
         counted
     }
 
@@ -100,9 +100,8 @@ impl Experience {
 
 impl mesh::Experience for Experience {
     fn load(&self, endpoint: &WorkloadUid) -> u32 {
-        let slot = self.slot(endpoint);
-        let of_shard = |loads: &[AtomicU32]| loads.get(slot).map_or(0, |load| load.load(Relaxed));
-        self.loads.iter().map(|loads| of_shard(loads)).sum()
+        let load = self.loads.get(self.slot(endpoint));
+        load.map_or(0, |load| load.load(Relaxed))
     }
 
     fn is_passed_over(&self, endpoint: &WorkloadUid, target: SocketAddr) -> bool {
@@ -117,23 +116,20 @@ impl mesh::Experience for Experience {
 /// A connection that is counted at its endpoint.
 pub(crate) struct Counted {
     experience: Arc<Experience>,
-    shard: usize,
     slot: usize,
 }
 
 impl Counted {
-    fn add(&self, change: i32) {
-        let loads = self.experience.loads.get(self.shard);
-        if let Some(load) = loads.and_then(|loads| loads.get(self.slot)) {
-            // Written by this thread alone, so nothing is lost between the two.
-            load.store(load.load(Relaxed).wrapping_add_signed(change), Relaxed);
-        }
+    fn load(&self) -> Option<&AtomicU32> {
+        self.experience.loads.get(self.slot)
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.add(-1);
+        if let Some(load) = self.load() {
+            load.fetch_sub(1, Relaxed);
+        }
     }
 }
 
@@ -144,10 +140,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_connections_of_all_shards_count_while_they_live() {
-        let experience = Experience::new(2);
+    fn connections_count_while_they_live() {
+        let experience = Arc::<Experience>::default();
         let uid = WorkloadUid("a".into());
-        let counted = [0, 1, 1].map(|shard| experience.count(shard, &uid));
+        let counted = [(); 3].map(|()| experience.count(&uid));
         assert_eq!(experience.load(&uid), 3);
         drop(counted);
         assert_eq!(experience.load(&uid), 0);
@@ -155,7 +151,7 @@ mod tests {
 
     #[test]
     fn who_failed_is_passed_over_until_it_is_known_to_work() {
-        let experience = Experience::new(1);
+        let experience = Experience::default();
         let (uid, at, now) = (WorkloadUid("a".into()), "10.0.0.1:80".parse().unwrap(), Instant::now());
         experience.failed(&uid, at, now);
         assert!(experience.is_passed_over(&uid, at));

@@ -7,8 +7,8 @@
 //!  15001     │ inbound:  15008 (HBONE), 15006 ◄────┼── …
 //!            └────────────────────────────────────┘
 //! ```
-//! Each pod has a home shard, which polls its listeners and shares what it accepts out to the shard that carries the
-//! fewest; there a connection or a tunnel stays.
+//! Each pod is on a few shards (`placement`). One of them is its home, which polls its listeners and shares what it accepts
+//! out to the one that carries the fewest; there a connection or a tunnel stays.
 //!
 //! What holds:
 //! - Nothing is dialled before the verdict; without knowledge, certificate or route a connection is refused
@@ -45,6 +45,7 @@ mod lookup;
 pub mod names;
 mod outbound;
 mod passing_over;
+mod placement;
 mod pod;
 mod proxy;
 mod proxy_header;

@@ -17,7 +17,7 @@ pub trait PodSockets: Send + Sync + 'static {
         OriginalDst(local)
     }
 
-    /// A new, unconnected, non-blocking TCP socket of the target's family in the pod's network namespace.
+    /// A new, unconnected, non-blocking TCP socket of the target's family in the pod's network namespace, with TCP_NODELAY.
     fn outbound_socket(&self, target: SocketAddr) -> io::Result<socket2::Socket>;
 
     /// A new, unconnected, non-blocking UDP socket of the target's family in the pod's network namespace, to ask a name

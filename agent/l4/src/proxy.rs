@@ -4,12 +4,10 @@ use std::{
     cell::{Cell, RefCell},
     hash::{BuildHasher, RandomState},
     io,
+    num::NonZeroUsize,
     panic::AssertUnwindSafe,
     rc::Rc,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
     thread::JoinHandle,
     time::Duration,
 };
@@ -18,6 +16,7 @@ use identity::Identities;
 use mesh::Knowledge;
 use model::WorkloadUid;
 use slab::Slab;
+use tasks::{Allowance, Turns, Urgency};
 use telemetry::{AccessLog, Recorder};
 use tokio::{
     runtime::{Builder, LocalOptions},
@@ -31,6 +30,7 @@ use crate::{
     dns,
     experience::Experience,
     names::Names,
+    placement::Placement,
     pod::{Pod, PodListeners},
     rate::Rate,
     say::Say,
@@ -60,8 +60,7 @@ pub struct ShardFailure {
 pub struct Proxy {
     shards: Vec<ShardHandle>,
     failure: watch::Receiver<Option<ShardFailure>>,
-    /// The next pod's home, in turn.
-    next_home: AtomicUsize,
+    placement: Placement,
 }
 
 struct ShardHandle {
@@ -74,6 +73,7 @@ impl Proxy {
     /// Starts the shards' threads.
     pub fn start(config: Config, knowledge: Knowledge, identities: Identities, log: AccessLog) -> io::Result<Self> {
         let count = config.shards.max(1);
+        let placement = Placement::new(count, config.shards_per_pod);
         let (peers, hand_overs): (Vec<Peer>, Vec<_>) = (0..count)
             .map(|_| {
                 let (hand_over, handed_over) = mpsc::channel(HAND_OVER_QUEUE);
@@ -89,7 +89,9 @@ impl Proxy {
             .unzip();
         let peers: Arc<[Peer]> = peers.into();
         let (failed, failure) = watch::channel(None);
-        let experience = Experience::new(count);
+        let experience = Arc::<Experience>::default();
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let allowance = Allowance::of(cores);
         let mut shards = Vec::with_capacity(count);
         for (index, handed_over) in hand_overs.into_iter().enumerate() {
             let start = Start {
@@ -100,6 +102,7 @@ impl Proxy {
                 log: log.clone(),
                 peers: peers.clone(),
                 experience: experience.clone(),
+                allowance: allowance.clone(),
                 handed_over,
                 failed: failed.clone(),
             };
@@ -108,7 +111,7 @@ impl Proxy {
         Ok(Self {
             shards,
             failure,
-            next_home: AtomicUsize::default(),
+            placement,
         })
     }
 
@@ -132,22 +135,29 @@ impl Proxy {
             prepare_listener(listener)?;
         }
         let names = Arc::new(Names::default());
-        let home = self.next_home.fetch_add(1, Relaxed) % self.shards.len();
-        let others = (0..self.shards.len()).filter(|index| *index != home);
-        for index in others {
-            self.shards[index].tell(Command::AddPod {
-                uid: uid.clone(),
-                sockets: sockets.clone(),
-                listeners: PodListeners::default(),
-                names: names.clone(),
-                dns: dns.as_ref().map(|_| Vec::new()),
-            });
+        let lanes = self.placement.place(&uid);
+        let (home, others) = (lanes.home(), lanes.others());
+        for (index, shard) in self.shards.iter().enumerate() {
+            if others.contains(&index) {
+                shard.tell(Command::AddPod {
+                    uid: uid.clone(),
+                    sockets: sockets.clone(),
+                    listeners: PodListeners::default(),
+                    lanes: lanes.clone(),
+                    names: names.clone(),
+                    dns: dns.as_ref().map(|_| Vec::new()),
+                });
+            } else if index != home {
+                // Where an earlier one of that uid may be.
+                shard.tell(Command::RemovePod { uid: uid.clone() });
+            }
         }
-        // Last: what it accepts may be handed over to any.
+        // Last: what it accepts may be handed over to the others.
         self.shards[home].tell(Command::AddPod {
             uid,
             sockets,
             listeners,
+            lanes,
             names,
             dns,
         });
@@ -156,16 +166,19 @@ impl Proxy {
 
     /// Begins or ends to be a pod's name server, with these sockets in place of those before.
     pub fn set_dns(&self, uid: &WorkloadUid, dns: Option<dns::Sockets>) {
-        let home = self.next_home.fetch_add(1, Relaxed) % self.shards.len();
-        for (_, shard) in self.shards.iter().enumerate().filter(|(index, _)| *index != home) {
+        let Some(lanes) = self.placement.of(uid) else {
+            return;
+        };
+        for other in lanes.others() {
             let (uid, dns) = (uid.clone(), dns.as_ref().map(|_| Vec::new()));
-            shard.tell(Command::SetDns { uid, dns });
+            self.shards[*other].tell(Command::SetDns { uid, dns });
         }
-        self.shards[home].tell(Command::SetDns { uid: uid.clone(), dns });
+        self.shards[lanes.home()].tell(Command::SetDns { uid: uid.clone(), dns });
     }
 
     /// Takes nothing new for a pod; what lives goes on until it ends by itself. For a pod that left the mesh and lives.
     pub fn retire_pod(&self, uid: &WorkloadUid) {
+        self.placement.leave(uid);
         for shard in &self.shards {
             shard.tell(Command::RetirePod { uid: uid.clone() });
         }
@@ -181,6 +194,7 @@ impl Proxy {
 
     /// Ends everything of a pod now, a retired one's too. For a pod that is gone.
     pub fn remove_pod(&self, uid: &WorkloadUid) {
+        self.placement.leave(uid);
         for shard in &self.shards {
             shard.tell(Command::RemovePod { uid: uid.clone() });
         }
@@ -280,6 +294,7 @@ struct Start {
     log: AccessLog,
     peers: Arc<[Peer]>,
     experience: Arc<Experience>,
+    allowance: Arc<Allowance>,
     handed_over: mpsc::Receiver<HandedOver>,
     failed: watch::Sender<Option<ShardFailure>>,
 }
@@ -317,9 +332,14 @@ impl Start {
                     log,
                     peers,
                     experience,
+                    allowance,
                     handed_over,
                     failed: _,
                 } = self;
+                let turns = match config.set_urgent {
+                    Some(set) => Turns::urgent(Urgency::new(allowance, set)),
+                    None => Turns::default(),
+                };
                 let shard = Rc::new(Shard {
                     index,
                     hbone: Rc::new(config.hbone.clone()),
@@ -332,10 +352,11 @@ impl Start {
                     experience,
                     peers,
                     connections: RefCell::new(Slab::new()),
+                    stirred: tokio::sync::Notify::new(),
                     pods: RefCell::default(),
                     retired: RefCell::default(),
                     hand_overs: Rate::a_second(HAND_OVERS_A_SECOND),
-                    turns: tasks::Turns::default(),
+                    turns,
                     refusals: Say::at_most(10),
                     accept_errors: Say::at_most(1),
                     datagram: RefCell::default(),

@@ -18,6 +18,7 @@
 //!
 //! Invariant: between two looks nothing is missed. A connection that begins is judged by a snapshot at least as new as the
 //! last look at its pod, and a pod without connections is not remembered (`a_live_connection_is_closed_when_policy_changes`).
+//! A shard without connections sleeps, whatever changes: most shards of a node do, most of the time.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -38,7 +39,15 @@ const TURN: usize = 256;
 pub(crate) async fn run(shard: Rc<Shard>) {
     let mut changed = shard.knowledge.changed();
     let mut standings: HashMap<WorkloadUid, Standing> = HashMap::new();
-    while changed.changed().await.is_ok() {
+    loop {
+        if shard.connections.borrow().is_empty() {
+            standings.clear();
+            // What changes meanwhile is a change still, when there is one.
+            shard.first_connection().await;
+        }
+        if changed.changed().await.is_err() {
+            return;
+        }
         let touched = touched(&shard, &mut standings);
         let registry_only = shard.knowledge.snapshot().is_registry_only_somewhere();
         if touched.is_empty() && !registry_only {

@@ -69,10 +69,8 @@ pub(crate) enum RelayError {
 /// thousands of them.
 pub(crate) type Relaying = Pin<Box<dyn Future<Output = Option<Failure>>>>;
 
-/// Joins two plain connections.
+/// Joins two plain connections. Both have TCP_NODELAY.
 pub(crate) fn relay_plain(client: TcpStream, server: TcpStream, live: Live) -> Relaying {
-    // Not essential: without it small writes are late, not lost. The client's listener has it already.
-    let _ = server.set_nodelay(true);
     Box::pin(async move { relay(client, server, &live).await.err().and_then(Failure::of_relay) })
 }
 

@@ -3,7 +3,7 @@
 //! A tunnel to a workload that is gone, that is another by now or that takes no new connections takes no more streams;
 //! those that it has go on (`tunnels_are_not_reused_for_another_pod_at_the_address`,
 //! `a_pod_that_takes_no_new_connections_gets_none_and_keeps_those_it_has`). The other end says the same by a GOAWAY, which
-//! may come sooner or later.
+//! may come sooner or later. A shard without connections and tunnels sleeps, whatever changes.
 
 use std::{rc::Rc, time::Instant};
 
@@ -16,7 +16,13 @@ use crate::shard::{PodState, Shard};
 /// Waits for changes and looks, for as long as the shard lives.
 pub(crate) async fn run(shard: Rc<Shard>) {
     let mut changed = shard.knowledge.changed();
-    while changed.changed().await.is_ok() {
+    loop {
+        if shard.has_no_tunnels() {
+            shard.first_connection().await;
+        }
+        if changed.changed().await.is_err() {
+            return;
+        }
         let pods: Vec<Rc<PodState>> = shard.pods.borrow().values().cloned().collect();
         for pod in pods {
             let snapshot = shard.knowledge.snapshot();

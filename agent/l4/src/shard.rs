@@ -44,6 +44,7 @@ use crate::{
     inbound,
     names::Names,
     outbound,
+    placement::Lanes,
     pod::{PodListeners, PodSockets},
     rate::Rate,
     recheck, review,
@@ -56,6 +57,8 @@ pub(crate) enum Command {
         uid: WorkloadUid,
         sockets: Arc<dyn PodSockets>,
         listeners: PodListeners,
+        /// Where it is; this shard is one of them.
+        lanes: Lanes,
         names: Arc<Names>,
         /// None: its queries are not ours. Only its home gets the sockets.
         dns: Option<dns::Sockets>,
@@ -130,6 +133,8 @@ pub(crate) struct Shard {
     pub experience: Arc<Experience>,
     pub peers: Arc<[Peer]>,
     pub connections: RefCell<Slab<Rc<Live>>>,
+    /// There is a connection where there was none.
+    pub stirred: Notify,
     pub pods: RefCell<HashMap<WorkloadUid, Rc<PodState>>>,
     /// Pods that take nothing new and still have connections.
     pub retired: RefCell<Vec<Rc<PodState>>>,
@@ -147,6 +152,7 @@ pub(crate) struct Shard {
 pub(crate) struct PodState {
     pub uid: WorkloadUid,
     pub sockets: Arc<dyn PodSockets>,
+    lanes: Lanes,
     /// What it learned by DNS; the same on every shard.
     pub names: Arc<Names>,
     pub dns: dns::PodDns,
@@ -177,7 +183,7 @@ impl Shard {
         mixed ^ (mixed >> 31)
     }
 
-    /// Carries an accepted connection, here or, where another shard carries fewer, there.
+    /// Carries an accepted connection, here or, where another one of the pod's shards carries fewer, there.
     ///
     /// A pod's listeners are polled by one shard, its home: were they polled by all, each connection would wake all, and
     /// all but one for nothing (45 % more CPU for each new connection with two shards). So the home shares out. That
@@ -189,7 +195,7 @@ impl Shard {
             Kind::Tunnel => increment(&self.counters.inbound_tunnels),
         }
         let Some(permit) = self
-            .less_loaded_peer(kind)
+            .less_loaded_lane(pod, kind)
             .and_then(|other| other.hand_over.try_reserve().ok())
         else {
             return self.carry(pod, kind, socket, peer);
@@ -214,12 +220,27 @@ impl Shard {
         }
     }
 
-    /// The other shard that carries fewer of a kind than this one, if there is one and handing over is not too frequent.
-    fn less_loaded_peer(&self, kind: Kind) -> Option<&Peer> {
+    /// The other one of the pod's shards that carries fewer of a kind than this one, if there is one and handing over is
+    /// not too frequent.
+    fn less_loaded_lane(&self, pod: &PodState, kind: Kind) -> Option<&Peer> {
         let own = self.peers[self.index].load(kind).load(Relaxed);
         let load = |peer: &&Peer| peer.load(kind).load(Relaxed);
-        let least = self.peers.iter().min_by_key(load)?;
+        let lanes = pod.lanes.all().iter().map(|lane| &self.peers[*lane]);
+        let least = lanes.min_by_key(load)?;
         (load(&least) < own && self.hand_overs.may()).then_some(least)
+    }
+
+    /// Waits until there is a connection.
+    pub(crate) async fn first_connection(&self) {
+        while self.connections.borrow().is_empty() {
+            // Nothing comes between the look and the wait: all of it is on one thread.
+            self.stirred.notified().await;
+        }
+    }
+
+    /// Neither tunnels to others nor a connection that could open one.
+    pub(crate) fn has_no_tunnels(&self) -> bool {
+        self.connections.borrow().is_empty() && self.pods.borrow().values().all(|pod| pod.pool.is_empty())
     }
 
     fn pod(&self, uid: &WorkloadUid) -> Option<Rc<PodState>> {
@@ -231,6 +252,7 @@ impl Shard {
         uid: WorkloadUid,
         sockets: Arc<dyn PodSockets>,
         listeners: PodListeners,
+        lanes: Lanes,
         names: Arc<Names>,
         dns: Option<dns::Sockets>,
     ) {
@@ -240,6 +262,7 @@ impl Shard {
         let pod = Rc::new(PodState {
             uid: uid.clone(),
             sockets,
+            lanes,
             names,
             dns: dns::PodDns::default(),
             pool: hbone::Pool::fair(self.hbone.clone(), group.clone()),
@@ -424,17 +447,19 @@ pub(crate) async fn run(
     mut commands: mpsc::UnboundedReceiver<Command>,
     mut handed_over: mpsc::Receiver<HandedOver>,
 ) {
-    let rechecking = tokio::task::spawn_local(recheck::run(shard.clone()));
-    let reviewing = tokio::task::spawn_local(review::run(shard.clone()));
-    let distrusting = tokio::task::spawn_local(distrust::run(shard.clone()));
+    // They take their turns, too, whoever they concern.
+    let for_all = shard.turns.group();
+    let rechecking = tokio::task::spawn_local(for_all.fair(recheck::run(shard.clone())));
+    let reviewing = tokio::task::spawn_local(for_all.fair(review::run(shard.clone())));
+    let distrusting = tokio::task::spawn_local(for_all.fair(distrust::run(shard.clone())));
     let taking_turns = tokio::task::spawn_local(shard.turns.clone().run());
     loop {
         tokio::select! {
             // Commands first: what is handed over may be for a pod that was added just before.
             biased;
             command = commands.recv() => match command {
-                Some(Command::AddPod { uid, sockets, listeners, names, dns }) => {
-                    shard.add_pod(uid, sockets, listeners, names, dns);
+                Some(Command::AddPod { uid, sockets, listeners, lanes, names, dns }) => {
+                    shard.add_pod(uid, sockets, listeners, lanes, names, dns);
                 }
                 Some(Command::SetDns { uid, dns }) => {
                     if let Some(pod) = shard.pod(&uid) {

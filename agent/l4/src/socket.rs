@@ -73,6 +73,8 @@ pub(crate) async fn pair() -> io::Result<(TcpStream, TcpStream)> {
         let (theirs, peer) = listener.accept().await?;
         // Somebody else of this machine may have dialled it.
         if peer == ours.local_addr()? {
+            ours.set_nodelay(true)?;
+            theirs.set_nodelay(true)?;
             return Ok((ours, theirs));
         }
     }

@@ -4,9 +4,14 @@
 
 mod lab;
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    net::SocketAddr,
+    time::Duration,
+};
 
-use l4::{Config, FailureKind};
+use l4::{Config, ConnectionInfo, FailureKind};
 use lab::{
     Lab, LabPod, echo, eventually, expect_echo, expect_refused, expect_reset, new_address, policy,
     two::{Two, two},
@@ -353,7 +358,7 @@ async fn a_thousand_half_open_handshakes_do_not_harm_a_good_one() {
         silent.push(TcpStream::connect(two.server.at(15008)).await.unwrap());
     }
     expect_echo(&mut two.client.dial(two.server.at(8080)).await.unwrap(), b"hello").await;
-    let shards = Config::default().shards as u64;
+    let shards = Config::default().shards_per_pod as u64;
     let dropped = 1000 - Config::default().half_open as u64 * shards;
     eventually("the oldest are dropped", async || {
         two.far.counters().half_open_dropped >= dropped
@@ -476,10 +481,11 @@ async fn a_connect_is_answered_with_ztunnels_status() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_and_tunnels_are_shared_out_among_the_shards() {
+async fn connections_and_tunnels_are_shared_out_among_the_shards_of_their_pod() {
     let mut lab = Lab::new();
     let three = || Config {
-        shards: 3,
+        shards: 4,
+        shards_per_pod: 3,
         ..Config::default()
     };
     let (near, far) = (lab.proxy_with(three()), lab.proxy_with(three()));
@@ -493,11 +499,44 @@ async fn connections_and_tunnels_are_shared_out_among_the_shards() {
         live.push(socket);
     }
     for proxy in [&near, &far] {
-        let mut shards = [0; 3];
+        let mut shards = [0; 4];
         for connection in proxy.connections().await {
             assert!(connection.established && connection.sent + connection.received == 10);
             shards[connection.shard] += 1;
         }
-        assert_eq!(shards, [3, 3, 3]);
+        assert_eq!(shards, [3, 3, 3, 0]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_share_no_shard_while_there_are_enough() {
+    let mut lab = Lab::new();
+    let proxy = lab.proxy_with(Config {
+        shards: 4,
+        shards_per_pod: 2,
+        ..Config::default()
+    });
+    let pods = [lab.pod(&proxy, "one"), lab.pod(&proxy, "other")];
+    let server = lab.pod(&proxy, "server");
+    lab.publish();
+    echo(server.listen(8080).await);
+    let mut live = Vec::new();
+    for pod in pods.iter().cycle().take(8) {
+        let mut socket = pod.dial(server.at(8080)).await.unwrap();
+        expect_echo(&mut socket, b"hello").await;
+        live.push(socket);
+    }
+    let mut of_pods: HashMap<_, HashSet<usize>> = HashMap::new();
+    let outbound = |connection: &ConnectionInfo| connection.direction == telemetry::Direction::Outbound;
+    for connection in proxy.connections().await.into_iter().filter(outbound) {
+        of_pods.entry(connection.pod).or_default().insert(connection.shard);
+    }
+    let shards: Vec<_> = of_pods.into_values().collect();
+    let [one, other] = &shards[..] else {
+        panic!("{shards:?}")
+    };
+    assert!(
+        one.is_disjoint(other) && one.len() == 2 && other.len() == 2,
+        "{shards:?}"
+    );
 }

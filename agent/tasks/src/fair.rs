@@ -26,6 +26,8 @@ use std::{
 
 use pin_project_lite::pin_project;
 
+use crate::Urgency;
+
 /// What a group's tasks may take of a round, together.
 pub const TURN: Duration = Duration::from_micros(100);
 
@@ -65,6 +67,7 @@ struct Inner {
     polled: Cell<u64>,
     since: Cell<u64>,
     groups: Cell<u64>,
+    urgency: Option<Urgency>,
 }
 
 /// Tasks that share their turns. Cheap to clone; [`Group::default`] is one of no thread's turns, whose tasks never wait.
@@ -87,12 +90,17 @@ struct GroupInner {
 
 impl Default for Turns {
     fn default() -> Self {
-        Self::with(now)
+        Self::with(now, None)
     }
 }
 
 impl Turns {
-    fn with(clock: fn() -> u64) -> Self {
+    /// On a thread that is urgent while its groups together do little.
+    pub fn urgent(urgency: Urgency) -> Self {
+        Self::with(now, Some(urgency))
+    }
+
+    fn with(clock: fn() -> u64, urgency: Option<Urgency>) -> Self {
         Self(Rc::new(Inner {
             clock,
             round: Cell::new(0),
@@ -102,6 +110,7 @@ impl Turns {
             polled: Cell::new(0),
             since: Cell::new(0),
             groups: Cell::new(0),
+            urgency,
         }))
     }
 
@@ -223,6 +232,9 @@ impl Group {
         let (group, turns) = (&self.0, &self.0.turns);
         let now = (turns.clock)();
         let took = now.saturating_sub(LAST.replace(now));
+        if let Some(urgency) = &turns.urgency {
+            urgency.worked(now, took);
+        }
         self.enter_round();
         group.used.set(group.used.get() + took);
         let usual = group.usual.get();
@@ -304,7 +316,7 @@ mod tests {
             .build_local(tokio::runtime::LocalOptions::default())
             .unwrap();
         runtime.block_on(async {
-            let turns = Turns::with(|| TIME.get());
+            let turns = Turns::with(|| TIME.get(), None);
             spawn_local(turns.clone().run());
             tokio::task::yield_now().await;
             test(turns).await

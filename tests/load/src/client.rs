@@ -152,14 +152,52 @@ pub fn requests(run: &Run, concurrency: usize, sizes: Sizes, fresh: bool) -> any
             }
         }
     }
-    let micros = |quantile| requester.times.quantile(quantile).as_secs_f64() * 1e6;
-    Ok(Requests {
-        count: requester.count,
-        failed: requester.failed,
+    Ok(answered(requester.count, requester.failed, start, &requester.times))
+}
+
+/// Requests on one kept-alive connection, with a pause before each.
+pub fn unhurried(run: &Run, pause: Duration, sizes: Sizes) -> anyhow::Result<Requests> {
+    let first = first_request(sizes, false);
+    let mut stream = connect_now(run)?;
+    stream.set_read_timeout(Some(STALL))?;
+    let mut answer = vec![0; sizes.response as usize];
+    stream.write_all(&first)?;
+    stream.read_exact(&mut answer).context("the first answer")?;
+    let (mut times, mut count) = (Histogram::new(), 0u64);
+    let start = Instant::now();
+    while start.elapsed() < run.duration() && count < run.limit {
+        std::thread::sleep(pause);
+        // When this process wakes is its own affair.
+        let since = Instant::now();
+        stream.write_all(&first[HELLO..])?;
+        stream.read_exact(&mut answer).context("an answer")?;
+        times.record(since.elapsed());
+        count += 1;
+    }
+    Ok(answered(count, 0, start, &times))
+}
+
+/// What opens a connection of requests, with the first of them.
+fn first_request(sizes: Sizes, fresh: bool) -> Vec<u8> {
+    let hello = Kind::Requests {
+        request: sizes.request,
+        response: sizes.response,
+        close: fresh,
+    };
+    let mut first = hello.encode().to_vec();
+    first.resize(HELLO + sizes.request as usize, 0x5a);
+    first
+}
+
+fn answered(count: u64, failed: u64, start: Instant, times: &Histogram) -> Requests {
+    let micros = |quantile| times.quantile(quantile).as_secs_f64() * 1e6;
+    Requests {
+        count,
+        failed,
         seconds: start.elapsed().as_secs_f64(),
         p50_us: micros(0.5),
         p99_us: micros(0.99),
-    })
+    }
 }
 
 struct Requester {
@@ -175,17 +213,9 @@ struct Requester {
 
 impl Requester {
     fn new(sizes: Sizes, fresh: bool) -> anyhow::Result<Self> {
-        let hello = Kind::Requests {
-            request: sizes.request,
-            response: sizes.response,
-            close: fresh,
-        }
-        .encode();
-        let mut first = hello.to_vec();
-        first.resize(HELLO + sizes.request as usize, 0x5a);
         Ok(Requester {
             poll: Poll::new()?,
-            first,
+            first: first_request(sizes, fresh),
             response: sizes.response as usize,
             fresh,
             times: Histogram::new(),
@@ -255,14 +285,11 @@ fn waits(error: &io::Error) -> bool {
 
 /// Opens `count` connections, each proved by one request, says so, and holds them until stdin ends or time is over.
 pub fn idle(run: &Run, count: usize) -> anyhow::Result<()> {
-    let mut first = Kind::Requests {
+    let sizes = Sizes {
         request: 128,
         response: 128,
-        close: false,
-    }
-    .encode()
-    .to_vec();
-    first.resize(HELLO + 128, 0x5a);
+    };
+    let first = first_request(sizes, false);
     let mut held = Vec::with_capacity(count);
     for _ in 0..count {
         let mut stream = connect_now(run)?;

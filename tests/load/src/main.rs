@@ -9,6 +9,7 @@
 //! | `serve` | answers all the others | |
 //! | `bulk` | uploads on some streams, then waits for the server's count | bytes, seconds |
 //! | `requests` | a request in flight on each of some kept-alive connections | count, seconds, p50, p99 |
+//! | `unhurried` | requests on one kept-alive connection, with pauses | count, seconds, p50, p99 |
 //! | `connections` | connect, one request, close, with some at a time | count, seconds, p50, p99 |
 //! | `idle` | opens connections, proves each by a request, holds them until stdin ends | held |
 
@@ -53,6 +54,16 @@ enum Command {
         /// Connections, each with one request in flight.
         #[arg(long, default_value_t = 1)]
         connections: usize,
+        #[command(flatten)]
+        sizes: Sizes,
+    },
+    /// Requests over one kept-alive connection, with a pause before each.
+    Unhurried {
+        #[command(flatten)]
+        run: Run,
+        /// The pause, in microseconds.
+        #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+        pause: u64,
         #[command(flatten)]
         sizes: Sizes,
     },
@@ -115,6 +126,9 @@ fn main() -> anyhow::Result<()> {
             connections,
             sizes,
         } => serde_json::to_string(&client::requests(&run, connections, sizes, false)?)?,
+        Command::Unhurried { run, pause, sizes } => {
+            serde_json::to_string(&client::unhurried(&run, Duration::from_micros(pause), sizes)?)?
+        }
         Command::Connections {
             run,
             concurrency,

@@ -21,7 +21,8 @@ pub enum Measure {
     Requests(u32),
     /// New connections.
     Connections,
-    /// A request after the other by a pod whose neighbour on both nodes makes this noise.
+    /// Requests with pauses by a pod whose neighbour on both nodes makes this noise. A pod that asks as fast as it can takes
+    /// a processor for itself, and is not quiet.
     Beside(Option<Noise>),
     /// One more proxy's start.
     Start,
@@ -102,6 +103,9 @@ struct Requests {
     p50_us: f64,
     p99_us: f64,
 }
+
+/// Of a quiet pod before each request, microseconds.
+const PAUSE: &str = "500";
 
 /// Connections at a time while new ones are counted.
 const AT_A_TIME: &str = "16";
@@ -300,7 +304,7 @@ fn quiet(lab: &Lab, contender: &dyn Contender, noise: Option<Noise>, seconds: f6
             Noisy::start(&mut command)
         })
         .transpose()?;
-    let (got, _): (Requests, Cost) = load(lab, contender, &["requests", "--connections", "1"], seconds)?;
+    let (got, _): (Requests, Cost) = load(lab, contender, &["unhurried", "--pause", PAUSE], seconds)?;
     got.rate()?;
     drop(noisy);
     let beside = noise.map_or_else(|| "alone".to_owned(), |noise| format!("beside {}", noise.title()));

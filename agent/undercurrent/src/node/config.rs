@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, ValueEnum, builder::FalseyValueParser};
+use clap::{ArgAction, Args, ValueEnum, builder::FalseyValueParser};
 use identity::ControlAddress;
 use model::TrustDomain;
 
@@ -70,9 +70,22 @@ pub struct NodeArgs {
         default_value = "/sys/fs/bpf/undercurrent"
     )]
     pub pin_dir: PathBuf,
-    /// Threads that carry traffic [default: one per core, at most 2].
+    /// Threads that carry traffic. Pods that share none do not hold each other up [default: 16].
     #[arg(long, env = "UNDERCURRENT_SHARDS", value_name = "N")]
     pub shards: Option<usize>,
+    /// How many of those threads carry one pod's traffic [default: one per core, at most 2].
+    #[arg(long, env = "UNDERCURRENT_SHARDS_PER_POD", value_name = "N")]
+    pub shards_per_pod: Option<usize>,
+    /// Threads whose pods ask for little go before other processes (SCHED_RR), so that a quiet pod does not wait for a noisy
+    /// one: each for a fifth of a processor at most, all for a quarter of the machine. Without CAP_SYS_NICE they do not.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_REALTIME",
+        value_name = "BOOL",
+        default_value_t = true,
+        action = ArgAction::Set
+    )]
+    pub realtime: bool,
     /// One line for each connection, on standard output.
     #[arg(long, env = "UNDERCURRENT_ACCESS_LOG", value_enum, default_value_t = AccessLogMode::Text)]
     pub access_log: AccessLogMode,
@@ -289,7 +302,9 @@ impl NodeArgs {
             "podsCgroup": self.pods_cgroup,
             "capture": format!("{:?}", self.capture).to_lowercase(),
             "pinDir": self.pin_dir,
-            "shards": self.shards,
+            "shards": self.shards.unwrap_or(l4::Config::default().shards),
+            "realtime": self.realtime,
+            "shardsPerPod": self.shards_per_pod.unwrap_or(l4::Config::default().shards_per_pod),
             "accessLog": format!("{:?}", self.access_log).to_lowercase(),
             "accessLogOpening": self.access_log_opening,
             "statsAddr": self.metrics,

@@ -135,6 +135,18 @@ fn proxy_config(args: &NodeArgs, metrics: &telemetry::Metrics) -> l4::Config {
     if let Some(shards) = args.shards {
         config.shards = shards.max(1);
     }
+    if let Some(shards) = args.shards_per_pod {
+        config.shards_per_pod = shards.max(1);
+    }
+    if args.realtime {
+        match capture::allow_urgency() {
+            Ok(()) => config.set_urgent = Some(set_urgent),
+            Err(error) => tracing::warn!(
+                "pods that ask for little may have to wait for noisy ones when processors are scarce: threads of the agent \
+                 cannot be urgent: {error} (it needs CAP_SYS_NICE; --realtime false if this is meant)"
+            ),
+        }
+    }
     config
 }
 
@@ -209,6 +221,13 @@ fn start_access_log(args: &NodeArgs) -> std::io::Result<AccessLog> {
         AccessLogMode::Json => AccessLog::start(std::io::stdout(), telemetry::Format::Json),
     }?;
     Ok(log.with_opening(args.access_log_opening))
+}
+
+/// False: it can't be done any more, though it could at the start.
+fn set_urgent(urgent: bool) -> bool {
+    capture::set_urgent(urgent)
+        .inspect_err(|error| tracing::warn!(urgent, "a thread's scheduling cannot be changed: {error}"))
+        .is_ok()
 }
 
 /// Every connection takes two descriptors: the soft limit is raised to the hard one.

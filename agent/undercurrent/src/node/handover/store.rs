@@ -5,11 +5,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::PermissionsExt,
-    },
+    io,
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     time::Duration,
 };
@@ -85,20 +82,12 @@ pub fn greet(socket: Socket, held: &Store) -> io::Result<Option<Channel>> {
 }
 
 pub fn listen(path: &Path) -> io::Result<Socket> {
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
-    }
-    let fresh = path.with_extension("new");
-    match fs::remove_file(&fresh) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let socket = Socket::new(Domain::UNIX, Type::SEQPACKET.nonblocking(), None)?;
-    socket.bind(&SockAddr::unix(&fresh)?)?;
-    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))?;
-    socket.listen(4)?;
-    fs::rename(&fresh, path)?;
-    Ok(socket)
+    admin::put_in_place(path, |path| {
+        let socket = Socket::new(Domain::UNIX, Type::SEQPACKET.nonblocking(), None)?;
+        socket.bind(&SockAddr::unix(path)?)?;
+        socket.listen(4)?;
+        Ok(socket)
+    })
 }
 
 /// Finds the agent that is in charge, and all that it holds. None: there is none, or none to talk to.

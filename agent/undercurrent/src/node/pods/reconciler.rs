@@ -237,28 +237,23 @@ impl Reconciler {
                 return;
             }
         };
-        let gone = |pod: &&Pod| {
+        let gone = self.which(|pod| {
             let now = found.get(&pod.record.pod);
             now.is_none_or(|record| !record.is_same_sandbox(&pod.record))
-        };
-        let gone: Vec<_> = self
-            .pods
-            .values()
-            .filter(gone)
-            .map(|pod| pod.record.pod.clone())
-            .collect();
+        });
+        let mut identities = Vec::new();
         for key in gone {
-            if let Some(pod) = self.pods.remove(&key)
-                && let State::Told(told) = &pod.state
-            {
-                self.parts.forget(told.uid()).await;
-            }
+            identities.extend(self.take_out(&key).await);
         }
         for (key, record) in found {
             self.pods.entry(key).or_insert_with(|| Pod::new(record, true));
         }
         self.repair().await;
         self.reconcile_all().await;
+        // Not before: a pod in another sandbox has the identity still.
+        identities
+            .iter()
+            .for_each(|identity| self.forget_identity(Some(identity)));
     }
 
     async fn add(&mut self, record: PodRecord, answer: oneshot::Sender<Outcome>, until: Instant) {
@@ -298,19 +293,33 @@ impl Reconciler {
     }
 
     async fn remove(&mut self, key: &NamespacedName) -> Outcome {
-        if let Some(pod) = self.pods.remove(key) {
-            if let State::Told(told) = &pod.state {
-                self.parts.forget(told.uid()).await;
-            }
-            self.forget_identity(pod.captured_as());
-            for (answer, _) in pod.waiting {
-                let _ = answer.send(Err("the pod is gone".to_owned()));
-            }
+        if self.pods.contains_key(key) {
+            let identity = self.take_out(key).await;
+            self.forget_identity(identity.as_ref());
             self.tell_mesh();
         }
         self.records
             .drop_record(key)
             .map_err(|error| format!("cannot drop the record of {key}: {error}"))
+    }
+
+    /// Takes a pod out of the kernel, the proxy and this agent's books, but for its record. What it was captured as: the
+    /// identity may be another pod's, too.
+    async fn take_out(&mut self, key: &NamespacedName) -> Option<Identity> {
+        let pod = self.pods.remove(key)?;
+        if let State::Told(told) = &pod.state {
+            self.parts.forget(told.uid()).await;
+        }
+        let identity = pod.captured_as().cloned();
+        for (answer, _) in pod.waiting {
+            let _ = answer.send(Err("the pod is gone".to_owned()));
+        }
+        identity
+    }
+
+    fn which(&self, is: impl Fn(&Pod) -> bool) -> Vec<NamespacedName> {
+        let those = self.pods.values().filter(|pod| is(pod));
+        those.map(|pod| pod.record.pod.clone()).collect()
     }
 
     /// The certificate of an identity that no pod has any more is not kept.
@@ -324,14 +333,8 @@ impl Reconciler {
 
     /// Forgets the pods of sandboxes that are no more. One whose sandbox nobody named stays.
     async fn collect(&mut self, valid: &[String]) -> Outcome {
-        let gone = |pod: &&Pod| !pod.record.container_id.is_empty() && !valid.contains(&pod.record.container_id);
-        let gone: Vec<_> = self
-            .pods
-            .values()
-            .filter(gone)
-            .map(|pod| pod.record.pod.clone())
-            .collect();
-        for key in gone {
+        let gone = |pod: &Pod| !pod.record.container_id.is_empty() && !valid.contains(&pod.record.container_id);
+        for key in self.which(gone) {
             tracing::info!(pod = %key, "its sandbox is gone, as the container runtime says");
             self.remove(&key).await?;
         }
@@ -346,14 +349,7 @@ impl Reconciler {
 
     /// What nobody tells of: namespaces that vanished, and capture that is not as it was left.
     async fn repair(&mut self) {
-        let gone = |pod: &&Pod| !pod.record.netns.exists();
-        let gone: Vec<_> = self
-            .pods
-            .values()
-            .filter(gone)
-            .map(|pod| pod.record.pod.clone())
-            .collect();
-        for key in gone {
+        for key in self.which(|pod| !pod.record.netns.exists()) {
             tracing::info!(pod = %key, "its network namespace is gone");
             if let Err(error) = self.remove(&key).await {
                 tracing::warn!(pod = %key, error, "cannot forget the pod");
