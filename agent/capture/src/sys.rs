@@ -265,19 +265,35 @@ pub(crate) fn tcx_query() -> io::Result<bool> {
     }
 }
 
-/// Has this thread run before all that is not urgent (`SCHED_RR`, the lowest priority), or as usual with the nice value
-/// that it had. What it starts is usual.
-pub(crate) fn set_urgent(urgent: bool) -> io::Result<()> {
-    let (policy, priority) = if urgent {
-        (libc::SCHED_RR, 1)
-    } else {
-        (libc::SCHED_OTHER, 0)
+/// How a thread gets processors.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Scheduling {
+    /// Before all that is not: `SCHED_RR`, the lowest priority.
+    Urgent,
+    /// As others, with the nice value that it has; in slices of so many nanoseconds.
+    Usual { slice: u64 },
+}
+
+/// Schedules this thread so; what it starts is usual.
+pub(crate) fn schedule(how: Scheduling) -> io::Result<()> {
+    // SAFETY: an argument by value. It can't fail for the caller itself.
+    let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    let (policy, priority, slice) = match how {
+        Scheduling::Urgent => (libc::SCHED_RR, 1, 0),
+        Scheduling::Usual { slice } => (libc::SCHED_OTHER, 0, slice),
     };
-    let parameters = libc::sched_param {
+    let attributes = libc::sched_attr {
+        size: size_of::<libc::sched_attr>() as u32,
+        sched_policy: policy.cast_unsigned(),
+        sched_flags: libc::SCHED_FLAG_RESET_ON_FORK as u64,
+        sched_nice: nice,
         sched_priority: priority,
+        sched_runtime: slice,
+        sched_deadline: 0,
+        sched_period: 0,
     };
-    // SAFETY: the parameters are ours, and 0 is this thread.
-    let result = unsafe { libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+    // SAFETY: the attributes are ours, of the size that they say; 0 is this thread.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
     if result == 0 {
         Ok(())
     } else {

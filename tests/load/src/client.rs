@@ -11,7 +11,7 @@ use mio::{Events, Interest, Poll, Token};
 use serde::Serialize;
 
 use crate::histogram::Histogram;
-use crate::wire::{HELLO, Kind};
+use crate::wire::{HELLO, Kind, MAX_MESSAGE};
 use crate::{Run, Sizes};
 
 /// What [`bulk`] measured.
@@ -175,6 +175,58 @@ pub fn unhurried(run: &Run, pause: Duration, sizes: Sizes) -> anyhow::Result<Req
         count += 1;
     }
     Ok(answered(count, 0, start, &times))
+}
+
+/// What [`sip`] did.
+#[derive(Serialize)]
+pub struct Sipped {
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// From the first to the last.
+    pub seconds: f64,
+}
+
+/// On each of so many connections there is always more to read than fits on the way, and every millisecond a little of it is
+/// read.
+pub fn sip(run: &Run, connections: usize) -> anyhow::Result<Sipped> {
+    const SIP: usize = 1024;
+    const AHEAD: usize = 256; // responses: 16 MiB, more than the buffers on the way take
+    let sizes = Sizes {
+        request: 1,
+        response: MAX_MESSAGE,
+    };
+    let mut first = first_request(sizes, false);
+    first.resize(HELLO + AHEAD, 0x5a);
+    let mut open = Vec::with_capacity(connections);
+    for _ in 0..connections {
+        let mut stream = connect_now(run)?;
+        stream.write_all(&first)?;
+        stream.set_nonblocking(true)?;
+        open.push((stream, 0));
+    }
+    let start = Instant::now();
+    let (mut bytes, mut buffer) = (0, [0; SIP]);
+    while start.elapsed() < run.duration() {
+        for (stream, have) in &mut open {
+            match stream.read(&mut buffer) {
+                Ok(0) => bail!("a connection ended after {have} bytes"),
+                Ok(read) => {
+                    (*have, bytes) = (*have + read, bytes + read as u64);
+                    if *have >= MAX_MESSAGE as usize {
+                        *have -= MAX_MESSAGE as usize;
+                        stream.write_all(&first[HELLO..=HELLO])?;
+                    }
+                }
+                Err(error) if waits(&error) => {}
+                Err(error) => return Err(error).context("read"),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(Sipped {
+        bytes,
+        seconds: start.elapsed().as_secs_f64(),
+    })
 }
 
 /// What opens a connection of requests, with the first of them.

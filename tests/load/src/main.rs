@@ -10,6 +10,7 @@
 //! | `bulk` | uploads on some streams, then waits for the server's count | bytes, seconds |
 //! | `requests` | a request in flight on each of some kept-alive connections | count, seconds, p50, p99 |
 //! | `unhurried` | requests on one kept-alive connection, with pauses | count, seconds, p50, p99 |
+//! | `sip` | reads a little of a lot, on some connections | bytes, seconds |
 //! | `connections` | connect, one request, close, with some at a time | count, seconds, p50, p99 |
 //! | `idle` | opens connections, proves each by a request, holds them until stdin ends | held |
 
@@ -66,6 +67,14 @@ enum Command {
         pause: u64,
         #[command(flatten)]
         sizes: Sizes,
+    },
+    /// Slow readers: there is always more than they take.
+    Sip {
+        #[command(flatten)]
+        run: Run,
+        /// Connections.
+        #[arg(long, default_value_t = 64)]
+        connections: usize,
     },
     /// New connections, one request each.
     Connections {
@@ -129,6 +138,7 @@ fn main() -> anyhow::Result<()> {
         Command::Unhurried { run, pause, sizes } => {
             serde_json::to_string(&client::unhurried(&run, Duration::from_micros(pause), sizes)?)?
         }
+        Command::Sip { run, connections } => serde_json::to_string(&client::sip(&run, connections)?)?,
         Command::Connections {
             run,
             concurrency,

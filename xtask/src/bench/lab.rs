@@ -132,6 +132,33 @@ impl Lab {
         nice
     }
 
+    /// The load generator inside a pod, before every other process.
+    pub fn urgent_load(&self, pod: &Pod) -> Command {
+        let load = self.load(pod);
+        let mut urgent = Command::new("chrt");
+        urgent.args(["--rr", "2"]).arg(load.get_program()).args(load.get_args());
+        urgent
+    }
+
+    /// Has a pod's server go before every other process, until this is dropped.
+    pub fn urgent_server(pod: &Pod) -> Result<UrgentServer> {
+        let output = Command::new("ip").args(["netns", "pids", &pod.netns()]).output();
+        let output = output.context("start ip")?;
+        let is_load = |id: &&str| {
+            let name = std::fs::read_to_string(format!("/proc/{id}/comm"));
+            name.is_ok_and(|name| name.trim() == "load")
+        };
+        let ids = String::from_utf8_lossy(&output.stdout).into_owned();
+        let ids: Vec<String> = ids.split_whitespace().filter(is_load).map(str::to_owned).collect();
+        if ids.is_empty() {
+            bail!("no server in {}", pod.netns());
+        }
+        for id in &ids {
+            check(Command::new("chrt").args(["--rr", "--pid", "2", id]))?;
+        }
+        Ok(UrgentServer(ids))
+    }
+
     /// The pod's first IPv4 address that others can reach.
     pub fn address(&self, pod: &Pod) -> Result<IpAddr> {
         let mut ip = Command::new("ip");
@@ -155,6 +182,18 @@ impl Lab {
         let mut command = Command::new(&self.undercurrent);
         command.arg("playground").args(arguments);
         command
+    }
+}
+
+/// A server that goes before every other process.
+pub struct UrgentServer(Vec<String>);
+
+impl Drop for UrgentServer {
+    fn drop(&mut self) {
+        for id in &self.0 {
+            // Gone already, or it stays as it is for the rest of the lab's life.
+            let _ = check(Command::new("chrt").args(["--other", "--pid", "0", id]));
+        }
     }
 }
 

@@ -37,10 +37,12 @@ pub enum Noise {
     Storm,
     /// Requests on 256 connections.
     Crowd,
+    /// Much to read on 64 connections, and little of it read.
+    SlowReaders,
 }
 
 /// All of them, in the order of the report.
-pub const MEASURES: [Measure; 11] = [
+pub const MEASURES: [Measure; 12] = [
     Measure::Bulk(1),
     Measure::Bulk(8),
     Measure::Requests(1),
@@ -51,6 +53,7 @@ pub const MEASURES: [Measure; 11] = [
     Measure::Beside(Some(Noise::Bulk)),
     Measure::Beside(Some(Noise::Storm)),
     Measure::Beside(Some(Noise::Crowd)),
+    Measure::Beside(Some(Noise::SlowReaders)),
     Measure::Start,
 ];
 
@@ -244,8 +247,18 @@ impl Cost {
 }
 
 fn load<T: DeserializeOwned>(lab: &Lab, contender: &dyn Contender, words: &[&str], seconds: f64) -> Result<(T, Cost)> {
+    let command = lab.load(&contender.pair().client());
+    load_by(command, lab, contender, words, seconds)
+}
+
+fn load_by<T: DeserializeOwned>(
+    mut command: Command,
+    lab: &Lab,
+    contender: &dyn Contender,
+    words: &[&str],
+    seconds: f64,
+) -> Result<(T, Cost)> {
     let sides = contender.sides()?;
-    let mut command = lab.load(&contender.pair().client());
     command.args(words).args([
         "--target",
         &contender.target(lab, &contender.pair())?.to_string(),
@@ -276,6 +289,7 @@ impl Noise {
             Noise::Bulk => ["bulk", "--streams", "8"],
             Noise::Storm => ["connections", "--concurrency", "64"],
             Noise::Crowd => ["requests", "--connections", "256"],
+            Noise::SlowReaders => ["sip", "--connections", "64"],
         }
     }
 
@@ -284,6 +298,7 @@ impl Noise {
             Noise::Bulk => "bulk on 8 streams",
             Noise::Storm => "a storm of connections",
             Noise::Crowd => "requests on 256 conn",
+            Noise::SlowReaders => "slow readers on 64 conn",
         }
     }
 }
@@ -304,7 +319,10 @@ fn quiet(lab: &Lab, contender: &dyn Contender, noise: Option<Noise>, seconds: f6
             Noisy::start(&mut command)
         })
         .transpose()?;
-    let (got, _): (Requests, Cost) = load(lab, contender, &["unhurried", "--pause", PAUSE], seconds)?;
+    // Nor is how long the quiet pod's own programs wait for a processor.
+    let _server = Lab::urgent_server(&contender.pair().server())?;
+    let command = lab.urgent_load(&contender.pair().client());
+    let (got, _): (Requests, Cost) = load_by(command, lab, contender, &["unhurried", "--pause", PAUSE], seconds)?;
     got.rate()?;
     drop(noisy);
     let beside = noise.map_or_else(|| "alone".to_owned(), |noise| format!("beside {}", noise.title()));
