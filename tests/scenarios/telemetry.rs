@@ -13,6 +13,7 @@ scenarios![
     what_is_logged_changes_at_run_time,
     why_says_what_happens,
     what_agents_know_is_listed,
+    profiles_are_taken_while_it_runs,
 ];
 
 const ADMIN: &str = "http://127.0.0.1:15000";
@@ -62,6 +63,17 @@ fn both_ends_count_a_connection_with_its_labels(mesh: &Mesh) -> Result<()> {
             let bytes = count(&text, "istio_tcp_sent_bytes_total", &labels[..labels.len() - 1]);
             Ok(opened(&text) > before && closed > 0.0 && bytes > 0.0)
         })?;
+    }
+    Ok(())
+}
+
+/// Of the CPU and of the heap, in the form that `pprof` reads: a message that has its strings as they are.
+fn profiles_are_taken_while_it_runs(mesh: &Mesh) -> Result<()> {
+    for (profile, unit) in [("profile", "nanoseconds"), ("heap", "bytes")] {
+        let url = format!("{ADMIN}/debug/pprof/{profile}?seconds=1");
+        let count = format!("set -o pipefail; curl -sSf --max-time 20 '{url}' | grep -a -c {unit}");
+        let lines = netns::says(&mesh.node("node-1").netns(), "bash", &["-c", &count])?;
+        ensure!(lines.trim().parse::<u32>()? > 0, "{profile}: {lines}");
     }
     Ok(())
 }

@@ -203,7 +203,7 @@ pub enum OpenError {
     #[error("cannot make a socket: {0}")]
     Socket(Arc<io::Error>),
     /// The TCP connection of the tunnel was refused, or failed.
-    #[error("cannot connect to {address}: {source}")]
+    #[error("cannot connect to {address}: {source}{}", dial_hint(source))]
     Dial {
         /// Whom we dialled.
         address: SocketAddr,
@@ -258,6 +258,17 @@ pub enum OpenError {
     /// The pool takes no more streams.
     #[error("draining")]
     Draining,
+}
+
+fn dial_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrNotAvailable => {
+            "; no port is left to dial it from: net.ipv4.ip_local_port_range of the pod has no more, and each tunnel to the \
+             same address takes one"
+        }
+        io::ErrorKind::ConnectionRefused => "; nobody listens there: does the agent of that pod's node run?",
+        _ => "",
+    }
 }
 
 fn status_hint(status: u16) -> &'static str {
@@ -335,5 +346,25 @@ impl RelayError {
             | io::ErrorKind::NotConnected => Self::ApplicationReset,
             kind => Self::ApplicationIo(kind),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dial_that_failed_says_what_to_look_at() {
+        let dial = |kind: io::ErrorKind| {
+            let address = "10.0.0.1:15008".parse().unwrap();
+            let source = Arc::new(kind.into());
+            OpenError::Dial { address, source }.to_string()
+        };
+        assert!(dial(io::ErrorKind::AddrNotAvailable).contains("ip_local_port_range"));
+        assert!(dial(io::ErrorKind::ConnectionRefused).contains("does the agent of that pod's node run?"));
+        assert_eq!(
+            dial(io::ErrorKind::NetworkUnreachable),
+            "cannot connect to 10.0.0.1:15008: network unreachable"
+        );
     }
 }

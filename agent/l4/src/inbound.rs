@@ -95,6 +95,7 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
 
 /// Judges the connection, and lets it be judged again when knowledge changes.
 fn admit(connection: &Connection, snapshot: &Snapshot, workload: &Workload, facts: Facts) -> Result<(), Failure> {
+    connection.pod.judged_by(snapshot);
     let verdict = snapshot.verdict(&facts, workload);
     let mut known = connection.known.borrow_mut();
     known.dry_run = connection.rehearse(verdict.allowed, verdict.dry_run);

@@ -208,6 +208,7 @@ fn resolve(
 ) -> Result<(Arc<Workload>, Route), Failure> {
     let snapshot = connection.shard.knowledge.snapshot();
     let unknown = || Failure::UnknownWorkload(connection.pod.uid.clone());
+    connection.pod.judged_by(&snapshot);
     let source = snapshot.workload(&connection.pod.uid).ok_or_else(unknown)?;
     connection.known.borrow_mut().source_workload = Some(source.clone());
     if is_own_port(dialled.port()) && is_of(source, dialled) {

@@ -39,6 +39,7 @@ const TURN: usize = 256;
 pub(crate) async fn run(shard: Rc<Shard>) {
     let mut changed = shard.knowledge.changed();
     let mut standings: HashMap<WorkloadUid, Standing> = HashMap::new();
+    let mut looked = 0;
     loop {
         if shard.connections.borrow().is_empty() {
             standings.clear();
@@ -48,7 +49,7 @@ pub(crate) async fn run(shard: Rc<Shard>) {
         if changed.changed().await.is_err() {
             return;
         }
-        let touched = touched(&shard, &mut standings);
+        let touched = touched(&shard, &mut standings, &mut looked);
         let registry_only = shard.knowledge.snapshot().is_registry_only_somewhere();
         if touched.is_empty() && !registry_only {
             continue;
@@ -69,22 +70,31 @@ pub(crate) async fn run(shard: Rc<Shard>) {
     }
 }
 
-/// The pods with connections whose standing is another than when it was last looked at.
-fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>) -> HashSet<WorkloadUid> {
+/// The pods with connections whose standing is another than when it was last looked at, by the snapshot `looked`.
+fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>, looked: &mut u64) -> HashSet<WorkloadUid> {
     let snapshot = shard.knowledge.snapshot();
+    let before = std::mem::replace(looked, snapshot.generation());
     let mut now: HashMap<WorkloadUid, Standing> = HashMap::new();
+    let mut touched = HashSet::new();
     let (pods, retired) = (shard.pods.borrow(), shard.retired.borrow());
     for pod in pods.values().chain(retired.iter()) {
         if pod.connections.get() > 0 && !now.contains_key(&pod.uid) {
             now.insert(pod.uid.clone(), snapshot.standing(&pod.uid));
         }
+        if let Some(standing) = now.get(&pod.uid)
+            && is_touched(standings.get(&pod.uid), standing, pod.judged.get(), before)
+        {
+            touched.insert(pod.uid.clone());
+        }
     }
-    let changed = now
-        .iter()
-        .filter(|(uid, standing)| standings.get(*uid) != Some(standing));
-    let changed = changed.map(|(uid, _)| uid.clone()).collect();
     *standings = now;
-    changed
+    touched
+}
+
+/// Whether connections of a pod may have been judged by another standing than it has now: it was another at the last look,
+/// or one of them was judged since, by what may have been yet another and is over already.
+fn is_touched<S: PartialEq>(then: Option<&S>, now: &S, judged: u64, looked: u64) -> bool {
+    then != Some(now) || judged > looked
 }
 
 fn judge_again(shard: &Shard, connection: &Live) {
@@ -126,4 +136,20 @@ fn other_identity(shard: &Shard, connection: &Live) -> Option<Failure> {
     let trust = shard.identities.trust();
     let (was, now): (Identity, Identity) = (began.identity(), workload.identity());
     (trust.normalize(was.clone()) != trust.normalize(now.clone())).then(|| Failure::OtherIdentity { was, now })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_touched;
+
+    #[test]
+    fn a_pod_is_touched_by_what_is_over_before_it_is_looked_at() {
+        // At the look (3) it was open. It is closed (4), and what was judged by then is judged again.
+        assert!(is_touched(Some(&"open"), &"closed", 3, 3));
+        // It was closed (4), opened for a connection (5), and is closed again (6): as it was, and still.
+        assert!(is_touched(Some(&"closed"), &"closed", 5, 4));
+        assert!(!is_touched(Some(&"closed"), &"closed", 4, 4));
+        // Nobody looked at it before.
+        assert!(is_touched(None, &"closed", 4, 4));
+    }
 }

@@ -21,7 +21,7 @@ use std::{
 };
 
 use identity::Identities;
-use mesh::Knowledge;
+use mesh::{Knowledge, Snapshot};
 use model::{Workload, WorkloadUid};
 use slab::Slab;
 use tasks::{DrainMode, DrainSignal, DrainTrigger, Group, Turns, drain_channel};
@@ -167,6 +167,8 @@ pub(crate) struct PodState {
     pub connections: Cell<usize>,
     pub tunnels: Cell<usize>,
     pub idle: Notify,
+    /// The newest snapshot that a connection of it was judged by.
+    pub judged: Cell<u64>,
     /// Of the tunnels accepted now, last; before it those of tunnels that were told to go away.
     triggers: RefCell<Vec<DrainTrigger>>,
     accepting: RefCell<Vec<AbortHandle>>,
@@ -272,6 +274,7 @@ impl Shard {
             connections: Cell::default(),
             tunnels: Cell::default(),
             idle: Notify::new(),
+            judged: Cell::default(),
             triggers: RefCell::new(vec![trigger]),
             accepting: RefCell::default(),
             baggage: RefCell::default(),
@@ -412,6 +415,11 @@ impl PodState {
         triggers.retain(|trigger| !trigger.has_ended());
         triggers.push(trigger);
         self.drain.replace(drain);
+    }
+
+    /// A connection is judged by this snapshot.
+    pub(crate) fn judged_by(&self, snapshot: &Snapshot) {
+        self.judged.set(self.judged.get().max(snapshot.generation()));
     }
 
     /// What ends a tunnel that is accepted now.
