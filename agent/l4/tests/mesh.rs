@@ -97,7 +97,7 @@ async fn a_pod_talks_to_a_pod_and_both_logs_tell() {
     assert!(lines[1].contains("bytes_sent=8000000 bytes_recv=1000"), "{lines:?}");
     assert!(lines[0].contains("bytes_sent=1000 bytes_recv=8000000"), "{lines:?}");
     assert!(
-        lines[0].contains("rule=\"allowed: no policy restricts the workload\""),
+        lines[0].contains("rule=\"allowed: no policy forbids it\""),
         "{lines:?}"
     );
     assert_eq!(two.near.counters().completed, 1);

@@ -123,7 +123,7 @@ impl fmt::Display for Peer {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NothingRestricts => f.write_str("allowed: no policy restricts the workload"),
+            Self::NothingRestricts => f.write_str("allowed: no policy forbids it"),
             Self::AllowedBy(origin) => write!(f, "allowed by {origin}"),
             Self::DeniedBy(origin, peer) => write!(f, "denied by {origin}: {peer}"),
             Self::NoneAllowed(origins, peer) => {

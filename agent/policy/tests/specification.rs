@@ -47,7 +47,7 @@ fn specified(facts: &Facts, policies: &[Known], dry_run: bool) -> (bool, String)
         .map(|policy| format!("AuthorizationPolicy shop/{}", policy.name))
         .collect();
     if allows.is_empty() {
-        return (true, "allowed: no policy restricts the workload".to_owned());
+        return (true, "allowed: no policy forbids it".to_owned());
     }
     match first(Action::Allow) {
         Some(by) => (true, format!("allowed by {by}")),

@@ -77,7 +77,7 @@ fn connections() {
              "bytesReceived": 3145728, "traceId": "ec50774d1b7461a33d83204b87ab2156"},
             {"pod": "Kubernetes//v1/Pod/shop/web-0", "direction": "inbound", "source": "10.0.0.9:5",
              "destination": "10.244.2.3:8080", "ageSeconds": 1, "bytesSent": 0, "bytesReceived": 12,
-             "rule": "allowed: no policy restricts the workload"},
+             "rule": "allowed: no policy forbids it"},
         ])
     ));
 }
