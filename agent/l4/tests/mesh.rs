@@ -96,10 +96,7 @@ async fn a_pod_talks_to_a_pod_and_both_logs_tell() {
     assert!(lines[1].contains(&source), "{lines:?}");
     assert!(lines[1].contains("bytes_sent=8000000 bytes_recv=1000"), "{lines:?}");
     assert!(lines[0].contains("bytes_sent=1000 bytes_recv=8000000"), "{lines:?}");
-    assert!(
-        lines[0].contains("rule=\"allowed: no policy forbids it\""),
-        "{lines:?}"
-    );
+    assert!(lines[0].contains("rule=\"allowed: no policy forbids it\""), "{lines:?}");
     assert_eq!(two.near.counters().completed, 1);
     assert_eq!(two.far.counters().inbound_streams, 1);
     assert!(two.near.connections().await.is_empty() && two.far.connections().await.is_empty());

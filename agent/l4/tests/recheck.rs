@@ -35,8 +35,7 @@ async fn a_policy_in_dry_run_is_told_of_and_changes_nothing() {
     let mut plain = two.server.receive_plaintext(new_address(), 8080).await.unwrap();
     expect_echo(&mut plain, b"hello").await;
     drop(plain);
-    two.lab
-        .line(&["inbound", "dry_run=\"allowed: no policy forbids it\""]);
+    two.lab.line(&["inbound", "dry_run=\"allowed: no policy forbids it\""]);
     let counters = two.far.counters();
     assert_eq!((counters.dry_run_denied, counters.dry_run_allowed), (1, 0));
 

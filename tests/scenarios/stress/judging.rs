@@ -1,6 +1,6 @@
 //! What clients saw, held against what the objects said and what the agents told.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -113,7 +113,7 @@ pub(super) fn judge<'a>(history: &History, attempts: &'a [Attempt]) -> Result<Ve
 /// seconds after its connection was reset, and sends the next one from there to the same pod's address, though that be gone,
 /// or another pod's by now, which has policies of its own.
 fn went_astray(attempt: &Attempt, first: &HashMap<&str, u64>) -> bool {
-    let is_outside = ["client", "roamer"].contains(&attempt.client);
+    let is_outside = [OUTSIDER, "roamer"].contains(&attempt.client);
     let is_again = first
         .get(&*attempt.source)
         .is_some_and(|earlier| *earlier < attempt.from);
@@ -142,14 +142,29 @@ fn by_policy(error: &str) -> bool {
         .any(|word| error.contains(word))
 }
 
-/// Refusals by policy whose source is nobody's, by its address: a node's NAT gave the connection another port, which it
-/// does where two connections from one port would look the same behind a Service.
+/// Who is never in the mesh.
+const OUTSIDER: &str = "client";
+
+/// Refusals by policy that are more than their source has failures, by its address: a node's NAT gave the connection another
+/// port, which it does where two connections from one port would look the same behind a Service. That port may be nobody's,
+/// or another connection's of the same client.
 fn of_other_ports(attempts: &[Attempt], errors: &HashMap<String, Vec<String>>) -> HashMap<String, usize> {
-    let sources: BTreeSet<_> = attempts.iter().map(|attempt| &*attempt.source).collect();
+    let mut own: HashMap<&str, usize> = HashMap::new();
+    for attempt in attempts {
+        let failures = own.entry(&attempt.source).or_default();
+        // Who may be in the mesh is told of by both ends.
+        *failures = match (attempt.client, &attempt.failed) {
+            (OUTSIDER, None) => *failures,
+            (OUTSIDER, Some(_)) => *failures + 1,
+            _ => usize::MAX,
+        };
+    }
     let mut counts = HashMap::new();
-    for (source, told) in errors.iter().filter(|(source, _)| !sources.contains(&***source)) {
+    for (source, told) in errors {
         if let Some((address, _)) = source.rsplit_once(':') {
-            *counts.entry(address.to_owned()).or_default() += told.iter().filter(|error| by_policy(error)).count();
+            let refusals = told.iter().filter(|error| by_policy(error)).count();
+            let failures = own.get(&**source).copied().unwrap_or(0);
+            *counts.entry(address.to_owned()).or_default() += refusals.saturating_sub(failures);
         }
     }
     counts
