@@ -86,7 +86,7 @@ fn choose<'a>(shards: usize, width: usize, placed: impl Iterator<Item = &'a Lane
     let on = |shard: usize| placed.iter().filter(|lanes| lanes.all().contains(&shard)).count();
     let homes = |shard: usize| placed.iter().filter(|lanes| lanes.home() == shard).count();
     let mut chosen: Vec<usize> = Vec::with_capacity(width);
-    // Where nobody is at home yet, if it can be had: a home accepts for its pods.
+    // Who carries the fewest pods; of those, who accepts for the fewest.
     chosen.extend((0..shards).min_by_key(|shard| (on(*shard), homes(*shard))));
     while chosen.len() < width {
         let shared = |shard: usize| {
