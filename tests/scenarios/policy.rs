@@ -17,6 +17,7 @@ scenarios![
     a_dry_run_is_only_told_of,
     custom_closes_what_it_selects_and_its_status_says_so,
     a_change_of_policy_closes_a_live_connection,
+    a_change_of_policy_closes_what_a_former_agent_serves,
     a_policy_that_is_gone_no_longer_refuses,
 ];
 
@@ -287,6 +288,34 @@ fn a_change_of_policy_closes_a_live_connection(mesh: &Mesh) -> Result<()> {
     log.line_with(&["no longer allowed", "friend-only-now", "src.workload=\"stranger\""])?;
     ensure!(!kept.ended()?, "the connection that is still allowed was closed, too");
     ensure!(answers(friend, server(mesh))?, "the friend was refused");
+    Ok(())
+}
+
+/// An agent that was upgraded away keeps its connections for as long as they live: no longer than they are allowed.
+fn a_change_of_policy_closes_what_a_former_agent_serves(mesh: &Mesh) -> Result<()> {
+    let [friend, stranger, _] = pods(mesh);
+    with_policies(mesh, "")?;
+    until_answers(stranger, server(mesh), true)?;
+    let log = log(mesh)?;
+    let address = server(mesh).v4()?.to_string();
+    let watch = |from: Pod<'_>| from.start("client.py", &["watch", &address, "8013"]);
+    let (mut kept, closed) = (watch(friend)?, watch(stranger)?);
+    for watcher in [&kept, &closed] {
+        ensure!(watcher.next()?["first"] == "tick\n", "no connection");
+    }
+    let former = mesh.node("node-2").agent_pid()?;
+    mesh.playground(&["upgrade", "node-2"])?;
+    ensure!(mesh.node("node-2").agent_pid()? != former, "the same process answers");
+    let spec = format!("{{action: ALLOW, rules: [{{from: [{{source: {{principals: [{FRIEND}]}}}}]}}]}}");
+    with_policies(mesh, &authorization("friend-only-since", &spec))?;
+    let end = closed.next().context("the connection lives on")?;
+    ensure!(end["end"].is_string(), "{end}");
+    log.line_with(&["no longer allowed", "friend-only-since", "src.workload=\"stranger\""])?;
+    ensure!(!kept.ended()?, "the connection that is still allowed was closed, too");
+    ensure!(
+        std::path::Path::new(&format!("/proc/{former}/fd/0")).exists(),
+        "the former agent did not wait for the connection that is allowed"
+    );
     Ok(())
 }
 

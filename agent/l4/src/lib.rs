@@ -56,6 +56,7 @@ mod review;
 mod say;
 mod shard;
 mod socket;
+mod stay;
 #[cfg(test)]
 mod testing;
 

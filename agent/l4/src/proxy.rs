@@ -7,7 +7,10 @@ use std::{
     num::NonZeroUsize,
     panic::AssertUnwindSafe,
     rc::Rc,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -36,6 +39,7 @@ use crate::{
     say::Say,
     shard::{self, Command, HandedOver, Peer, Shard},
     socket::prepare_listener,
+    stay,
 };
 
 /// Tunnels that may wait to be taken over by another shard; more stay where they were accepted.
@@ -61,6 +65,8 @@ pub struct Proxy {
     shards: Vec<ShardHandle>,
     failure: watch::Receiver<Option<ShardFailure>>,
     placement: Placement,
+    /// How many stays of pods have begun.
+    stays: AtomicU64,
 }
 
 struct ShardHandle {
@@ -112,10 +118,12 @@ impl Proxy {
             shards,
             failure,
             placement,
+            stays: AtomicU64::default(),
         })
     }
 
-    /// Serves a pod. Told again with the same uid, the earlier one is ended at once.
+    /// Serves a pod. Told again with the same uid, the earlier one is retired first ([`Proxy::retire_pod`]): a pod that comes
+    /// back into the mesh keeps the connections that it had.
     ///
     /// # Errors
     /// Its sockets are not listeners. Nothing is served then.
@@ -137,6 +145,7 @@ impl Proxy {
         let names = Arc::new(Names::default());
         let lanes = self.placement.place(&uid);
         let (home, others) = (lanes.home(), lanes.others());
+        let (entry, stay) = stay::begin(uid.clone(), self.stays.fetch_add(1, Relaxed));
         for (index, shard) in self.shards.iter().enumerate() {
             if others.contains(&index) {
                 shard.tell(Command::AddPod {
@@ -144,12 +153,14 @@ impl Proxy {
                     sockets: sockets.clone(),
                     listeners: PodListeners::default(),
                     lanes: lanes.clone(),
+                    stay: stay.clone(),
+                    entry: None,
                     names: names.clone(),
                     dns: dns.as_ref().map(|_| Vec::new()),
                 });
             } else if index != home {
                 // Where an earlier one of that uid may be.
-                shard.tell(Command::RemovePod { uid: uid.clone() });
+                shard.tell(Command::RetirePod { uid: uid.clone() });
             }
         }
         // Last: what it accepts may be handed over to the others.
@@ -158,6 +169,8 @@ impl Proxy {
             sockets,
             listeners,
             lanes,
+            stay,
+            entry: Some(entry),
             names,
             dns,
         });
@@ -381,3 +394,6 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a panic".to_owned())
 }
+
+#[cfg(test)]
+mod tests;

@@ -76,8 +76,7 @@ fn touched(shard: &Shard, standings: &mut HashMap<WorkloadUid, Standing>, looked
     let before = std::mem::replace(looked, snapshot.generation());
     let mut now: HashMap<WorkloadUid, Standing> = HashMap::new();
     let mut touched = HashSet::new();
-    let (pods, retired) = (shard.pods.borrow(), shard.retired.borrow());
-    for pod in pods.values().chain(retired.iter()) {
+    for pod in shard.all_pods() {
         if pod.connections.get() > 0 && !now.contains_key(&pod.uid) {
             now.insert(pod.uid.clone(), snapshot.standing(&pod.uid));
         }

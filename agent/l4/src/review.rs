@@ -11,7 +11,7 @@ use hbone::{Standing, TunnelKey};
 use mesh::Snapshot;
 use model::{HealthStatus, TunnelProtocol};
 
-use crate::shard::{PodState, Shard};
+use crate::shard::Shard;
 
 /// Waits for changes and looks, for as long as the shard lives.
 pub(crate) async fn run(shard: Rc<Shard>) {
@@ -23,8 +23,7 @@ pub(crate) async fn run(shard: Rc<Shard>) {
         if changed.changed().await.is_err() {
             return;
         }
-        let pods: Vec<Rc<PodState>> = shard.pods.borrow().values().cloned().collect();
-        for pod in pods {
+        for pod in shard.all_pods() {
             let snapshot = shard.knowledge.snapshot();
             pod.pool.review(|key| standing(&snapshot, key));
             // One pod in one go: the shard's connections come between.

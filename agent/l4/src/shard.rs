@@ -49,6 +49,7 @@ use crate::{
     rate::Rate,
     recheck, review,
     say::Say,
+    stay::{Entry, Stay},
 };
 
 /// What a shard is told.
@@ -59,6 +60,9 @@ pub(crate) enum Command {
         listeners: PodListeners,
         /// Where it is; this shard is one of them.
         lanes: Lanes,
+        stay: Stay,
+        /// Its home's, which accepts.
+        entry: Option<Entry>,
         names: Arc<Names>,
         /// None: its queries are not ours. Only its home gets the sockets.
         dns: Option<dns::Sockets>,
@@ -94,7 +98,7 @@ pub(crate) enum Kind {
 
 /// An accepted connection on its way to the shard that shall carry it.
 pub(crate) struct HandedOver {
-    pub pod: WorkloadUid,
+    pub entry: Entry,
     pub kind: Kind,
     pub socket: std::net::TcpStream,
     pub peer: SocketAddr,
@@ -153,6 +157,7 @@ pub(crate) struct PodState {
     pub uid: WorkloadUid,
     pub sockets: Arc<dyn PodSockets>,
     lanes: Lanes,
+    stay: Stay,
     /// What it learned by DNS; the same on every shard.
     pub names: Arc<Names>,
     pub dns: dns::PodDns,
@@ -171,6 +176,8 @@ pub(crate) struct PodState {
     pub judged: Cell<u64>,
     /// Of the tunnels accepted now, last; before it those of tunnels that were told to go away.
     triggers: RefCell<Vec<DrainTrigger>>,
+    /// Of the accept loops: they take what waits, and end.
+    close: DrainTrigger,
     accepting: RefCell<Vec<AbortHandle>>,
     baggage: RefCell<Option<(Arc<Workload>, String)>>,
 }
@@ -190,23 +197,20 @@ impl Shard {
     /// A pod's listeners are polled by one shard, its home: were they polled by all, each connection would wake all, and
     /// all but one for nothing (45 % more CPU for each new connection with two shards). So the home shares out. That
     /// costs a little too, and only what lives long is worth it, so in a storm of connections the rest stays here.
-    fn take(self: &Rc<Self>, pod: &Rc<PodState>, kind: Kind, socket: TcpStream, peer: SocketAddr) {
+    fn take(self: &Rc<Self>, pod: &Rc<PodState>, entry: &Entry, kind: Kind, socket: TcpStream, peer: SocketAddr) {
         match kind {
             Kind::Outbound => increment(&self.counters.outbound),
             Kind::Plaintext => increment(&self.counters.inbound_plaintext),
             Kind::Tunnel => increment(&self.counters.inbound_tunnels),
         }
-        let Some(permit) = self
-            .less_loaded_lane(pod, kind)
-            .and_then(|other| other.hand_over.try_reserve().ok())
-        else {
+        let other = self.less_loaded_lane(pod, kind);
+        let Some(permit) = other.and_then(|other| other.hand_over.try_reserve().ok()) else {
             return self.carry(pod, kind, socket, peer);
         };
         // Fails only if the socket can't be taken off this shard's poll, and then it is of no use.
         if let Ok(socket) = socket.into_std() {
-            let pod = pod.uid.clone();
             permit.send(HandedOver {
-                pod,
+                entry: entry.clone(),
                 kind,
                 socket,
                 peer,
@@ -242,7 +246,13 @@ impl Shard {
 
     /// Neither tunnels to others nor a connection that could open one.
     pub(crate) fn has_no_tunnels(&self) -> bool {
-        self.connections.borrow().is_empty() && self.pods.borrow().values().all(|pod| pod.pool.is_empty())
+        self.connections.borrow().is_empty() && self.all_pods().iter().all(|pod| pod.pool.is_empty())
+    }
+
+    /// Those that are served, and those that take nothing new.
+    pub(crate) fn all_pods(&self) -> Vec<Rc<PodState>> {
+        let (pods, retired) = (self.pods.borrow(), self.retired.borrow());
+        pods.values().chain(retired.iter()).cloned().collect()
     }
 
     fn pod(&self, uid: &WorkloadUid) -> Option<Rc<PodState>> {
@@ -255,16 +265,19 @@ impl Shard {
         sockets: Arc<dyn PodSockets>,
         listeners: PodListeners,
         lanes: Lanes,
+        (stay, entry): (Stay, Option<Entry>),
         names: Arc<Names>,
         dns: Option<dns::Sockets>,
     ) {
-        self.remove_pod(&uid);
+        self.retire_pod(&uid);
         let (trigger, drain) = drain_channel();
+        let (close, closing) = drain_channel();
         let group = self.turns.group();
         let pod = Rc::new(PodState {
             uid: uid.clone(),
             sockets,
             lanes,
+            stay,
             names,
             dns: dns::PodDns::default(),
             pool: hbone::Pool::fair(self.hbone.clone(), group.clone()),
@@ -276,17 +289,27 @@ impl Shard {
             idle: Notify::new(),
             judged: Cell::default(),
             triggers: RefCell::new(vec![trigger]),
+            close,
             accepting: RefCell::default(),
             baggage: RefCell::default(),
         });
-        self.listen(&pod, listeners.outbound, Kind::Outbound);
-        self.listen(&pod, listeners.inbound, Kind::Plaintext);
-        self.listen(&pod, listeners.hbone, Kind::Tunnel);
+        if let Some(entry) = entry {
+            self.listen(&pod, &entry, &closing, listeners.outbound, Kind::Outbound);
+            self.listen(&pod, &entry, &closing, listeners.inbound, Kind::Plaintext);
+            self.listen(&pod, &entry, &closing, listeners.hbone, Kind::Tunnel);
+        }
         pod.dns.set(self, &pod, dns);
         self.pods.borrow_mut().insert(uid, pod);
     }
 
-    fn listen(self: &Rc<Self>, pod: &Rc<PodState>, listeners: Vec<std::net::TcpListener>, kind: Kind) {
+    fn listen(
+        self: &Rc<Self>,
+        pod: &Rc<PodState>,
+        entry: &Entry,
+        closing: &DrainSignal,
+        listeners: Vec<std::net::TcpListener>,
+        kind: Kind,
+    ) {
         for listener in listeners {
             let listener = match TcpListener::from_std(listener) {
                 Ok(listener) => listener,
@@ -295,9 +318,9 @@ impl Shard {
                     continue;
                 }
             };
-            let (shard, served) = (self.clone(), pod.clone());
-            let accepting = accept_all(self.clone(), listener, move |socket, peer| {
-                shard.take(&served, kind, socket, peer);
+            let (shard, served, entry) = (self.clone(), pod.clone(), entry.clone());
+            let accepting = accept_all(self.clone(), listener, closing.clone(), move |socket, peer| {
+                shard.take(&served, &entry, kind, socket, peer);
             });
             pod.accepting
                 .borrow_mut()
@@ -305,23 +328,47 @@ impl Shard {
         }
     }
 
-    /// Carries what another shard accepted. A pod that was removed meanwhile takes nothing: the socket closes.
+    /// Carries what another shard accepted, for a pod that has left the mesh meanwhile, too. One that was removed takes
+    /// nothing: the socket closes.
     fn receive(self: &Rc<Self>, one: HandedOver) {
-        if let (Some(pod), Ok(socket)) = (self.pod(&one.pod), TcpStream::from_std(one.socket)) {
-            self.carry(&pod, one.kind, socket, one.peer);
+        let HandedOver {
+            entry,
+            kind,
+            socket,
+            peer,
+        } = one;
+        let pod = self.pod(&entry.pod).filter(|pod| pod.stay.is_entered_by(&entry));
+        let left = || {
+            let retired = self.retired.borrow();
+            retired.iter().find(|pod| pod.stay.is_entered_by(&entry)).cloned()
+        };
+        let Some(pod) = pod.or_else(left) else {
+            let pod = &entry.pod;
+            self.refusals
+                .say(|| tracing::info!(%pod, %peer, "a connection that was just accepted is closed: the pod is gone"));
+            return;
+        };
+        if let Ok(socket) = TcpStream::from_std(socket) {
+            self.carry(&pod, kind, socket, peer);
         }
+        // Only now: until then the pod stays.
+        drop(entry);
     }
 
-    /// Takes nothing new for this pod; what lives goes on.
+    /// Takes nothing new for this pod once what waits is taken; what lives goes on. The pool too: a connection that was
+    /// accepted just before still needs a tunnel. Its tunnels close when the last connection has ended and the pod's state
+    /// with it.
     fn retire_pod(self: &Rc<Self>, uid: &WorkloadUid) {
         let Some(pod) = self.pods.borrow_mut().remove(uid) else {
             return;
         };
-        pod.drain_gracefully(self);
+        pod.dns.leave(self, &pod);
+        pod.close.drain(DrainMode::Graceful);
+        pod.drain_tunnels(DrainMode::Graceful);
         self.retired.borrow_mut().push(pod.clone());
         let shard = self.clone();
         tokio::task::spawn_local(async move {
-            pod.wait_idle().await;
+            pod.wait_over().await;
             shard.retired.borrow_mut().retain(|retired| !Rc::ptr_eq(retired, &pod));
         });
     }
@@ -364,20 +411,28 @@ impl Shard {
         tokio::task::yield_now().await;
     }
 
-    /// What was accepted, by this shard or one that handed it over, is carried to its end.
+    /// What was accepted, by this shard or one that handed it over, is carried to its end, and judged like all that lives.
     async fn drain(self: &Rc<Self>, grace: Duration, handed_over: &mut mpsc::Receiver<HandedOver>) {
-        while let Ok(one) = handed_over.try_recv() {
-            self.receive(one);
-        }
-        let mut pods: Vec<Rc<PodState>> = self.pods.borrow_mut().drain().map(|(_, pod)| pod).collect();
-        for pod in &pods {
-            pod.drain_gracefully(self);
-        }
-        pods.extend(self.retired.borrow().iter().cloned());
-        let all_idle = futures_util::future::join_all(pods.iter().map(|pod| pod.wait_idle()));
+        let uids: Vec<WorkloadUid> = self.pods.borrow().keys().cloned().collect();
+        uids.iter().for_each(|uid| self.retire_pod(uid));
+        let receiving = async {
+            while let Some(one) = handed_over.recv().await {
+                self.receive(one);
+            }
+        };
+        let retired = self.all_pods();
+        let all_over = futures_util::future::join_all(retired.iter().map(|pod| pod.wait_over()));
+        let ended = async {
+            tokio::select! {
+                _ = all_over => {}
+                // This shard holds a sender of its own queue: it never ends.
+                () = receiving => {}
+            }
+        };
         // Over time or not: what is left is ended.
-        let _ = tokio::time::timeout(grace, all_idle).await;
-        for pod in &pods {
+        let _ = tokio::time::timeout(grace, ended).await;
+        for pod in &retired {
+            pod.stop_accepting(self);
             self.end_pod(pod, || Failure::Drained).await;
         }
     }
@@ -389,13 +444,6 @@ impl PodState {
         for accepting in self.accepting.borrow_mut().drain(..) {
             accepting.abort();
         }
-    }
-
-    /// The pool goes on: a connection that was accepted just before still needs a tunnel. Its tunnels close when the
-    /// last connection has ended and the pod's state with it.
-    fn drain_gracefully(self: &Rc<Self>, shard: &Rc<Shard>) {
-        self.stop_accepting(shard);
-        self.drain_tunnels(DrainMode::Graceful);
     }
 
     /// Drains the tunnels that peers have to the pod.
@@ -425,6 +473,12 @@ impl PodState {
     /// What ends a tunnel that is accepted now.
     pub(crate) fn drain_signal(&self) -> DrainSignal {
         self.drain.borrow().clone()
+    }
+
+    /// Nothing lives, and nothing more can come.
+    async fn wait_over(&self) {
+        self.stay.complete().await;
+        self.wait_idle().await;
     }
 
     /// Queries are answered, too. A tunnel without streams ends once its peer has heard of the drain: a stream that it sent
@@ -466,8 +520,8 @@ pub(crate) async fn run(
             // Commands first: what is handed over may be for a pod that was added just before.
             biased;
             command = commands.recv() => match command {
-                Some(Command::AddPod { uid, sockets, listeners, lanes, names, dns }) => {
-                    shard.add_pod(uid, sockets, listeners, lanes, names, dns);
+                Some(Command::AddPod { uid, sockets, listeners, lanes, stay, entry, names, dns }) => {
+                    shard.add_pod(uid, sockets, listeners, lanes, (stay, entry), names, dns);
                 }
                 Some(Command::SetDns { uid, dns }) => {
                     if let Some(pod) = shard.pod(&uid) {

@@ -7,7 +7,8 @@ mod lab;
 use std::{net::SocketAddr, time::Duration};
 
 use l4::FailureKind;
-use lab::{echo, eventually, expect_echo, expect_refused, expect_reset, new_address, two::two};
+use lab::{echo, eventually, expect_echo, expect_refused, expect_reset, new_address, policy, two::two};
+use model::{Action, Match, StringMatch};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -31,6 +32,38 @@ async fn draining_waits_for_what_lives_and_takes_nothing_new() {
     assert_eq!(live.read(&mut [0; 1]).await.unwrap(), 0);
     far.await.unwrap();
     two.near.drain(Duration::from_secs(600)).await;
+}
+
+/// An agent that another one took over from serves its connections for as long as an hour.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_forbidden_while_a_proxy_drains_is_closed() {
+    let mut two = two();
+    echo(two.server.listen(8080).await);
+    let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
+    expect_echo(&mut live, b"hello").await;
+    let far = two.far;
+    let far = tokio::spawn(async move { far.drain(Duration::from_secs(600)).await });
+    eventually("the listeners are closed", async || {
+        TcpStream::connect(two.server.at(15008)).await.is_err()
+    })
+    .await;
+    two.lab.publish();
+    expect_echo(&mut live, b"still here").await;
+    two.lab.contents.policies.push(policy(
+        "nobody",
+        Action::Deny,
+        Match {
+            not_principals: vec![StringMatch::Exact("nobody".into())],
+            ..Match::default()
+        },
+    ));
+    two.lab.publish();
+    expect_reset(live).await;
+    two.lab.line(&[
+        "inbound",
+        "no longer allowed: denied by AuthorizationPolicy shop/nobody",
+    ]);
+    far.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
