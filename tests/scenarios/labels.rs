@@ -6,6 +6,7 @@ use system_tests::{Background, Kubectl, Mesh, Pod, kubectl::is_captured, machine
 
 scenarios![
     a_label_takes_a_running_pod_into_the_mesh_and_refuses_nobody,
+    a_pod_that_leaves_and_comes_back_keeps_its_connections,
     a_label_lets_a_running_pod_out_of_the_mesh,
     a_bad_policy_says_why_and_the_good_ones_work,
     strict_and_allow_are_in_force_as_kubectl_says,
@@ -117,7 +118,45 @@ fn a_label_takes_a_running_pod_into_the_mesh_and_refuses_nobody(mesh: &Mesh) -> 
     Ok(())
 }
 
+fn until_captured(mesh: &Mesh, kubectl: &Kubectl, captured: bool) -> Result<()> {
+    label(kubectl, if captured { "ambient" } else { "none" })?;
+    wait::until_true(&format!("its capture stands: {captured}"), || {
+        let pods = mesh.node("node-2").status()?.pods;
+        let is = pods.iter().any(|pod| pod.name == NAME && pod.captured);
+        Ok(is == captured && annotated(mesh, kubectl, captured)? == captured)
+    })
+}
+
 /// After the scenario above.
+fn a_pod_that_leaves_and_comes_back_keeps_its_connections(mesh: &Mesh) -> Result<()> {
+    let Some(kubectl) = Kubectl::of(mesh, "a pod that comes back")? else {
+        return Ok(());
+    };
+    let address = joiner(mesh).v4()?.to_string();
+    let mut talks = Vec::new();
+    let mut talk = |from: Pod<'_>, to: &str| -> Result<()> {
+        let talk = from.start("client.py", &["talk", to, "8001"])?;
+        talk.next()?;
+        talks.push((from.key(), talk));
+        Ok(())
+    };
+    let storms = storms(mesh)?;
+    for captured in [true, false, true, false, true] {
+        until_captured(mesh, &kubectl, captured)?;
+        for from in clients(mesh) {
+            talk(from, &address)?;
+        }
+    }
+    let failures = failures(storms)?;
+    ensure!(failures.is_empty(), "while it left and came back: {failures:?}");
+    for (from, talk) in talks {
+        let result = talk.finish()?;
+        ensure!(result["end"] == "eof", "{from}: {result}");
+    }
+    Ok(())
+}
+
+/// After the scenarios above.
 fn a_label_lets_a_running_pod_out_of_the_mesh(mesh: &Mesh) -> Result<()> {
     let Some(kubectl) = Kubectl::of(mesh, "a label lets a pod out")? else {
         return Ok(());

@@ -18,7 +18,8 @@
 //! - No TCP leaves a captured pod but through the agent, whatever a process in it does: `escapes.rs`.
 //! - The application sees the peer that it dialled, the server sees the client's address: `capture.rs`.
 //! - A process of the host reaches a captured pod directly, nobody else does: `probes.rs`.
-//! - Connections that are older than the enrolment live on, also through the release: `lifecycle.rs`.
+//! - Connections that are older than the enrolment live on, also through the release, and so do those that the agent
+//!   carries: `lifecycle.rs`.
 //! - The agent may die at any time: what it captured stays captured, and fails closed; the next one takes over:
 //!   `restart.rs`.
 //! - Nothing is left after [`uninstall`]: `lifecycle.rs`.

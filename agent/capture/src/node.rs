@@ -178,8 +178,8 @@ impl Node {
         self.run(move |inner| inner.set_dns(&uid, on)).await
     }
 
-    /// Ends a pod's capture and puts back what was changed in it; the pod stays known. The proxy should have drained
-    /// the pod before: connections from clients' addresses need what is removed here.
+    /// Ends a pod's capture and puts back what was changed in it; the pod stays known. What the agent's connections in it need
+    /// stays until the last of them has ended and [`Self::reconcile`] has seen it.
     pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
         let uid = uid.clone();
         self.run(move |inner| inner.release(&uid)).await
@@ -303,7 +303,7 @@ impl Inner {
         // Captured by an earlier agent, but not to be so any more.
         if self.pins.pod(cookie).exists() || self.maps.restore(cookie).is_some() {
             self.detach_pod(cookie)?;
-            self.restore_pod(&netns)?;
+            self.end_release(&netns)?;
         }
         if FormerRules::are_in(&netns)? {
             self.former.remove_redirects(&self.home, &netns)?;

@@ -3,7 +3,8 @@
 //! Order matters, so that nothing slips through and nothing is cut off. To capture: what answers need (routes),
 //! listeners, the proof of probes, steering, the connect hooks; from here on every new connection is captured, so the
 //! ones that are still there are older: they are recorded; then the guard. What is recorded once more afterwards are
-//! those whose SYN had left before the guard came. To release: the guard first, and back.
+//! those whose SYN had left before the guard came. To release: the guard first, and back; what answers need stays for as
+//! long as the agent has connections in the pod (`what_the_agent_carries_outlives_the_release`).
 
 use std::{
     collections::HashSet,
@@ -81,7 +82,7 @@ impl Inner {
         };
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
-        let handle = PodHandle::new(spec.uid.clone(), netns.clone(), self.maps.lookups(), listeners.clone());
+        let handle = PodHandle::new(spec.uid.clone(), netns.clone(), self.maps.lookups(), &listeners);
         let dns = self
             .pods
             .get_mut(&spec.uid)
@@ -354,7 +355,7 @@ impl Inner {
         let entry = addresses.entry(0, 0);
         self.end_reroutes(&netns, addresses)?;
         self.detach_pod_as(netns.cookie(), Some(&entry))?;
-        self.restore_pod(&netns)
+        self.end_release(&netns)
     }
 
     pub(crate) fn forget(&mut self, uid: &WorkloadUid) {
@@ -405,12 +406,21 @@ impl Inner {
         self.maps.set_exclusions(cookie, &Entries::default())
     }
 
-    /// Puts back the settings of a pod.
-    pub(crate) fn restore_pod(&mut self, netns: &Netns) -> Result<(), CaptureError> {
-        if let Some(restore) = self.maps.restore(netns.cookie()) {
-            put_back(netns, &restore)?;
-            self.maps.remove_restore(netns.cookie());
+    /// Puts back the settings of a pod that is not captured any more, once the agents have no connection in it: answers of
+    /// the application find the way back by them. Until then it is for [`Self::reconcile`] to ask again.
+    pub(crate) fn end_release(&mut self, netns: &Netns) -> Result<(), CaptureError> {
+        let Some(restore) = self.maps.restore(netns.cookie()) else {
+            return Ok(());
+        };
+        let carried = netns
+            .enter(|| diag::list(diag::state::CONNECTED | diag::state::SYN_SENT))
+            .and_then(|result| result)
+            .tried(|| "listing the agent's connections in a pod".into())?;
+        if carried.iter().any(|socket| self.is_an_agents(socket)) {
+            return Ok(());
         }
+        put_back(netns, &restore)?;
+        self.maps.remove_restore(netns.cookie());
         Ok(())
     }
 
@@ -422,6 +432,17 @@ impl Inner {
             .collect();
         let mut repaired = Vec::new();
         self.former.drain(&self.home);
+        let released: Vec<Netns> = self
+            .pods
+            .values()
+            .filter(|pod| !pod.is_captured())
+            .map(|pod| pod.netns.clone())
+            .collect();
+        for netns in released {
+            if let Err(error) = self.end_release(&netns) {
+                tracing::warn!(%error, netns = %netns.path().display(), "ending a capture");
+            }
+        }
         for (spec, settings) in captured {
             match self.reconcile_pod(&spec, &settings) {
                 Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),

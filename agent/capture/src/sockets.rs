@@ -6,7 +6,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use abi::{Address, DnsSlot, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey, PlaintextClient};
@@ -125,6 +125,21 @@ pub(crate) fn tcp(domain: Domain) -> io::Result<Socket> {
     Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))
 }
 
+/// A pod's listeners, as its handle knows them. Whoever holds a handle, as connections do that outlive the capture, does
+/// not keep them open: nobody would accept from them, and nobody else could have their ports.
+pub(crate) struct WhileCaptured<T>(Weak<T>);
+
+impl<T> WhileCaptured<T> {
+    pub(crate) fn new(listeners: &Arc<T>) -> Self {
+        Self(Arc::downgrade(listeners))
+    }
+
+    pub(crate) fn get(&self) -> io::Result<Arc<T>> {
+        let gone = || io::Error::new(io::ErrorKind::NotConnected, "the pod is not captured any more");
+        self.0.upgrade().ok_or_else(gone)
+    }
+}
+
 /// A captured pod, as the proxy uses it.
 #[derive(Clone)]
 pub struct PodHandle(Arc<Inner>);
@@ -133,18 +148,18 @@ struct Inner {
     uid: WorkloadUid,
     netns: Netns,
     lookups: Lookups,
-    listeners: Arc<Listeners>,
+    listeners: WhileCaptured<Listeners>,
     /// For clients that come in plaintext, too.
     ports_beside: PortsBeside,
 }
 
 impl PodHandle {
-    pub(crate) fn new(uid: WorkloadUid, netns: Netns, lookups: Lookups, listeners: Arc<Listeners>) -> Self {
+    pub(crate) fn new(uid: WorkloadUid, netns: Netns, lookups: Lookups, listeners: &Arc<Listeners>) -> Self {
         Self(Arc::new(Inner {
             uid,
             netns,
             lookups,
-            listeners,
+            listeners: WhileCaptured::new(listeners),
             ports_beside: PortsBeside::default(),
         }))
     }
@@ -156,13 +171,14 @@ impl PodHandle {
 
     /// Duplicates of the listeners: they share one accept queue each.
     pub fn listeners(&self) -> io::Result<PodListeners> {
-        self.0.listeners.duplicate()
+        self.0.listeners.get()?.duplicate()
     }
 
     /// Duplicates of all the agent's listeners in the pod, by what they are for: to be handed over.
     pub fn sockets(&self) -> io::Result<Vec<(&'static str, OwnedFd)>> {
-        let listeners = self.0.listeners.iter();
+        let listeners = self.0.listeners.get()?;
         listeners
+            .iter()
             .map(|(kind, listener)| Ok((name(kind), listener.try_clone()?.into())))
             .collect()
     }

@@ -223,7 +223,9 @@ fn a_redirected_connection_outlives_the_release() {
         app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
         let (mut stream, _) = accept(&listeners.outbound[0]);
         node.release(pod.uid()).await.unwrap();
-        drop((handle, listeners));
+        // As the proxy does: what lives has its handle.
+        drop(listeners);
+        assert!(handle.listeners().is_err());
         app.must("s.sendall(b'still')");
         stream.read_exact(&mut [0; 5]).unwrap();
         stream.write_all(b"here").unwrap();

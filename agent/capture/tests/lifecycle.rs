@@ -185,6 +185,62 @@ fn a_released_pod_is_as_it_was() {
 }
 
 #[test]
+fn what_the_agent_carries_outlives_the_release() {
+    lab::test("what_the_agent_carries_outlives_the_release", |lab| async move {
+        let node = lab.node();
+        let pod = lab.pod("a", 2);
+        let before = lab.settings();
+        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+        app.must(SERVE);
+        let (handle, listeners) = captured(&node, &pod).await;
+        let mut carried = Vec::new();
+        for (client, own) in [(OUTSIDE4, pod.ip4()), (OUTSIDE6, pod.ip6())] {
+            outside.must(&format!("s = socket.create_connection(('{own}', 8080))"));
+            let (stream, peer) = accept(&listeners.inbound[0]);
+            let target = SocketAddr::new(own, 8080);
+            let socket = handle.inbound_socket(target, model::canonical_ip(peer.ip())).unwrap();
+            let upstream = connect(socket, target).unwrap();
+            app.must(&format!(
+                "{}, _ = l.accept()",
+                if client == OUTSIDE4 { "c4" } else { "c6" }
+            ));
+            outside.must(if client == OUTSIDE4 { "s4 = s" } else { "s6 = s" });
+            carried.push((stream, upstream));
+        }
+        let mut speak = |app: &mut Actor| {
+            for ((client, upstream), name) in carried.iter_mut().zip(["4", "6"]) {
+                outside.must(&format!("s{name}.sendall(b'ask')"));
+                let mut asked = [0; 3];
+                client.read_exact(&mut asked).unwrap();
+                upstream.write_all(&asked).unwrap();
+                app.must(&format!("c{name}.sendall(c{name}.recv(3))"));
+                upstream.read_exact(&mut asked).unwrap();
+                client.write_all(&asked).unwrap();
+                assert_eq!(outside.must(&format!("s{name}.recv(3)")), "b'ask'");
+            }
+        };
+        speak(&mut app);
+        drop((handle, listeners));
+        node.release(pod.uid()).await.unwrap();
+        speak(&mut app);
+        node.know(pod.spec.clone()).await.unwrap();
+        node.reconcile().await.unwrap();
+        speak(&mut app);
+        // It comes back, and leaves again.
+        captured(&node, &pod).await;
+        speak(&mut app);
+        node.release(pod.uid()).await.unwrap();
+        speak(&mut app);
+        assert_ne!(lab.settings(), before);
+        drop(carried);
+        app.must("c4.recv(1), c6.recv(1), c4.close(), c6.close()");
+        outside.must("s4.close(), s6.close()");
+        node.reconcile().await.unwrap();
+        assert_eq!(lab.settings(), before);
+    });
+}
+
+#[test]
 fn what_a_pod_spoils_is_repaired() {
     lab::test("what_a_pod_spoils_is_repaired", |lab| async move {
         let node = lab.node();

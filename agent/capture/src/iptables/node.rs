@@ -285,7 +285,7 @@ impl Inner {
         let before = self.pods.get_mut(&spec.uid).and_then(|pod| pod.captured.take());
         let (dns, dns_on) = before.map_or((None, false), |before| (before.dns, before.dns_on));
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
-        let handle = IptablesPodHandle::new(spec.uid.clone(), netns.clone(), addresses, listeners.clone());
+        let handle = IptablesPodHandle::new(spec.uid.clone(), netns.clone(), addresses, &listeners);
         let state = PodState {
             spec: spec.clone(),
             netns,

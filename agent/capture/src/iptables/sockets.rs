@@ -21,7 +21,7 @@ use crate::{
     offered::{Offered, Wanted},
     ports::PortsBeside,
     routes::same_family,
-    sockets::{PodListeners, listen_on, name, tcp},
+    sockets::{PodListeners, WhileCaptured, listen_on, name, tcp},
     sys,
 };
 
@@ -81,19 +81,19 @@ struct Inner {
     uid: WorkloadUid,
     netns: Netns,
     addresses: Vec<IpAddr>,
-    listeners: Arc<PodListeners>,
+    listeners: WhileCaptured<PodListeners>,
     in_plaintext: Mutex<HashSet<IpAddr>>,
     /// Conntrack would take a connection with the ends of a client's own for that one, and redirect it.
     ports_beside: PortsBeside,
 }
 
 impl IptablesPodHandle {
-    pub(crate) fn new(uid: WorkloadUid, netns: Netns, addresses: Vec<IpAddr>, listeners: Arc<PodListeners>) -> Self {
+    pub(crate) fn new(uid: WorkloadUid, netns: Netns, addresses: Vec<IpAddr>, listeners: &Arc<PodListeners>) -> Self {
         Self(Arc::new(Inner {
             uid,
             netns,
             addresses,
-            listeners,
+            listeners: WhileCaptured::new(listeners),
             in_plaintext: Mutex::default(),
             ports_beside: PortsBeside::default(),
         }))
@@ -103,10 +103,11 @@ impl IptablesPodHandle {
     pub fn listeners(&self) -> io::Result<PodListeners> {
         let duplicate =
             |listeners: &[TcpListener]| listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>();
+        let listeners = self.0.listeners.get()?;
         Ok(PodListeners {
-            outbound: duplicate(&self.0.listeners.outbound)?,
-            inbound: duplicate(&self.0.listeners.inbound)?,
-            hbone: duplicate(&self.0.listeners.hbone)?,
+            outbound: duplicate(&listeners.outbound)?,
+            inbound: duplicate(&listeners.inbound)?,
+            hbone: duplicate(&listeners.hbone)?,
         })
     }
 
