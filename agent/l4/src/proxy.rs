@@ -37,7 +37,7 @@ use crate::{
     pod::{Pod, PodListeners},
     rate::Rate,
     say::Say,
-    shard::{self, Command, HandedOver, Peer, Shard},
+    shard::{self, Added, Command, HandedOver, Peer, Shard},
     socket::prepare_listener,
     stay,
 };
@@ -148,7 +148,7 @@ impl Proxy {
         let (entry, stay) = stay::begin(uid.clone(), self.stays.fetch_add(1, Relaxed));
         for (index, shard) in self.shards.iter().enumerate() {
             if others.contains(&index) {
-                shard.tell(Command::AddPod {
+                shard.tell(Command::AddPod(Added {
                     uid: uid.clone(),
                     sockets: sockets.clone(),
                     listeners: PodListeners::default(),
@@ -157,14 +157,14 @@ impl Proxy {
                     entry: None,
                     names: names.clone(),
                     dns: dns.as_ref().map(|_| Vec::new()),
-                });
+                }));
             } else if index != home {
                 // Where an earlier one of that uid may be.
                 shard.tell(Command::RetirePod { uid: uid.clone() });
             }
         }
         // Last: what it accepts may be handed over to the others.
-        self.shards[home].tell(Command::AddPod {
+        self.shards[home].tell(Command::AddPod(Added {
             uid,
             sockets,
             listeners,
@@ -173,7 +173,7 @@ impl Proxy {
             entry: Some(entry),
             names,
             dns,
-        });
+        }));
         Ok(())
     }
 

@@ -54,19 +54,7 @@ use crate::{
 
 /// What a shard is told.
 pub(crate) enum Command {
-    AddPod {
-        uid: WorkloadUid,
-        sockets: Arc<dyn PodSockets>,
-        listeners: PodListeners,
-        /// Where it is; this shard is one of them.
-        lanes: Lanes,
-        stay: Stay,
-        /// Its home's, which accepts.
-        entry: Option<Entry>,
-        names: Arc<Names>,
-        /// None: its queries are not ours. Only its home gets the sockets.
-        dns: Option<dns::Sockets>,
-    },
+    AddPod(Added),
     SetDns {
         uid: WorkloadUid,
         dns: Option<dns::Sockets>,
@@ -86,6 +74,21 @@ pub(crate) enum Command {
     Drain {
         grace: Duration,
     },
+}
+
+/// A pod that one of its shards is to serve.
+pub(crate) struct Added {
+    pub uid: WorkloadUid,
+    pub sockets: Arc<dyn PodSockets>,
+    pub listeners: PodListeners,
+    /// Where it is; this shard is one of them.
+    pub lanes: Lanes,
+    pub stay: Stay,
+    /// Its home's, which accepts.
+    pub entry: Option<Entry>,
+    pub names: Arc<Names>,
+    /// None: its queries are not ours. Only its home gets the sockets.
+    pub dns: Option<dns::Sockets>,
 }
 
 /// What a listener is for.
@@ -259,16 +262,17 @@ impl Shard {
         self.pods.borrow().get(uid).cloned()
     }
 
-    fn add_pod(
-        self: &Rc<Self>,
-        uid: WorkloadUid,
-        sockets: Arc<dyn PodSockets>,
-        listeners: PodListeners,
-        lanes: Lanes,
-        (stay, entry): (Stay, Option<Entry>),
-        names: Arc<Names>,
-        dns: Option<dns::Sockets>,
-    ) {
+    fn add_pod(self: &Rc<Self>, added: Added) {
+        let Added {
+            uid,
+            sockets,
+            listeners,
+            lanes,
+            stay,
+            entry,
+            names,
+            dns,
+        } = added;
         self.retire_pod(&uid);
         let (trigger, drain) = drain_channel();
         let (close, closing) = drain_channel();
@@ -520,9 +524,7 @@ pub(crate) async fn run(
             // Commands first: what is handed over may be for a pod that was added just before.
             biased;
             command = commands.recv() => match command {
-                Some(Command::AddPod { uid, sockets, listeners, lanes, stay, entry, names, dns }) => {
-                    shard.add_pod(uid, sockets, listeners, lanes, (stay, entry), names, dns);
-                }
+                Some(Command::AddPod(added)) => shard.add_pod(added),
                 Some(Command::SetDns { uid, dns }) => {
                     if let Some(pod) = shard.pod(&uid) {
                         pod.dns.set(&shard, &pod, dns);

@@ -79,7 +79,7 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
     runtime.block_on(serve(args, attached, log_level))
 }
 
-async fn serve(args: NodeArgs, attached: Attached, log_level: logging::LogLevel) -> anyhow::Result<()> {
+async fn serve(mut args: NodeArgs, attached: Attached, log_level: logging::LogLevel) -> anyhow::Result<()> {
     // Who can't capture says so before anything else.
     let way = Way::choose(args.capture)?;
     let capture = if attached.predecessor {
@@ -101,6 +101,8 @@ async fn serve(args: NodeArgs, attached: Attached, log_level: logging::LogLevel)
         expiry: args.metrics_expiry,
     });
     let config = proxy_config(&args, &metrics);
+    // The configuration is shown as it is in force.
+    args.realtime = config.set_urgent.is_some();
     let proxy = l4::Proxy::start(config, knowledge.clone(), identities.clone(), access_log.clone())
         .context("cannot start the proxy")?;
     let life = lead::Start {
