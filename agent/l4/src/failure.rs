@@ -218,7 +218,9 @@ impl Failure {
     /// How the connection ended, as metrics and log say it in a word. A reset by one of its ends is an end like another.
     pub fn flag(&self) -> ResponseFlag {
         match self {
-            Self::NoRoute(RefuseReason::NoHealthyEndpoint(_)) => ResponseFlag::NoHealthyUpstream,
+            Self::NoRoute(RefuseReason::NoHealthyEndpoint(_) | RefuseReason::NoneNear { .. }) => {
+                ResponseFlag::NoHealthyUpstream
+            }
             Self::Open(hbone::OpenError::ConnectTimeout { .. }) => ResponseFlag::NetworkPolicy,
             Self::Open(hbone::OpenError::Handshake { source, .. }) => flag_of_handshake(source),
             Self::Open(hbone::OpenError::Refused { status: 401 | 403 }) => ResponseFlag::Deny,

@@ -129,6 +129,7 @@ impl<'a> Choice<'a> {
         }
         let good = usable.iter().filter(|found| !self.is_passed_over(found)).copied();
         let mut best = self.preferred(good.collect(), preference);
+        let elsewhere = usable.len();
         if best.is_empty() {
             best = self.preferred(usable, preference);
         }
@@ -136,7 +137,16 @@ impl<'a> Choice<'a> {
             Some(second) => self.less_loaded(first, second),
             None => first,
         });
-        found.ok_or_else(|| refusal.unwrap_or_else(|| RefuseReason::NoHealthyEndpoint(self.key.clone())))
+        found.ok_or_else(|| {
+            refusal.unwrap_or_else(|| match preference.filter(|_| elsewhere > 0) {
+                Some(strict) => RefuseReason::NoneNear {
+                    service: self.key.clone(),
+                    shared: strict.routing_preference.clone(),
+                    elsewhere,
+                },
+                None => RefuseReason::NoHealthyEndpoint(self.key.clone()),
+            })
+        })
     }
 
     /// Where an endpoint is, if it is one to try.
@@ -407,7 +417,10 @@ mod tests {
         assert_eq!(spread(&places, &mode("Failover")), counts([("a", 600)]));
         assert_eq!(
             spread(&places, &mode("Strict")),
-            counts([("service n/h has no healthy endpoint", 600)])
+            counts([(
+                "service n/h has no healthy endpoint on the source's region and zone, and strictly prefers that (3 elsewhere)",
+                600
+            )])
         );
         assert_eq!(spread(&places, &mode("Standard")).len(), 3);
     }

@@ -10,7 +10,9 @@ use std::{
     sync::Arc,
 };
 
-use model::{LoadBalancingMode, NamespacedName, OriginalDst, Service, TunnelProtocol, Workload, WorkloadUid};
+use model::{
+    LoadBalancingMode, NamespacedName, OriginalDst, RoutingScope, Service, TunnelProtocol, Workload, WorkloadUid,
+};
 
 use crate::{
     Attempt, Snapshot,
@@ -95,6 +97,15 @@ pub enum RefuseReason {
     NoSuchPort(NamespacedName, u16),
     /// The service has no healthy endpoint (left) with an address that can be reached.
     NoHealthyEndpoint(NamespacedName),
+    /// It has some (left), and only such as it keeps from this source.
+    NoneNear {
+        /// The service.
+        service: NamespacedName,
+        /// What an endpoint must share with the source.
+        shared: Vec<RoutingScope>,
+        /// How many do not.
+        elsewhere: usize,
+    },
     /// It has to go through a waypoint, and that can't be.
     Waypoint {
         /// What has the waypoint: a service or a workload.
@@ -134,6 +145,21 @@ impl fmt::Display for RefuseReason {
             Self::NoKnowledge => f.write_str("nothing is known of the mesh yet"),
             Self::NoSuchPort(service, port) => write!(f, "service {service} has no port {port}"),
             Self::NoHealthyEndpoint(service) => write!(f, "service {service} has no healthy endpoint"),
+            Self::NoneNear {
+                service,
+                shared,
+                elsewhere,
+            } => {
+                write!(f, "service {service} has no healthy endpoint on the source's ")?;
+                match &shared[..] {
+                    [RoutingScope::Node] => f.write_str("node, and internalTrafficPolicy Local keeps it there")?,
+                    scopes => {
+                        let names: Vec<&str> = scopes.iter().map(|scope| scope.name()).collect();
+                        write!(f, "{}, and strictly prefers that", names.join(" and "))?;
+                    }
+                }
+                write!(f, " ({elsewhere} elsewhere)")
+            }
             Self::Waypoint {
                 destination,
                 waypoint,

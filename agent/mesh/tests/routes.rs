@@ -365,7 +365,11 @@ fn nearness_as_services_say_it() {
     let same_zone = "routingPreference: [Network, Region, Zone], mode: Failover";
     for (balancing, near, expected) in [
         (local, "", "plain 10.0.0.1:80"),
-        (local, "status: Unhealthy", "service n/h has no healthy endpoint"),
+        (
+            local,
+            "status: Unhealthy",
+            "service n/h has no healthy endpoint on the source's node, and internalTrafficPolicy Local keeps it there (2 elsewhere)",
+        ),
         // publishNotReadyAddresses.
         (
             "routingPreference: [Node], mode: Strict, healthPolicy: AllowAll",
@@ -386,7 +390,7 @@ fn nearness_as_services_say_it() {
     let nowhere = "{uid: s, name: s, namespace: n}";
     assert_eq!(
         told(&file(local, ""), nowhere, "10.96.0.1:80"),
-        "service n/h has no healthy endpoint"
+        "service n/h has no healthy endpoint on the source's node, and internalTrafficPolicy Local keeps it there (3 elsewhere)"
     );
 }
 

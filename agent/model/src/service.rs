@@ -93,6 +93,20 @@ pub enum RoutingScope {
     Network,
 }
 
+impl RoutingScope {
+    /// As people say it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Region => "region",
+            Self::Zone => "zone",
+            Self::Subzone => "subzone",
+            Self::Node => "node",
+            Self::Cluster => "cluster",
+            Self::Network => "network",
+        }
+    }
+}
+
 /// What a routing preference demands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum LoadBalancingMode {
