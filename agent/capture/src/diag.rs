@@ -29,6 +29,7 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 pub(crate) mod state {
     pub(crate) const SYN_SENT: u32 = 1 << 2;
     pub(crate) const CLOSE_WAIT: u32 = 1 << 8;
+    pub(crate) const LISTEN: u32 = 1 << 10;
     /// ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
     pub(crate) const CONNECTED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 }

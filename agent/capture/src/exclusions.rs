@@ -6,13 +6,13 @@
 //! not excluded any more are reset. The maps full: the pod stays wholly captured, and the error says so.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::IpAddr,
 };
 
 use abi::{
     Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, EXCLUDES_PORTS, EXCLUDES_RANGES, EXCLUDES_THE_REST,
-    ExcludedPort, ExcludedRange, Flow, Pod, REROUTES,
+    Endpoint, ExcludedPort, ExcludedRange, Flow, Pod, REROUTES,
 };
 use ipnet::IpNet;
 use model::PodSettings;
@@ -136,39 +136,53 @@ impl Inner {
         }
     }
 
-    /// Resets connections that were excluded, and are not any more. Connections of the host and those from before the
-    /// enrolment pass by other rules.
+    /// Resets connections that were excluded, and are not any more. Not those that pass by other rules: the host's, those
+    /// from before the enrolment, and what the agent carries, whose other end in the pod is the agent's.
     pub(crate) fn end_former_exclusions(
         &self,
         netns: &Netns,
         plan: &PodPlan,
         settings: &PodSettings,
     ) -> Result<(), CaptureError> {
-        let sockets = netns
-            .enter(|| diag::list(diag::state::CONNECTED))
-            .and_then(|result| result)
-            .tried(|| "listing the pod's connections".into())?;
-        for socket in sockets {
-            let flow = Flow {
-                pod: socket.local,
-                remote: socket.remote,
-            };
+        let list = |states| {
+            netns
+                .enter(|| diag::list(states))
+                .and_then(|result| result)
+                .tried(|| "listing the pod's connections".into())
+        };
+        let connected = list(diag::state::CONNECTED)?;
+        let served: HashSet<u16> = list(diag::state::LISTEN)?
+            .iter()
+            .map(|socket| socket.local.port)
+            .collect();
+        let (agents, pods): (Vec<_>, Vec<_>) = connected.iter().partition(|socket| self.is_an_agents(socket));
+        let carried: HashSet<Flow> = agents.iter().map(|socket| flow(socket.remote, socket.local)).collect();
+        for socket in pods {
             let own = [plan.pod.ip4, plan.pod.ip6].contains(&socket.local.address);
+            let flow = flow(socket.local, socket.remote);
+            let passes = || carried.contains(&flow) || self.maps.is_kept(&flow) || self.maps.is_of_host(&flow);
+            if !own || socket.is_local() || passes() {
+                continue;
+            }
+            let came = self.maps.is_excluded_inbound(&flow) || served.contains(&socket.local.port);
             let remote = socket.remote.to_socket();
-            let excluded = settings.exclusions.excludes_outbound(remote.ip(), remote.port())
-                || settings.excludes_inbound(socket.local.port);
-            if !own || excluded || socket.is_local() || self.is_an_agents(&socket) {
+            let still = match came {
+                true => settings.excludes_inbound(socket.local.port),
+                false => settings.exclusions.excludes_outbound(remote.ip(), remote.port()),
+            };
+            if still {
                 continue;
             }
-            if self.maps.is_kept(&flow) || self.maps.is_of_host(&flow) {
-                continue;
-            }
-            if let Err(error) = netns.enter(|| diag::destroy(&socket)).and_then(|result| result) {
+            if let Err(error) = netns.enter(|| diag::destroy(socket)).and_then(|result| result) {
                 tracing::debug!(%error, "resetting a connection that is not excluded any more");
             }
         }
         Ok(())
     }
+}
+
+fn flow(pod: Endpoint, remote: Endpoint) -> Flow {
+    Flow { pod, remote }
 }
 
 #[cfg(test)]

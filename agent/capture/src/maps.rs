@@ -48,6 +48,7 @@ pub(crate) struct Maps {
     listeners: SockHash<MapData, ListenerKey>,
     flows: HashMap<MapData, Flow, u32>,
     probes: HashMap<MapData, Flow, u32>,
+    excluded: HashMap<MapData, Flow, u32>,
     excluded_ports: HashMap<MapData, ExcludedPort, u32>,
     excluded_ranges: LpmTrie<MapData, ExcludedRange, u32>,
     counters: PerCpuHashMap<MapData, CounterKey, u64>,
@@ -71,6 +72,7 @@ impl Maps {
             listeners: map(ebpf, "LISTENERS")?,
             flows: map(ebpf, "FLOWS")?,
             probes: map(ebpf, "PROBES")?,
+            excluded: map(ebpf, "EXCLUDED")?,
             excluded_ports: map(ebpf, "EXCLUDED_PORTS")?,
             excluded_ranges: map(ebpf, "EXCLUDED_RANGES")?,
             counters: map(ebpf, "COUNTERS")?,
@@ -174,6 +176,11 @@ impl Maps {
     /// Whether a process of the host opened a connection.
     pub(crate) fn is_of_host(&self, flow: &Flow) -> bool {
         self.probes.get(flow, 0).is_ok()
+    }
+
+    /// Whether a connection came from outside to a port that was excluded.
+    pub(crate) fn is_excluded_inbound(&self, flow: &Flow) -> bool {
+        self.excluded.get(flow, 0).is_ok()
     }
 
     /// What is excluded of a pod.

@@ -167,7 +167,10 @@ impl Inner {
         let reroutes = self.reroutes(cookie);
         let captured = self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref());
         let known = captured.is_some_and(|captured| captured.settings == *settings);
-        if self.set_pod_and_exclusions(cookie, &plan.pod, settings, known)? {
+        let guarded = |(index, _): &(u32, _)| Hook::Guard.pin(&directory, *index).exists();
+        let was_captured = plan.interfaces.iter().any(guarded);
+        // What is older than the capture is not a former exclusion.
+        if self.set_pod_and_exclusions(cookie, &plan.pod, settings, known)? && was_captured {
             self.end_former_exclusions(netns, plan, settings)?;
         }
         for (index, interface) in &plan.interfaces {

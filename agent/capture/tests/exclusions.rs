@@ -4,8 +4,10 @@
 
 mod lab;
 
+use std::io::Write;
+
 use capture::{CapturedPod, Node, PodHandle, PodListeners, Reason};
-use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, nobody_came, until};
+use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, connect, nobody_came, until};
 use model::{Exclusions, PeerAddr, PodSettings};
 use socket2::SockRef;
 
@@ -334,6 +336,93 @@ fn exclusions_come_and_go_while_the_pod_runs() {
             .outside
             .must(&format!("i = socket.create_connection(('{}', 9090))", place.pod.ip4()));
         accept(&place.listeners.inbound[0]);
+    });
+}
+
+#[test]
+fn what_the_agent_carries_is_no_former_exclusion() {
+    lab::test("what_the_agent_carries_is_no_former_exclusion", |lab| async move {
+        let mut place = Place::new(lab, PodSettings::default()).await;
+        place.app.must(LISTEN);
+        let own = place.pod.ip4();
+        place
+            .outside
+            .must(&format!("i = socket.create_connection(('{own}', 9090))"));
+        let (_client, peer) = accept(&place.listeners.inbound[0]);
+        let target = std::net::SocketAddr::new(own, 9090);
+        let socket = place.handle.inbound_socket(target, peer.ip().to_canonical()).unwrap();
+        let mut upstream = connect(socket, target).unwrap();
+        place.app.must("c, a = l.accept()");
+        for settings in [excluding(), PodSettings::default()] {
+            place.node.capture(place.pod.spec.clone(), settings).await.unwrap();
+            upstream.write_all(b"x").unwrap();
+            assert_eq!(place.app.must("c.recv(1)"), "b'x'");
+        }
+    });
+}
+
+#[test]
+fn what_is_older_than_the_enrolment_is_no_former_exclusion() {
+    lab::test(
+        "what_is_older_than_the_enrolment_is_no_former_exclusion",
+        |lab| async move {
+            let node = lab.node();
+            let pod = lab.pod("a", 2);
+            let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+            node.know(pod.spec.clone()).await.unwrap();
+            outside.must(SERVE);
+            app.must(LISTEN);
+            app.must(&format!(
+                "s = socket.create_connection(('{OUTSIDE4}', 8080)); s.recv(99)"
+            ));
+            outside.must(&format!("i = socket.create_connection(('{}', 9090))", pod.ip6()));
+            app.must("c, a = l.accept()");
+            let mut kubelet = lab.kubelet();
+            kubelet.must(&format!("k = socket.create_connection(('{}', 9090))", pod.ip4()));
+            app.must("d, a = l.accept()");
+            node.capture(pod.spec.clone(), excluding()).await.unwrap();
+            app.must("s.sendall(b'x'); c.sendall(b'y'); d.sendall(b'z')");
+            assert_eq!(outside.must("i.recv(1)"), "b'y'");
+            assert_eq!(kubelet.must("k.recv(1)"), "b'z'");
+        },
+    );
+}
+
+#[test]
+fn the_end_of_an_exclusion_is_that_of_its_direction() {
+    lab::test("the_end_of_an_exclusion_is_that_of_its_direction", |lab| async move {
+        let both = PodSettings {
+            bypass_inbound: true,
+            exclusions: Exclusions {
+                outbound_ranges: vec!["10.78.0.0/24".parse().unwrap()],
+                ..Exclusions::default()
+            },
+            ..PodSettings::default()
+        };
+        let mut place = Place::new(lab, both.clone()).await;
+        place.app.must(LISTEN);
+        let own = place.pod.ip4();
+        place.goes_past(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        place
+            .outside
+            .must(&format!("i = socket.create_connection(('{own}', 9090))"));
+        place.app.must("c, a = l.accept()");
+        // All ports of the pod are still excluded; that is nothing to what it dials.
+        let inbound = PodSettings {
+            bypass_inbound: true,
+            ..PodSettings::default()
+        };
+        place.node.capture(place.pod.spec.clone(), inbound).await.unwrap();
+        assert!(place.app.tell("s.recv(1)").unwrap_err().starts_with("ECONNABORTED"));
+        place.app.must("c.sendall(b'y')");
+        assert_eq!(place.outside.must("i.recv(1)"), "b'y'");
+        // And the other way round.
+        let outbound = PodSettings {
+            bypass_inbound: false,
+            ..both
+        };
+        place.node.capture(place.pod.spec.clone(), outbound).await.unwrap();
+        assert!(place.outside.tell("i.recv(1)").unwrap_err().starts_with("ECONNRESET"));
     });
 }
 
