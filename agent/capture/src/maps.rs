@@ -12,7 +12,9 @@ use abi::{
 };
 use aya::{
     Ebpf,
-    maps::{HashMap, IterableMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, SockHash, lpm_trie::Key},
+    maps::{
+        HashMap, IterableMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, PerCpuValues, SockHash, lpm_trie::Key,
+    },
 };
 
 use crate::{
@@ -40,6 +42,9 @@ pub(crate) const PINNED: &[&str] = &[
     "DNS_SERVERS",
     "AGENTS",
 ];
+
+/// In place of an interface's index: all that are gone.
+const GONE: u32 = u32::MAX;
 
 /// The maps, as the agent uses them.
 pub(crate) struct Maps {
@@ -259,7 +264,7 @@ impl Maps {
         self.restore.keys().filter_map(Result::ok).collect()
     }
 
-    /// The counts by interface (0: not known) and reason.
+    /// The counts by interface (0: not known; [`GONE`]) and reason.
     pub(crate) fn counters(&self) -> BTreeMap<(u32, Reason), u64> {
         self.counters
             .iter()
@@ -268,12 +273,29 @@ impl Maps {
             .collect()
     }
 
+    /// What was counted for an interface stays in the node's numbers, which only go up.
     fn forget_counters(&mut self, ifindex: u32) {
         for reason in Reason::ALL {
-            let _ = self.counters.remove(&CounterKey {
+            let key = |ifindex| CounterKey {
                 ifindex,
                 reason: *reason as u32,
-            });
+            };
+            let Ok(counted) = self.counters.get(&key(ifindex), 0) else {
+                continue;
+            };
+            let before = self.counters.get(&key(GONE), 0);
+            let before = before
+                .iter()
+                .flat_map(|values| values.iter())
+                .chain(std::iter::repeat(&0));
+            let sums: Vec<u64> = counted.iter().zip(before).map(|(now, before)| now + before).collect();
+            let kept = PerCpuValues::try_from(sums)
+                .map_err(MapError::from)
+                .and_then(|sums| self.counters.insert(key(GONE), sums, 0));
+            if let Err(error) = kept {
+                tracing::debug!(%error, ifindex, "the counts of an interface that is gone are lost");
+            }
+            let _ = self.counters.remove(&key(ifindex));
         }
     }
 }

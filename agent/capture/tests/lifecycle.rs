@@ -174,10 +174,18 @@ fn a_released_pod_is_as_it_was() {
         let target = SocketAddr::new(pod.ip4(), 8080);
         let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
         connect(socket, target).expect("strict reverse-path filtering is not in the way");
+        app.must(&format!("socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let counted = node.counters().get(Reason::Captured);
+        assert!(counted > 0);
         drop((handle, listeners));
         node.release(pod.uid()).await.unwrap();
         assert_eq!(lab.settings(), before);
         assert_eq!(lab.links(), pins);
+        assert_eq!(
+            node.counters().get(Reason::Captured),
+            counted,
+            "the node's counts only go up"
+        );
         app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
         outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
         app.must("l.accept(); l.accept()");
