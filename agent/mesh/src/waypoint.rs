@@ -255,9 +255,15 @@ impl Snapshot {
         (!sent_it).then_some(waypoint)
     }
 
-    /// A workload's own waypoint, and those of the services that it serves: what goes through either ends here.
+    /// A workload's own waypoint, and those of the services of its namespace that it serves: what goes through either ends
+    /// here. Whoever writes its address into a service of another namespace has no say in what it takes
+    /// (`a_service_of_another_namespace_brings_no_waypoint_along`).
     fn waypoints_before<'a>(&'a self, workload: &'a Workload) -> impl Iterator<Item = &'a GatewayAddress> {
-        let services = workload.services.iter().filter_map(|(key, _)| self.service(key));
+        let own = workload
+            .services
+            .iter()
+            .filter(|(key, _)| key.namespace == workload.namespace);
+        let services = own.filter_map(|(key, _)| self.service(key));
         let of_services = services.flat_map(|service| service.waypoints());
         workload.waypoint.iter().chain(of_services)
     }

@@ -256,6 +256,27 @@ fn who_has_a_waypoint_takes_only_what_came_through_it() {
     assert_eq!(takes(&gone, Some("for-services"), "10.0.0.21"), Ok(()));
 }
 
+/// Anybody may write an address into an object of his own namespace.
+#[test]
+fn a_service_of_another_namespace_brings_no_waypoint_along() {
+    let foreign =
+        FILE.replace(
+            "services: {n/web: {80: 8080}, n/open",
+            "services: {far/theirs: {}, n/web: {80: 8080}, n/open",
+        )
+        .replace(
+            "serviceAccount: for-services,\n   services: {n/for-services: {}}",
+            "serviceAccount: theirs,\n   services: {far/wp: {}}",
+        ) + "- {name: theirs, namespace: far, hostname: theirs, vips: [10.9.0.8], ports: {80: 8080}, \
+             waypoint: {destination: /10.9.0.9}}\n\
+           - {name: wp, namespace: far, hostname: wp, vips: [10.9.0.9], ports: {15008: 15008}}\n";
+    let refusal = takes(&foreign, Some("theirs"), "10.0.0.21").unwrap_err();
+    assert!(refusal.contains("is behind waypoint n/for-pods"), "{refusal}");
+    // And what stands there is led through the pod's own.
+    let there = way(&foreign, "s1", "10.0.0.1:8080", 0, &[]);
+    assert_eq!(there, "10.0.0.1:8080 by p1 at 10.0.0.31:15008");
+}
+
 #[test]
 fn a_waypoint_is_asked_only_for_what_is_behind_it() {
     let snapshot = snapshot_of(FILE);
