@@ -286,7 +286,8 @@ impl OpenError {
         match self {
             Self::Refused { status } => *status == 503,
             Self::Denied(_) | Self::Socket(_) | Self::Request(_) | Self::Draining => false,
-            Self::Handshake { source, .. } => source.culprit() == Culprit::Network,
+            // Whoever answers there may not be who is meant.
+            Self::Handshake { source, .. } => source.culprit() != Culprit::Us,
             Self::Dial { .. }
             | Self::ConnectTimeout { .. }
             | Self::Reset { .. }

@@ -337,7 +337,7 @@ fn a_server_of_another_identity_is_refused_by_the_client() {
             ),
             "{open}"
         );
-        assert!(!open.retryable());
+        assert!(open.retryable(), "another endpoint may be who is meant");
         assert!(end.to_string().contains("it does not accept our identity"), "{end}");
     });
 }

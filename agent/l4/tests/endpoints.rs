@@ -12,7 +12,10 @@ use lab::{
     two::{Two, two},
 };
 use model::{HealthStatus, TunnelProtocol, WorkloadUid};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
 
 /// A proxy whose time limits are never reached, so that only another endpoint helps.
 fn patient_for_ever(patience: Duration) -> Config {
@@ -42,6 +45,29 @@ async fn a_service_with_a_dead_endpoint_fails_over() {
     assert!(two.near.counters().failed_over > 0);
     assert_eq!(two.near.counters().failed(FailureKind::Tunnel), 0);
     drop(third);
+}
+
+/// As at an address that somebody else has got since, and as with a certificate that has expired.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_whose_handshake_fails_is_passed_over() {
+    let mut two = two();
+    let address = two.lab.workload("no-agent", TunnelProtocol::Hbone);
+    let service = two.lab.service("web", 80, 8080, &["server", "no-agent"]);
+    two.lab.publish();
+    echo(two.server.listen(8080).await);
+    let plain = TcpListener::bind((address, 15008)).await.unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = plain.accept().await {
+            let _ = socket.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+        }
+    });
+    let mut held = two.client.dial(service).await.unwrap();
+    expect_echo(&mut held, b"hello").await;
+    for _ in 0..20 {
+        expect_echo(&mut two.client.dial(service).await.unwrap(), b"hello").await;
+    }
+    let failed_over = two.near.counters().failed_over;
+    assert!((1..10).contains(&failed_over), "{failed_over} of 21");
 }
 
 #[tokio::test(flavor = "multi_thread")]
