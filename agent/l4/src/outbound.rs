@@ -288,7 +288,10 @@ async fn through(
 
 /// Looks a name up and tries its addresses in turn; all of it within one connect timeout.
 async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) -> Result<Upstream, Failure> {
-    let Route::Named { host, port, .. } = &route else {
+    let Route::Named {
+        host, port, service, ..
+    } = &route
+    else {
         return Box::pin(follow(
             connection,
             source,
@@ -313,6 +316,7 @@ async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) 
         })
     })?;
     let addresses = lookup::in_turn(addresses, v4_first);
+    let own = service.as_ref().map(|service| service.key());
     let mut first: Option<Failure> = None;
     for (index, ip) in addresses.iter().enumerate() {
         let left = u32::try_from(addresses.len() - index).unwrap_or(1);
@@ -320,6 +324,14 @@ async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) 
         let way = match find_way(connection, OriginalDst(SocketAddr::new(*ip, *port)), &[]).await {
             // Nothing of the mesh: it is the workload itself.
             Ok((_, Route::Passthrough { .. })) => route.clone().at(*ip),
+            // And so it is where its service has that very address, or a range around it.
+            Ok((_, Route::Named { service: Some(of), .. })) if own == Some(of.key()) => route.clone().at(*ip),
+            Ok((
+                _,
+                Route::Refused {
+                    reason: RefuseReason::NoSuchPort(of, _),
+                },
+            )) if own == Some(of.clone()) => route.clone().at(*ip),
             // One name for another would go round in circles.
             Ok((_, Route::Named { .. })) => continue,
             Ok((_, of_mesh)) => of_mesh,

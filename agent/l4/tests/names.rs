@@ -92,6 +92,25 @@ async fn a_name_with_a_dead_address_is_reached_by_the_next() {
     assert!(line.contains(&format!("dst.addr={address}")), "{line}");
 }
 
+/// As TCP ServiceEntries are written: what they are matched by is the real address, or a range around it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_leads_to_its_services_own_address_is_reached_there() {
+    let address = outside().await;
+    for (port, target) in [(address.port(), address.port()), (443, address.port())] {
+        let known = Known(HashMap::from([("api.example", Ok(vec![address.ip()]))]));
+        let mut out = out(&["api.example"], target, known);
+        let service = out.lab.contents.services.last_mut().unwrap();
+        service.vips = vec![format!("/{}", address.ip()).parse().unwrap()];
+        service.ports = [(port, target)].into();
+        let key = service.key();
+        let workload = out.lab.contents.workloads.last_mut().unwrap();
+        workload.services = [(key, [(port, target)].into())].into_iter().collect();
+        out.lab.publish();
+        let mut socket = out.client.dial(SocketAddr::new(address.ip(), port)).await.unwrap();
+        expect_echo(&mut socket, b"outside").await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_that_nobody_knows_is_refused_in_words_and_another_endpoint_tried() {
     let address = outside().await;
