@@ -19,7 +19,7 @@ use std::{
 };
 
 use identity::Credentials;
-use mesh::{Attempt, RefuseReason, Route};
+use mesh::{Attempt, RefuseReason, Route, Snapshot};
 use model::{Authority, OriginalDst, PeerAddr, Service, Workload, WorkloadUid, canonical_socket};
 use socket2::SockRef;
 use telemetry::Direction;
@@ -115,6 +115,8 @@ async fn begin(connection: &Connection, client: ResetOnDrop) -> Result<Opened, (
         return Err((Some(none.into()), client));
     }
     if dialled.0.port() == dns::PORT && connection.pod.dns.on.get() {
+        // It may be answered without a way to anywhere; who asks is told all the same. Unknown, it is answered too.
+        let _ = source(connection, &connection.shard.knowledge.snapshot());
         connection.establish();
         return Ok(Opened::Dns(client, dialled));
     }
@@ -200,6 +202,15 @@ async fn ask(
     }
 }
 
+/// The pod as it is known now.
+fn source(connection: &Connection, snapshot: &Snapshot) -> Result<Arc<Workload>, Failure> {
+    let unknown = || Failure::UnknownWorkload(connection.pod.uid.clone());
+    connection.pod.judged_by(snapshot);
+    let source = snapshot.workload(&connection.pod.uid).ok_or_else(unknown)?;
+    connection.known.borrow_mut().source_workload = Some(source.clone());
+    Ok(source.clone())
+}
+
 /// The pod as it is known now, and its way to what it dialled.
 fn resolve(
     connection: &Connection,
@@ -207,10 +218,7 @@ fn resolve(
     tried: &[WorkloadUid],
 ) -> Result<(Arc<Workload>, Route), Failure> {
     let snapshot = connection.shard.knowledge.snapshot();
-    let unknown = || Failure::UnknownWorkload(connection.pod.uid.clone());
-    connection.pod.judged_by(&snapshot);
-    let source = snapshot.workload(&connection.pod.uid).ok_or_else(unknown)?;
-    connection.known.borrow_mut().source_workload = Some(source.clone());
+    let source = &source(connection, &snapshot)?;
     if is_own_port(dialled.port()) && is_of(source, dialled) {
         return Err(Failure::Loop(dialled));
     }

@@ -8,7 +8,10 @@ use std::{net::SocketAddr, time::Duration};
 
 use l4::{Config, Proxy, dns};
 use lab::{Lab, LabPod, new_address};
-use tokio::net::UdpSocket;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UdpSocket,
+};
 
 /// Longer than any test takes.
 const NEVER: Duration = Duration::from_secs(3600);
@@ -126,4 +129,32 @@ async fn a_name_server_that_does_not_answer_is_not_waited_for() {
 fn a_query_ends_before_resolvers_stop_waiting() {
     // resolv.conf(5): 5 s, unless `options timeout` says otherwise.
     assert!(dns::Config::default().timeout < Duration::from_secs(5));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_over_tcp_is_told_in_the_log_whoever_answers() {
+    let mut lab = Lab::new();
+    let proxy = lab.proxy();
+    let (client, mut late) = lab.late_pod("client", new_address());
+    late.dns = Some(Vec::new());
+    proxy.add_pod(late).unwrap();
+    lab.service("web", 80, 8080, &[]);
+    lab.publish();
+    let mut stream = client.dial("192.0.2.53:53".parse().unwrap()).await.unwrap();
+    let mut query = b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00".to_vec();
+    query.extend(b"\x03web\x04shop\x03svc\x07cluster\x05local\x00\x00\x01\x00\x01");
+    let mut framed = u16::try_from(query.len()).unwrap().to_be_bytes().to_vec();
+    framed.extend(&query);
+    stream.write_all(&framed).await.unwrap();
+    let mut answer = vec![0; usize::from(stream.read_u16().await.unwrap())];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!((answer[3] & 0x0f, answer[7]), (0, 1), "no error, one address");
+    drop(stream);
+    let identity = "src.identity=\"spiffe://cluster.local/ns/shop/sa/client\"";
+    lab.line(&[
+        "outbound",
+        "dst.addr=192.0.2.53:53",
+        "src.workload=\"client\"",
+        identity,
+    ]);
 }

@@ -249,9 +249,18 @@ fn question_bytes(query: &[u8]) -> Option<&[u8]> {
     query.get(HEADER..decoder.index())
 }
 
-/// Whether these bytes answer a query: the same id, and an answer.
+/// Whether these bytes answer a query: the same id, and an answer to that question, where it says to which. An id alone is
+/// no proof: the pod chose it, and could answer another question with it.
 pub fn answers(query: &[u8], response: &[u8]) -> bool {
-    response.len() >= HEADER && query.len() >= 2 && response[..2] == query[..2] && response[2] & QR != 0
+    if response.len() < HEADER || query.len() < HEADER || response[..2] != query[..2] || response[2] & QR == 0 {
+        return false;
+    }
+    let asked = |bytes: &[u8]| match bytes[4..6] {
+        [0, 0] => None,
+        _ => question(bytes),
+    };
+    let answered = asked(response);
+    answered.is_none() || answered == asked(query)
 }
 
 /// What an answer to a question for addresses tells: the name that was asked, its addresses at the end of the chain of

@@ -13,7 +13,8 @@
 //!   and the server's views apply. Only the source port is another.
 //! - A pod's forwarded queries are bounded in number ([`Config::forwarding`]) and in time ([`Config::timeout`]); then, or
 //!   when the server refuses, the pod is told SERVFAIL, and it is the pod's resolver that tries its next server. Pods do
-//!   not wait for each other.
+//!   not wait for each other. Over TCP the way to the server is bounded in time, and what it then says is the client's to
+//!   wait for.
 //! - Nobody but the pod itself is answered.
 //!
 //! Before anything is known of the mesh, or of the pod itself, everything is forwarded. A name server that is itself in

@@ -5,8 +5,8 @@
 //! mesh, by its routes and policies. From then on answers of both are written as they come, whole ones at a time. Answers
 //! that follow each other without end (zone transfers) pass too.
 //!
-//! The server can't be reached: the query is answered with SERVFAIL, and the next one tries again. It closes: so does the
-//! client's connection, for what was asked and not answered is lost.
+//! The server can't be reached, or not in time: the query is answered with SERVFAIL, and the next one tries again. It closes:
+//! so does the client's connection, for what was asked and not answered is lost.
 
 use std::{io, net::SocketAddr};
 
@@ -86,6 +86,7 @@ impl Session<'_> {
 
     async fn ask(&mut self, framed: &[u8], dial: &impl Dial) -> io::Result<()> {
         let query = &framed[2..];
+        self.live.relay.count(framed.len() as u64, 0);
         let (shard, pod) = (&self.live.shard, &self.live.pod);
         match decide(shard, pod, query, Transport::Tcp) {
             Decision::Reply(reply) => return self.reply(&framed_message(&reply)).await,
@@ -95,7 +96,7 @@ impl Session<'_> {
         }
         let upstream = match &mut self.upstream {
             Some(upstream) => upstream,
-            None => match dial.dial().await {
+            None => match self.dial(dial).await {
                 Ok(stream) => {
                     let (reader, writer) = stream.into_split();
                     self.upstream.insert((Frames::new(reader), writer))
@@ -109,6 +110,15 @@ impl Session<'_> {
         };
         self.live.relay.count(framed.len() as u64, 0);
         upstream.1.write_all(framed).await
+    }
+
+    /// What the client asks next has to wait, so this takes no longer than a query may.
+    async fn dial(&self, dial: &impl Dial) -> Result<TcpStream, String> {
+        let within = self.live.shard.config.dns.timeout;
+        match tokio::time::timeout(within, dial.dial()).await {
+            Ok(dialled) => dialled.map_err(|error| error.to_string()),
+            Err(_elapsed) => Err(format!("it did not answer within {within:?}")),
+        }
     }
 
     async fn reply(&mut self, framed: &[u8]) -> io::Result<()> {

@@ -33,6 +33,31 @@ fn answered(query: &[u8], found: &Answer, transport: Transport) -> (usize, Messa
     (bytes.len(), Message::from_vec(&bytes).unwrap())
 }
 
+/// The pod chose the id, and knows the port that is answered to.
+#[test]
+fn an_answer_to_another_question_is_none() {
+    let asked = query("a.example.", RecordType::A, |_| {});
+    let respond = |bytes: &[u8]| {
+        let mut response = bytes.to_vec();
+        response[2] |= QR;
+        response
+    };
+    assert!(answers(&asked, &respond(&asked)));
+    assert!(!answers(&asked, &asked), "a query");
+    assert!(answers(&asked, &respond(&query("A.eXample.", RecordType::A, |_| {}))));
+    for other in [
+        query("b.example.", RecordType::A, |_| {}),
+        query("a.example.", RecordType::AAAA, |_| {}),
+        query("a.example.", RecordType::A, |message| message.metadata.id = 0x1235),
+    ] {
+        assert!(!answers(&asked, &respond(&other)));
+    }
+    // Some say only that they failed.
+    let mut bare = respond(&asked[..HEADER]);
+    bare[5] = 0;
+    assert!(answers(&asked, &bare));
+}
+
 #[test]
 fn what_is_not_ours_is_told_apart_by_its_header_alone() {
     let ours = query("Web.Shop.", RecordType::AAAA, |_| {});
