@@ -5,13 +5,13 @@
 //!     its peer's certificates no longer chain to a root ─► reset, with that as the reason
 //! ```
 //! Both directions: whoever answered is judged as whoever asked (`a_root_that_leaves_takes_its_connections_along`). New
-//! requests in old tunnels are judged as well: inbound here ([`refuse`]), outbound by the pool. While no root leaves, nothing is
+//! requests in old tunnels are judged as well ([`refuse`]), outbound ones also by the pool before they are sent. While no root leaves, nothing is
 //! done at all. A pod whose own certificate is gone judges nobody, and keeps nobody.
 
 use std::rc::Rc;
 
-use hbone::Accepted;
 use identity::Proof;
+use model::Identity;
 use telemetry::Direction;
 
 use crate::{connection::Live, failure::Failure, shard::Shard};
@@ -55,15 +55,20 @@ fn untrusted(shard: &Shard, connection: &Live) -> Option<Failure> {
     (!is_trusted(shard, &own, proof)).then(|| Failure::NoLongerTrusted(peer))
 }
 
-fn is_trusted(shard: &Shard, own: &model::Identity, proof: &Proof) -> bool {
+fn is_trusted(shard: &Shard, own: &Identity, proof: &Proof) -> bool {
     let credentials = shard.identities.cached(own);
     credentials.is_some_and(|credentials| credentials.still_trusts(proof))
 }
 
-/// Refuses a request in a tunnel whose peer would no longer be let in.
-pub(crate) fn refuse(shard: &Shard, own: &model::Identity, tunnel: &Accepted) -> Result<(), Failure> {
-    match shard.identities.trust().has_lost_none() || is_trusted(shard, own, &tunnel.proof) {
+/// Refuses what goes through a tunnel whose peer would no longer be let in.
+pub(crate) fn refuse(
+    shard: &Shard,
+    own: &Identity,
+    proof: &Proof,
+    peer: impl FnOnce() -> Identity,
+) -> Result<(), Failure> {
+    match shard.identities.trust().has_lost_none() || is_trusted(shard, own, proof) {
         true => Ok(()),
-        false => Err(Failure::NoLongerTrusted(tunnel.peer.to_string())),
+        false => Err(Failure::NoLongerTrusted(peer().to_string())),
     }
 }

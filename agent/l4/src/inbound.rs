@@ -293,7 +293,9 @@ impl Handler {
         if is_own_port(target.port()) {
             return Err(Failure::NotServed(authority));
         }
-        distrust::refuse(&connection.shard, &workload.identity(), tunnel)?;
+        distrust::refuse(&connection.shard, &workload.identity(), &tunnel.proof, || {
+            tunnel.peer.clone()
+        })?;
         connection.known.borrow_mut().proof = Some(tunnel.proof.clone());
         let trust = connection.shard.identities.trust();
         let facts = Facts {

@@ -28,7 +28,7 @@ use tokio::net::TcpStream;
 use crate::{
     attempts::try_endpoints,
     connection::Connection,
-    descriptors, dns,
+    descriptors, distrust, dns,
     failure::Failure,
     headers,
     lookup::{self, LookupError},
@@ -417,7 +417,10 @@ async fn tunnel(
     };
     let dial = || descriptors::spared(pod.sockets.outbound_socket(hbone));
     let stream = pod.pool.open(&key, &credentials, dial, request).await?;
-    connection.known.borrow_mut().proof = Some(stream.proof());
+    let proof = stream.proof();
+    // The answer may have taken its time. From here on it is looked at when a root leaves.
+    distrust::refuse(shard, &key.source, &proof, || end.workload.identity())?;
+    connection.known.borrow_mut().proof = Some(proof);
     Ok(stream)
 }
 

@@ -6,7 +6,7 @@ mod lab;
 
 use identity::generate_root;
 use l4::FailureKind;
-use lab::{Lab, echo, expect_echo, expect_refused, expect_reset, new_address, policy, two::two};
+use lab::{Lab, echo, eventually, expect_echo, expect_refused, expect_reset, new_address, policy, two::two};
 use model::{Action, Match, StringMatch, TrustDomain};
 
 fn of_the_mesh() -> Match {
@@ -136,4 +136,39 @@ async fn a_root_that_leaves_takes_its_connections_along() {
     // Both ends judge; who is first is chance.
     lab.line(&["proved itself under a root that is no longer trusted"]);
     expect_echo(&mut plain, b"who proved nothing lost nothing").await;
+}
+
+/// The tunnel was chosen while the root was trusted, and the answer comes when it is not any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_that_leaves_while_a_connection_is_made_takes_it_along() {
+    let (mut here, mut there) = (Lab::new(), Lab::new());
+    let (near, far) = (here.proxy(), there.proxy());
+    let (client, server) = (here.pod(&near, "client"), there.pod(&far, "server"));
+    here.contents.workloads.extend(there.contents.workloads.clone());
+    there.contents.workloads.clone_from(&here.contents.workloads);
+    (here.publish(), there.publish());
+    let both = here.root.clone() + &there.root;
+    for lab in [&here, &there] {
+        lab.identities.trust().set_bundle(both.as_bytes()).unwrap();
+    }
+    let application = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    application.bind(&server.at(8081).into()).unwrap();
+    application.listen(0).unwrap();
+    // Its queue is full: the next one is not connected to before it takes this one.
+    let first = std::net::TcpStream::connect(server.at(8081)).unwrap();
+    let waiting = client.dial(server.at(8081)).await.unwrap();
+    eventually("the other node dials the application", async || {
+        let connections = far.connections().await;
+        connections.iter().any(|one| one.hbone_target == Some(server.at(8081)))
+    })
+    .await;
+    here.identities.trust().set_bundle(here.root.as_bytes()).unwrap();
+    let _taken = application.accept().unwrap();
+    expect_reset(waiting).await;
+    here.line(&[
+        "outbound",
+        "8081",
+        "proved itself under a root that is no longer trusted",
+    ]);
+    drop(first);
 }
