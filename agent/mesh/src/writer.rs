@@ -382,13 +382,14 @@ impl State {
     }
 }
 
-/// Whether what the mesh announced is this pod, and not an earlier one of its name.
+/// Whether what the mesh announced is this pod, and not an earlier one of its name. Its trust domain is the mesh's to say:
+/// while that changes, agents and control plane do not learn of it at once, and who may be who is judged with its aliases.
 fn is_the_same_pod(local: &Workload, announced: &Workload) -> bool {
     let has = |ip: &IpAddr| {
         let ip = canonical_ip(*ip);
         announced.workload_ips.iter().any(|other| canonical_ip(*other) == ip)
     };
-    local.identity() == announced.identity()
+    (&local.namespace, &local.service_account) == (&announced.namespace, &announced.service_account)
         && (announced.node.is_empty() || local.node == announced.node)
         && local.workload_ips.iter().all(has)
 }

@@ -95,3 +95,19 @@ fn on_demand_a_pod_of_the_node_is_asked_for_once() {
     assert_eq!(demands.try_next(), Some(Wanted::Workload(local.uid)));
     assert_eq!(demands.try_next(), None);
 }
+
+/// The mesh's trust domain changes before the agents' option does, or after it.
+#[test]
+fn a_pod_is_the_same_in_another_trust_domain() {
+    let (mut writer, knowledge) = mesh::new();
+    let local = pod("web", "10.0.0.1");
+    let announced = Workload {
+        trust_domain: model::TrustDomain::new("new.example"),
+        ..local.clone()
+    };
+    writer.locals().set(vec![local]);
+    writer.apply(announce(announced.clone()));
+    let snapshot = knowledge.snapshot();
+    assert_eq!(**snapshot.workload(&announced.uid).unwrap(), announced);
+    assert!(snapshot.verdict(&facts(), &announced).allowed);
+}
