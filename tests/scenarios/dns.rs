@@ -77,13 +77,17 @@ fn pods_of_a_headless_service_and_hosts_of_service_entries_are_found(mesh: &Mesh
         ("peers.mesh.svc.cluster.local", "A", &*v4),
         ("peers.mesh.svc.cluster.local", "AAAA", &*v6),
         ("server.peers.mesh.svc.cluster.local", "A", &*v4),
+        ("peers4.mesh.svc.cluster.local", "A", &*v4),
         ("any.wild.example", "A", "240.11.0.1"),
         ("any.wild.example.mesh.svc.cluster.local", "A", "240.11.0.1"),
     ] {
         found(&ask(client(mesh), "glibc", &server, name, kind)?, &[address]).context(name)?;
     }
     // Known, but not by this family.
-    found(&ask(client(mesh), "glibc", &server, "any.wild.example", "AAAA")?, &[])
+    for name in ["any.wild.example", "peers4.mesh.svc.cluster.local"] {
+        found(&ask(client(mesh), "glibc", &server, name, "AAAA")?, &[]).context(name)?;
+    }
+    Ok(())
 }
 
 fn what_the_mesh_does_not_know_passes_untouched(mesh: &Mesh) -> Result<()> {

@@ -17,7 +17,7 @@
 use std::net::IpAddr;
 
 use mesh::Snapshot;
-use model::{HealthPolicy, Service, Workload, canonical_ip};
+use model::{HealthPolicy, IpFamilies, Service, Workload, canonical_ip};
 
 use super::message::{Answer, Question};
 
@@ -150,7 +150,7 @@ fn virtual_addresses(snapshot: &Snapshot, service: &Service) -> Option<Vec<IpAdd
     (!addresses.is_empty()).then_some(addresses)
 }
 
-/// The addresses of a headless service's pods. None: there is none.
+/// The addresses of a headless service's pods, of the families that it says. None: there is none.
 fn pod_addresses(snapshot: &Snapshot, service: &Service, is_meant: impl Fn(&Workload) -> bool) -> Option<Vec<IpAddr>> {
     let key = service.key();
     let all = service
@@ -162,8 +162,19 @@ fn pod_addresses(snapshot: &Snapshot, service: &Service, is_meant: impl Fn(&Work
     let here = endpoints.filter(|workload| workload.network == *snapshot.network() && is_meant(workload));
     let addresses: Vec<IpAddr> = here
         .flat_map(|workload| workload.workload_ips.iter().map(|ip| canonical_ip(*ip)))
+        .filter(|ip| is_listed(service, ip))
         .collect();
     (!addresses.is_empty()).then_some(addresses)
+}
+
+/// Whether the cluster's own DNS would tell of such an address: an application that it does not send there may not listen
+/// there.
+fn is_listed(service: &Service, ip: &IpAddr) -> bool {
+    match service.ip_families {
+        IpFamilies::V4Only => ip.is_ipv4(),
+        IpFamilies::V6Only => ip.is_ipv6(),
+        IpFamilies::Automatic | IpFamilies::Dual => true,
+    }
 }
 
 fn shuffle(addresses: &mut [IpAddr], random: &mut dyn FnMut() -> u64) {
@@ -315,6 +326,32 @@ mod tests {
         ] {
             let expected = Some((Some(canonical.to_owned()), address.to_owned()));
             assert_eq!(ask(&snapshot, "shop", host, Family::V4), expected, "{host}");
+        }
+    }
+
+    #[test]
+    fn a_headless_service_of_one_family_is_its_pods_of_that_family() {
+        let mut db = in_cluster("db", "shop", &[]);
+        let mut pod = endpoint("db-0", "10.1.0.1", &db, HealthStatus::Healthy);
+        pod.workload_ips.push("fd00::1".parse().unwrap());
+        for (families, v4, v6) in [
+            (IpFamilies::V4Only, "10.1.0.1", ""),
+            (IpFamilies::V6Only, "", "fd00::1"),
+            (IpFamilies::Dual, "10.1.0.1", "fd00::1"),
+            (IpFamilies::Automatic, "10.1.0.1", "fd00::1"),
+        ] {
+            db.ip_families = families;
+            let (mut writer, knowledge) = mesh::new();
+            let contents = Contents {
+                workloads: vec![pod.clone()],
+                services: vec![db.clone()],
+                ..Contents::default()
+            };
+            assert!(writer.replace(contents, &[]).is_empty());
+            for (family, expected) in [(Family::V4, v4), (Family::V6, v6)] {
+                let found = ask(&knowledge.snapshot(), "shop", "db", family);
+                assert_eq!(found, Some((None, expected.to_owned())), "{families:?} {family:?}");
+            }
         }
     }
 
