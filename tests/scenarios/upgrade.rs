@@ -63,6 +63,7 @@ fn while_asked(mesh: &Mesh, node: &'static str, does: impl FnOnce() -> Result<St
         while !done.load(Ordering::Relaxed) {
             for url in [
                 "http://127.0.0.1:15021/healthz/ready",
+                "http://[::1]:15021/healthz/ready",
                 "http://127.0.0.1:15020/stats/prometheus",
                 "http://127.0.0.1:15000/logging",
             ] {

@@ -52,12 +52,7 @@ pub async fn serve_socket(path: &Path, agent: Arc<dyn Agent>) -> Result<Infallib
 
 /// Opens a nonblocking listener, to be served.
 pub fn listen(address: net::SocketAddr) -> Result<net::TcpListener, ServeError> {
-    let open = || {
-        let listener = net::TcpListener::bind(address)?;
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    };
-    open().map_err(|source| ServeError {
+    tasks::listen(address).map_err(|source| ServeError {
         at: address.to_string(),
         source,
     })

@@ -97,10 +97,10 @@ struct Parts {
 impl Control {
     /// Opens the ports, starts the watches. It is ready when `/readyz` says so; before that, streams wait.
     pub async fn start(client: Client, config: Config) -> Result<Self, StartError> {
-        let listener = serve::listen(config.xds, "xDS and CA").await?;
-        let monitoring = serve::listen(config.monitoring, "monitoring").await?;
+        let listener = serve::listen(config.xds, "xDS and CA")?;
+        let monitoring = serve::listen(config.monitoring, "monitoring")?;
         let plaintext = match config.plaintext {
-            Some(address) => Some(serve::listen_plaintext(address).await?),
+            Some(address) => Some(serve::listen_plaintext(address)?),
             None => None,
         };
         let (trigger, drain) = drain_channel();

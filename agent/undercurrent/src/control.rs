@@ -15,19 +15,14 @@ pub struct ControlArgs {
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// Where xDS and certificates are served, over TLS.
-    #[arg(
-        long,
-        env = "UNDERCURRENT_XDS",
-        value_name = "ADDRESS",
-        default_value = "0.0.0.0:15012"
-    )]
+    #[arg(long, env = "UNDERCURRENT_XDS", value_name = "ADDRESS", default_value = "[::]:15012")]
     xds: SocketAddr,
     /// Where metrics, readiness and the clients' state are served.
     #[arg(
         long,
         env = "UNDERCURRENT_MONITORING",
         value_name = "ADDRESS",
-        default_value = "0.0.0.0:15014"
+        default_value = "[::]:15014"
     )]
     monitoring: SocketAddr,
     /// Where xDS and certificates are served in plaintext, too: a loopback address, such as 127.0.0.1:15010.

@@ -44,17 +44,17 @@ pub enum ListenError {
 }
 
 /// Opens a port.
-pub async fn listen(address: SocketAddr, what: &'static str) -> Result<TcpListener, ListenError> {
-    let bound = TcpListener::bind(address).await;
+pub fn listen(address: SocketAddr, what: &'static str) -> Result<TcpListener, ListenError> {
+    let bound = tasks::listen(address).and_then(TcpListener::from_std);
     bound.map_err(|error| ListenError::Bind { address, what, error })
 }
 
 /// Opens a port for plaintext.
-pub async fn listen_plaintext(address: SocketAddr) -> Result<TcpListener, ListenError> {
+pub fn listen_plaintext(address: SocketAddr) -> Result<TcpListener, ListenError> {
     if !address.ip().is_loopback() {
         return Err(ListenError::PlaintextBeyondLoopback(address));
     }
-    listen(address, "plaintext xDS").await
+    listen(address, "plaintext xDS")
 }
 
 /// Serves gRPC on what is accepted until drained; then until its clients are gone, or `patience` has passed.
@@ -87,8 +87,8 @@ mod tests {
 
     #[tokio::test]
     async fn plaintext_is_refused_beyond_loopback() {
-        let refused = listen_plaintext(SocketAddr::from(([0, 0, 0, 0], 0))).await;
+        let refused = listen_plaintext(SocketAddr::from(([0, 0, 0, 0], 0)));
         assert!(matches!(refused, Err(ListenError::PlaintextBeyondLoopback(_))));
-        assert!(listen_plaintext(SocketAddr::from(([127, 0, 0, 1], 0))).await.is_ok());
+        assert!(listen_plaintext(SocketAddr::from(([127, 0, 0, 1], 0))).is_ok());
     }
 }

@@ -97,7 +97,7 @@ pub struct NodeArgs {
         long,
         env = "UNDERCURRENT_METRICS",
         value_name = "ADDRESS",
-        default_value = "0.0.0.0:15020"
+        default_value = "[::]:15020"
     )]
     pub metrics: SocketAddr,
     /// Sets of labels that connections are counted under at most; what is too many is counted as `overflow`.
@@ -119,7 +119,7 @@ pub struct NodeArgs {
         long,
         env = "UNDERCURRENT_HEALTH",
         value_name = "ADDRESS",
-        default_value = "0.0.0.0:15021"
+        default_value = "[::]:15021"
     )]
     pub health: SocketAddr,
     /// How long connections may go on after the agent was told to end, or another took over from it.

@@ -311,7 +311,8 @@ impl Endpoints {
             .collect();
         let mut one = |kind: &str, address: SocketAddr| {
             let inherited = inherited.remove(kind);
-            let same = inherited.filter(|listener| listener.local_addr().is_ok_and(|at| at == address));
+            let same =
+                inherited.filter(|listener| listener.local_addr().is_ok_and(|at| tasks::is_same_place(at, address)));
             same.map_or_else(|| admin::listen(address), Ok)
                 .with_context(|| format!("the {kind} endpoint"))
         };
