@@ -114,6 +114,12 @@ fn a_port_is_reached_directly_while_it_is_excluded(mesh: &Mesh) -> Result<()> {
     annotate(&kubectl, "namespace", "", "strict", &format!("{PERMISSION}=inbound"))?;
     annotate(&kubectl, "pod", "strict", "tcp", &format!("{excluded}=8001"))?;
     wait::until_true("the port is reached", answers)?;
+    let asked = ["why", "outside/client", "strict/tcp:8001"];
+    let (code, said) = mesh.ask(&asked)?;
+    ensure!(
+        code == Some(0) && said.contains(excluded),
+        "the port answers, and why ({code:?}) says:\n{said}"
+    );
     let friend = mesh.pod("strict", "client");
     ensure!(
         friend.client(&["echo", &address, "8001"])?["same"] == true,
@@ -121,5 +127,11 @@ fn a_port_is_reached_directly_while_it_is_excluded(mesh: &Mesh) -> Result<()> {
     );
     annotate(&kubectl, "pod", "strict", "tcp", &format!("{excluded}-"))?;
     annotate(&kubectl, "namespace", "", "strict", &format!("{PERMISSION}-"))?;
-    wait::until_true("the port is refused", || Ok(!answers()?))
+    wait::until_true("the port is refused", || Ok(!answers()?))?;
+    let (code, said) = mesh.ask(&asked)?;
+    ensure!(
+        code == Some(1) && said.contains("PeerAuthentication"),
+        "the port is refused, and why ({code:?}) says:\n{said}"
+    );
+    Ok(())
 }

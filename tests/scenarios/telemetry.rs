@@ -153,6 +153,11 @@ fn why_says_what_happens(mesh: &Mesh) -> Result<()> {
     policy::with_policies(mesh, &(policy::authorization("no-stranger", spec) + &strict))?;
     agree(mesh, stranger, guarded, 8001, false, "no-stranger")?;
     agree(mesh, friend, guarded, 8001, true, "mutual TLS")?;
+    // What it dials of itself does not come to the agent.
+    let themselves = spec.replace("sa/stranger", "sa/default");
+    policy::with_policies(mesh, &(policy::authorization("not-itself", &themselves) + &strict))?;
+    agree(mesh, stranger, guarded, 8001, true, "mutual TLS")?;
+    agree(mesh, guarded, guarded, 8001, true, "the pod's own address")?;
     agree(
         mesh,
         mesh.pod("outside", "client"),

@@ -21,8 +21,10 @@ pub const PERMISSION: &str = "undercurrent.io/traffic-exclusions";
 const EXCLUDE_RANGES: &str = "traffic.sidecar.istio.io/excludeOutboundIPRanges";
 const INCLUDE_RANGES: &str = "traffic.sidecar.istio.io/includeOutboundIPRanges";
 const EXCLUDE_OUTBOUND_PORTS: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
-const EXCLUDE_INBOUND_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
-const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
+/// On a pod: ports of its own that plaintext reaches past the mesh.
+pub const EXCLUDE_INBOUND_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
+/// On a pod: plaintext reaches every port past the mesh.
+pub const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
 

@@ -34,7 +34,10 @@ mod service;
 mod translate;
 
 pub use authorization_policy::{AuthorizationPolicy, TargetRef, closing};
-pub use capture::{PERMISSION as EXCLUSIONS_PERMISSION, Permission as ExclusionsPermission, capture_of};
+pub use capture::{
+    BYPASS_INBOUND, EXCLUDE_INBOUND_PORTS, PERMISSION as EXCLUSIONS_PERMISSION, Permission as ExclusionsPermission,
+    capture_of,
+};
 pub use enablement::{EXCLUDED_NAMESPACES, Enablement, enablement, enablement_of, non_tcp_of};
 pub use finding::{Effect, Finding, ObjectRef, Place, Problem, Shared};
 pub use live::validate;

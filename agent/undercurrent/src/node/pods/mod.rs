@@ -26,7 +26,7 @@ use std::{
 };
 
 use admin::{PodAdded, PodChecked, PodRemoved, ValidAttachments};
-use model::{Exclusions, Identity, NamespacedName, WorkloadUid};
+use model::{Identity, NamespacedName, PodSettings, WorkloadUid};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
@@ -144,8 +144,8 @@ pub struct PodView {
     /// Whether the agent is its name server.
     pub answers_dns: bool,
     pub problem: Option<String>,
-    /// What of its traffic is not captured.
-    pub exclusions: Exclusions,
+    /// How it is captured.
+    pub settings: PodSettings,
     /// What it asks for and does not get: to be in the mesh; or, where it is captured, what its annotations say.
     pub notes: Vec<String>,
 }

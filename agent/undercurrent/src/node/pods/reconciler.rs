@@ -485,27 +485,23 @@ impl Reconciler {
     /// Shows every pod in the status, and what its annotation is to say on the board.
     fn show(&self) {
         let view = |pod: &Pod| {
-            let (uid, captured) = match &pod.state {
-                State::Unknown => (WorkloadUid("".into()), false),
-                State::Told(told) => (told.uid().clone(), matches!(told, Expected::Captured { .. })),
+            let uid = match &pod.state {
+                State::Unknown => WorkloadUid("".into()),
+                State::Told(told) => told.uid().clone(),
+            };
+            let settings = match &pod.state {
+                State::Told(Expected::Captured { settings, .. }) => Some(settings),
+                State::Told(Expected::Uncaptured(_)) | State::Unknown => None,
             };
             PodView {
                 pod: pod.record.pod.clone(),
                 uid,
                 addresses: pod.record.addresses.clone(),
-                captured,
+                captured: settings.is_some(),
                 identity: pod.captured_as().cloned(),
-                answers_dns: match &pod.state {
-                    State::Told(Expected::Captured { settings, .. }) => self.parts.answers_dns(settings),
-                    State::Told(_) | State::Unknown => false,
-                },
+                answers_dns: settings.is_some_and(|settings| self.parts.answers_dns(settings)),
                 problem: pod.trouble.as_ref().map(|trouble| trouble.text().to_owned()),
-                exclusions: pod
-                    .record
-                    .api
-                    .as_ref()
-                    .map(|api| api.settings.exclusions.clone())
-                    .unwrap_or_default(),
+                settings: settings.cloned().unwrap_or_default(),
                 notes: pod
                     .record
                     .api

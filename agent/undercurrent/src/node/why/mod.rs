@@ -7,6 +7,8 @@
 //! The destination's agent decides by what *it* knows: [`Why::arrival`] is the question to ask it.
 
 mod names;
+#[cfg(test)]
+mod tests;
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -140,12 +142,17 @@ impl Seen {
         about: Option<String>,
         name: &str,
     ) -> Goes<Option<Comes>> {
-        let captured = self.captured(way, source, dialled)?;
+        let within = within(source, dialled);
+        let captured = self.captured(way, source, dialled, within)?;
         way.passes("destination", format!("{dialled}"), about);
         let own = |address: &SocketAddr| source.workload_ips.contains(&address.ip());
         if captured && l4::OWN_PORTS.contains(&dialled.port()) && own(&dialled) {
             let text = "a port of the mesh's own proxy on the pod itself: it would go round in circles";
             return way.refused("route", text, None);
+        }
+        if within.is_some() {
+            way.passes("route", "it does not leave the pod: nobody judges it", None);
+            return Some(None);
         }
         if !captured {
             return Some(self.uncaptured(way, source, dialled));
@@ -208,16 +215,21 @@ impl Seen {
     }
 
     /// Whether the pod's connections come to this agent.
-    fn captured(&self, way: &mut Way, source: &Workload, dialled: SocketAddr) -> Goes<bool> {
+    fn captured(&self, way: &mut Way, source: &Workload, dialled: SocketAddr, within: Option<&str>) -> Goes<bool> {
         let name = format!("{}/{}", source.namespace, source.name);
         let object = Some(format!("Pod {name}"));
         let view = self.pods.iter().find(|pod| pod.uid == source.uid);
+        if let (Some(PodView { captured: true, .. }), Some(within)) = (view, within) {
+            let text = format!("{dialled} is {within}, which is not captured");
+            way.step("capture", Outcome::Notable, text, object);
+            return Some(false);
+        }
         match view {
             Some(PodView {
                 captured: true,
-                exclusions,
+                settings,
                 ..
-            }) if exclusions.excludes_outbound(dialled.ip(), dialled.port()) => {
+            }) if settings.exclusions.excludes_outbound(dialled.ip(), dialled.port()) => {
                 let text = format!(
                     "the pod's annotations keep {dialled} out of the mesh: it is reached directly, in plaintext"
                 );
@@ -409,8 +421,32 @@ impl Seen {
         Some(())
     }
 
-    /// The destination's policies.
+    /// The annotation by which plaintext gets to the application, past the agent. What comes by mutual TLS never does.
+    fn let_past(&self, comes: &Comes) -> Option<&'static str> {
+        let port = comes.facts.destination.port();
+        if comes.facts.identity.is_some() || l4::OWN_PORTS.contains(&port) {
+            return None;
+        }
+        let is_it = |pod: &&PodView| pod.captured && pod.uid == comes.workload.uid;
+        let settings = &self.pods.iter().find(is_it)?.settings;
+        let excluded = settings.exclusions.inbound_ports.contains(&port);
+        let of_port = excluded.then_some(k8s::EXCLUDE_INBOUND_PORTS);
+        of_port.or(settings.bypass_inbound.then_some(k8s::BYPASS_INBOUND))
+    }
+
+    /// The destination's policies, where they apply.
     fn judge(&self, way: &mut Way, comes: &Comes) {
+        if let Some(annotation) = self.let_past(comes) {
+            let text = format!(
+                "{annotation} of {}/{} keeps port {} out of the mesh: plaintext reaches the application, and no policy \
+                 applies",
+                comes.workload.namespace,
+                comes.workload.name,
+                comes.facts.destination.port()
+            );
+            way.step("policy", Outcome::Notable, text, Some(object_of(&comes.workload)));
+            return;
+        }
         let verdict = self.snapshot.verdict(&comes.facts, &comes.workload);
         if let Some(rehearsed) = &verdict.dry_run {
             let text = format!("with the policies in dry run: {}", rehearsed.reason);
@@ -428,6 +464,16 @@ impl Seen {
         };
         way.step("policy", outcome, words, behind.map(resource));
     }
+}
+
+/// What is dialled of the pod itself, and so does not come to the agent; but for the agent's own ports there.
+fn within(source: &Workload, dialled: SocketAddr) -> Option<&'static str> {
+    let ip = dialled.ip();
+    if ip.is_loopback() || ip.is_unspecified() {
+        return Some("the pod's loopback");
+    }
+    let own = source.workload_ips.contains(&ip) && !l4::OWN_PORTS.contains(&dialled.port());
+    own.then_some("the pod's own address")
 }
 
 fn resource(policy: &Policy) -> String {
