@@ -13,7 +13,6 @@
 //! begin again with back-off (0.8 to 30 s).
 
 use std::{
-    collections::BTreeMap,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -32,6 +31,8 @@ use kube::{
 use model::{NamespacedName, NonTcp, PodSettings};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::Instant};
+
+use super::watched::Watched;
 
 /// What Istio's control plane reads, and its CNI agent writes.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
@@ -101,68 +102,11 @@ struct Table {
     namespaces: Watched<k8s::Metadata>,
 }
 
-/// One kind of objects, and what a listing under way has of it so far.
-struct Watched<T> {
-    objects: BTreeMap<NamespacedName, T>,
-    listing: BTreeMap<NamespacedName, T>,
-    synced: bool,
-    problem: Option<String>,
-}
-
-impl<T> Default for Watched<T> {
-    fn default() -> Self {
-        Self {
-            objects: BTreeMap::new(),
-            listing: BTreeMap::new(),
-            synced: false,
-            problem: None,
-        }
-    }
-}
-
-impl<T: PartialEq> Watched<T> {
-    /// Takes an event over; whether anything is otherwise than before.
-    fn take<K>(&mut self, event: watcher::Result<watcher::Event<K>>, read: impl Fn(K) -> (NamespacedName, T)) -> bool {
-        match event {
-            Err(error) => {
-                let problem = Some(error.to_string());
-                let new = self.problem != problem;
-                self.problem = problem;
-                return new;
-            }
-            Ok(watcher::Event::Init) => self.listing.clear(),
-            Ok(watcher::Event::InitApply(object)) => {
-                let (name, object) = read(object);
-                self.listing.insert(name, object);
-            }
-            Ok(watcher::Event::InitDone) => {
-                self.problem = None;
-                let listed = std::mem::take(&mut self.listing);
-                let new = !self.synced || self.objects != listed;
-                (self.objects, self.synced) = (listed, true);
-                return new;
-            }
-            Ok(watcher::Event::Apply(object)) => {
-                let (name, object) = read(object);
-                return self.put(name, object);
-            }
-            Ok(watcher::Event::Delete(object)) => return self.objects.remove(&read(object).0).is_some(),
-        }
-        false
-    }
-
-    fn put(&mut self, name: NamespacedName, object: T) -> bool {
-        let new = self.objects.get(&name) != Some(&object);
-        self.objects.insert(name, object);
-        new
-    }
-}
-
 impl Table {
     /// Only with its namespace, whose label may be what enrols it.
     fn pod(&self, name: &NamespacedName, rules: &Rules) -> Option<ApiPod> {
-        let pod = self.pods.objects.get(name)?;
-        let namespace = self.namespaces.objects.get(&cluster_wide(&name.namespace))?;
+        let pod = self.pods.get(name)?;
+        let namespace = self.namespaces.get(&cluster_wide(&name.namespace))?;
         Some(rules.api_pod(pod, namespace))
     }
 }
@@ -261,7 +205,7 @@ impl Cluster {
     /// Whether the API says that this very pod is on its way out.
     pub fn is_leaving(&self, name: &NamespacedName, uid: &str) -> bool {
         let table = self.table();
-        let pod = table.pods.objects.get(name).filter(|pod| pod.metadata.uid == uid);
+        let pod = table.pods.get(name).filter(|pod| pod.metadata.uid == uid);
         pod.is_some_and(|pod| pod.metadata.deletion_timestamp.is_some())
     }
 
@@ -271,8 +215,8 @@ impl Cluster {
         if !table.pods.synced || !table.namespaces.synced {
             return None;
         }
-        let listed = table.pods.objects.iter().map(|(name, pod)| {
-            let namespace = table.namespaces.objects.get(&cluster_wide(&name.namespace));
+        let listed = table.pods.iter().map(|(name, pod)| {
+            let namespace = table.namespaces.get(&cluster_wide(&name.namespace));
             let enablement = self.0.rules.enablement(pod, namespace);
             let api = namespace.map(|namespace| self.0.rules.api_pod(pod, namespace));
             (pod.clone(), enablement, api.map(|api| api.problems).unwrap_or_default())
@@ -283,20 +227,14 @@ impl Cluster {
     /// What the pod's annotation says.
     pub fn redirection(&self, name: &NamespacedName) -> Option<String> {
         let table = self.table();
-        table
-            .pods
-            .objects
-            .get(name)?
-            .metadata
-            .annotations
-            .get(REDIRECTION)
-            .cloned()
+        let pod = table.pods.get(name)?;
+        pod.metadata.annotations.get(REDIRECTION).cloned()
     }
 
-    /// Takes over what an answer of the API says of a pod: its watch will say the same.
+    /// Takes over what an answer of the API says of a pod, unless the watch has said something newer meanwhile
+    /// (`an_answer_that_comes_late_is_not_taken_for_news`).
     pub fn learn_pod(&self, pod: Pod) {
-        let (name, pod) = listed_pod(pod);
-        self.learn(|table| table.pods.put(name, pod));
+        self.learn(|table| table.pods.answered(pod, listed_pod));
     }
 
     /// Who a pod is that is about to start, from what is known, else by asking for it until `within` is over.
@@ -313,7 +251,7 @@ impl Cluster {
         let end = Instant::now() + within;
         let known = || {
             let table = self.table();
-            let listed = &table.pods.objects.get(name)?.addresses;
+            let listed = &table.pods.get(name)?.addresses;
             let same = listed.is_empty() || listed.iter().any(|ip| addresses.contains(ip));
             let pod = table.pod(name, &self.0.rules)?;
             (if uid.is_empty() { same } else { pod.uid == uid }).then_some(pod)
@@ -349,12 +287,7 @@ impl Cluster {
                 self.0.node
             ));
         }
-        let listed = self
-            .table()
-            .namespaces
-            .objects
-            .get(&cluster_wide(&name.namespace))
-            .cloned();
+        let listed = self.table().namespaces.get(&cluster_wide(&name.namespace)).cloned();
         let namespace = match listed {
             Some(namespace) => namespace,
             None => {
@@ -372,7 +305,7 @@ impl Cluster {
         let problems = [&table.pods.problem, &table.namespaces.problem];
         admin::PodSourceStatus {
             synced: table.pods.synced && table.namespaces.synced,
-            pods: table.pods.objects.len(),
+            pods: table.pods.iter().len(),
             last_error: problems.into_iter().flatten().next().cloned(),
         }
     }

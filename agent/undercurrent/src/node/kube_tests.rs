@@ -216,6 +216,52 @@ async fn what_is_known_stands_while_the_api_is_away() {
 }
 
 #[tokio::test]
+async fn an_answer_that_comes_late_is_not_taken_for_news() {
+    let lab = Lab::new().await;
+    lab.label_namespace(json!("ambient")).await;
+    lab.create("web", json!({})).await;
+    let cluster = lab.cluster.clone();
+    let watching = tokio::spawn(async move { cluster.run().await });
+    let in_mesh =
+        |expected: bool| move |cluster: &Cluster| cluster.pod(&web()).is_some_and(|pod| pod.in_mesh == expected);
+    lab.until(in_mesh(true)).await;
+    let patch = async |metadata: Value| {
+        let patch = Patch::Merge(json!({ "metadata": metadata }));
+        lab.pods().patch("web", &PatchParams::default(), &patch).await.unwrap()
+    };
+    let late = patch(json!({"annotations": {REDIRECTION: "enabled"}})).await;
+    patch(json!({"labels": {"istio.io/dataplane-mode": "none"}})).await;
+    lab.until(in_mesh(false)).await;
+    lab.cluster.learn_pod(late.clone());
+    assert!(in_mesh(false)(&lab.cluster), "it is in the mesh again");
+    // The watch has no more to say than this, and not yet.
+    watching.abort();
+    let _ = watching.await;
+    lab.cluster
+        .learn_pod(patch(json!({"annotations": {REDIRECTION: null}})).await);
+    assert_eq!(lab.cluster.redirection(&web()), None);
+    lab.cluster
+        .learn_pod(patch(json!({"labels": {"istio.io/dataplane-mode": null}})).await);
+    assert!(
+        in_mesh(true)(&lab.cluster),
+        "an answer before the watch counts for nothing"
+    );
+    // One that is gone, and one in whose place there is another.
+    let cluster = lab.cluster.clone();
+    let watching = tokio::spawn(async move { cluster.run().await });
+    let at_once = DeleteParams::default().grace_period(0);
+    lab.pods().delete("web", &at_once).await.unwrap();
+    lab.until(|cluster| cluster.pod(&web()).is_none()).await;
+    lab.cluster.learn_pod(late.clone());
+    assert_eq!(lab.cluster.pod(&web()), None);
+    let successor = lab.create("web", json!({})).await;
+    lab.until(in_mesh(true)).await;
+    lab.cluster.learn_pod(late);
+    assert_eq!(lab.cluster.pod(&web()).unwrap().uid, successor);
+    watching.abort();
+}
+
+#[tokio::test]
 async fn annotations_follow_what_is_so() {
     let lab = Lab::new().await;
     lab.label_namespace(json!("ambient")).await;

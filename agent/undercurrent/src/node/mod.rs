@@ -32,6 +32,7 @@ mod resolver;
 mod scrape;
 mod source;
 mod static_source;
+mod watched;
 mod why;
 
 use std::sync::Arc;
