@@ -94,13 +94,7 @@ impl AuthorizationPolicy {
     /// What is sent to agents, if anything, and what its author is to know. A policy that can't be enforced as written is
     /// sent as one that denies everything that it selects ([`closing`]): an agent that is told nothing would let it in.
     pub fn l4(&self, root: &str) -> (Option<Policy>, Vec<Finding>) {
-        let find = |(field, problem, effect): Condition| Finding {
-            place: Place::default(),
-            object: self.object(),
-            field,
-            problem,
-            effect,
-        };
+        let find = |condition: Condition| Finding::of(self.object(), &Place::default(), condition);
         match self.compile(root) {
             Compiled::Policy(mut policy, conditions) => {
                 with_namespace(&mut policy);

@@ -154,6 +154,23 @@ pub struct Finding {
     pub effect: Effect,
 }
 
+impl Finding {
+    /// Of an object: the field, why, and what follows.
+    pub(crate) fn of(
+        object: ObjectRef,
+        place: &Place,
+        (field, problem, effect): (impl Into<String>, Problem, Effect),
+    ) -> Self {
+        Self {
+            place: place.clone(),
+            object,
+            field: field.into(),
+            problem,
+            effect,
+        }
+    }
+}
+
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.effect)?;

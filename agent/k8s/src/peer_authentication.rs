@@ -86,13 +86,7 @@ impl<'a> PeerAuthentications<'a> {
         };
         for (place, policy) in oldest_first {
             let mut find = |field: &str, problem: Problem, effect: Effect| {
-                findings.push(Finding {
-                    place: place.clone(),
-                    object: policy.object(),
-                    field: field.to_owned(),
-                    problem,
-                    effect,
-                });
+                findings.push(Finding::of(policy.object(), place, (field, problem, effect)));
             };
             let namespace = policy.metadata.namespace.as_str();
             let selects = policy

@@ -137,15 +137,8 @@ fn overlapping(objects: &Objects, scopes: &PeerAuthentications<'_>, findings: &m
         let has = |labels: &&BTreeMap<String, String>, asked: &BTreeMap<String, String>| {
             asked.iter().all(|(key, value)| labels.get(key) == Some(value))
         };
-        for (field, problem, effect) in scopes.overlaps(policy, labelled, has) {
-            findings.push(Finding {
-                place: place.clone(),
-                object: policy.object(),
-                field: field.to_owned(),
-                problem,
-                effect,
-            });
-        }
+        let overlaps = scopes.overlaps(policy, labelled, has).into_iter();
+        findings.extend(overlaps.map(|overlap| Finding::of(policy.object(), place, overlap)));
     }
 }
 
@@ -153,15 +146,7 @@ fn overlapping(objects: &Objects, scopes: &PeerAuthentications<'_>, findings: &m
 fn compile_policies(objects: &Objects, context: &Context, mesh: &mut Mesh) -> BTreeSet<NamespacedName> {
     let mut closed = BTreeSet::new();
     for (place, written) in &objects.authorization_policies {
-        let mut find = |(field, problem, effect): (String, Problem, Effect)| {
-            mesh.findings.push(Finding {
-                place: place.clone(),
-                object: written.object(),
-                field,
-                problem,
-                effect,
-            });
-        };
+        let mut find = |condition| mesh.findings.push(Finding::of(written.object(), place, condition));
         match written.compile(&context.root_namespace) {
             Compiled::Policy(mut policy, conditions) => {
                 with_namespace(&mut policy);
@@ -247,17 +232,12 @@ fn model_workload(
     let namespace = objects.namespace(&metadata.namespace);
     let enablement = enablement(pod, namespace);
     let mut find = |field: &str, problem: Problem, effect: Effect| {
-        findings.push(Finding {
-            place: place.clone(),
-            object: ObjectRef {
-                kind: "Pod".to_owned(),
-                namespace: metadata.namespace.clone(),
-                name: metadata.name.clone(),
-            },
-            field: field.to_owned(),
-            problem,
-            effect,
-        });
+        let object = ObjectRef {
+            kind: "Pod".to_owned(),
+            namespace: metadata.namespace.clone(),
+            name: metadata.name.clone(),
+        };
+        findings.push(Finding::of(object, place, (field, problem, effect)));
     };
     let not_captured = |why: &str| Problem::Unsupported(format!("{why}: its traffic is not captured"));
     match enablement {
@@ -357,13 +337,8 @@ fn missing_references(objects: &Objects, findings: &mut Vec<Finding>) {
             name: pod.metadata.name.clone(),
         };
         let mut find = |field: &str, missing: ObjectRef| {
-            findings.push(Finding {
-                place: place.clone(),
-                object: object(),
-                field: field.to_owned(),
-                problem: Problem::Missing(missing),
-                effect: Effect::Note,
-            });
+            let condition = (field, Problem::Missing(missing), Effect::Note);
+            findings.push(Finding::of(object(), place, condition));
         };
         if namespace != "default" && objects.namespace(namespace).is_none() {
             let missing = ObjectRef {

@@ -279,13 +279,11 @@ pub fn validate(kind: Kind, value: &Value) -> Vec<Finding> {
     match &object {
         Object::AuthorizationPolicy(policy) => findings.extend(policy.l4(ROOT_NAMESPACE).1),
         Object::Service(service) => {
-            findings.extend(service.check().err().map(|(field, problem)| Finding {
-                place: Place::default(),
-                object: object.reference(),
-                field,
-                problem,
-                effect: Effect::Refused,
-            }));
+            let find = |(field, problem)| {
+                let condition = (field, problem, Effect::Refused);
+                Finding::of(object.reference(), &Place::default(), condition)
+            };
+            findings.extend(service.check().err().map(find));
         }
         _ => {}
     }
