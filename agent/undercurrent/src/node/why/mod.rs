@@ -274,6 +274,12 @@ impl Seen {
         let route = self.snapshot.resolve(source, OriginalDst(dialled), 0, &[]);
         let (workload, target) = match route {
             Route::Tunnel { workload, target, .. } | Route::Plaintext { workload, target, .. } => (workload, target),
+            // Who dials the pod itself gets there, and finds out.
+            Route::Refused { .. } | Route::Waypoint { .. }
+                if let Some(pod) = self.snapshot.workload_by_ip(dialled.ip()) =>
+            {
+                (pod.clone(), dialled)
+            }
             Route::Refused { .. } | Route::Waypoint { .. } => {
                 let text = "as the cluster's own network has it: the mesh's waypoints and refusals are not for it";
                 way.step("route", Outcome::Notable, text, None);

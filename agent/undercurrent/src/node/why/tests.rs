@@ -10,7 +10,13 @@ workloads:
    node: n1, authorizationPolicies: [shop/not-a]}
 - {uid: c//v1/Pod/shop/b, name: b, namespace: shop, serviceAccount: b, workloadIps: ["10.0.0.2"], protocol: HBONE, node: n1,
    authorizationPolicies: [shop/strict, shop/not-a]}
+- {uid: c//v1/Pod/shop/w, name: w, namespace: shop, serviceAccount: w, workloadIps: ["10.0.0.4"], protocol: HBONE, node: n1,
+   waypoint: {destination: shop/wp}}
+- {uid: c//v1/Pod/shop/wp, name: wp, namespace: shop, serviceAccount: wp, workloadIps: ["10.0.0.5"], protocol: HBONE, node: n1,
+   services: {shop/wp: {}}}
 - {uid: c//v1/Pod/out/c, name: c, namespace: out, workloadIps: ["10.0.0.3"], node: n1}
+services:
+- {name: wp, namespace: shop, hostname: wp, vips: [/10.9.0.1], ports: {15008: 15008}}
 policies:
 - {name: not-a, namespace: shop, scope: WorkloadSelector, action: Deny,
    rules: [[[{principals: [!Exact cluster.local/ns/shop/sa/a]}]]]}
@@ -146,4 +152,13 @@ async fn plaintext_to_an_excluded_port_is_judged_by_nobody() {
         seen.pods[1].captured = false;
         assert!(!why(&seen, "out/c", "shop/b", port).0);
     }
+}
+
+#[tokio::test]
+async fn plaintext_does_not_pass_a_waypoint() {
+    let mut seen = seen(PodSettings::default()).await;
+    seen.pods.push(view("shop", "w", true));
+    let (allowed, said) = why(&seen, "out/c", "shop/w", 80);
+    assert!(!allowed && said.contains("behind waypoint shop/wp"), "{said}");
+    assert!(why(&seen, "shop/a", "shop/w", 80).0);
 }
