@@ -15,7 +15,9 @@
 //! - HBONE goes to nobody who is not said to take it (`nobody_is_hbone_without_redirection`).
 //! - An address, and within a namespace a host name, has one owner (`an_address_has_one_owner`): a pod before a Service
 //!   before what somebody writes into an entry, the older before the younger. Who loses is told. Entries that namespaces keep to
-//!   themselves are each the owner there (`namespaces_may_keep_entries_of_one_address_to_themselves`).
+//!   themselves are each the owner there (`namespaces_may_keep_entries_of_one_address_to_themselves`). An entry and its own
+//!   endpoint may be at one address (`an_entrys_endpoints_may_have_its_address`): agents then see both, a service and a
+//!   workload that it lists.
 //! - Fail closed: a policy that can't be enforced denies what it selects; a waypoint that can't be used is refused by
 //!   agents, where istiod lets traffic around it (see `waypoints`).
 //!

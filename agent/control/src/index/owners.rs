@@ -5,8 +5,9 @@ use std::sync::Arc;
 use model::{NamespacedName, Visibility};
 
 use super::{
+    names::Labels,
     parts::{Address, Part, PartKind},
-    records::{Age, Place},
+    records::{Age, Place, Tunnel},
     tables::Tables,
 };
 
@@ -69,18 +70,56 @@ impl Tables {
     }
 
     /// Who has an address, of those that contend with this part for it; nobody else may have it and not know of it.
+    ///
+    /// A host whose traffic is passed on as it is (`resolution: NONE`) has no address that would else be a workload's which
+    /// takes HBONE, however young: what has to be encrypted would go there in plaintext. The workload may be anybody's; if
+    /// nobody serves HBONE there, connections fail, which is better than that
+    /// (`nobody_passes_in_plaintext_around_who_takes_hbone`).
     pub(super) fn owner(&self, address: &Address, part: &Part) -> Option<&Part> {
         let mut claimants = self.addresses.of(address).peekable();
         let first = claimants.next()?;
         if claimants.peek().is_none() {
             return Some(first);
         }
-        let contending = self.addresses.of(address).filter(|other| self.contend(part, other));
-        contending.min_by_key(|part| self.rank(part))
+        let contending = || self.addresses.of(address).filter(|other| self.contend(part, other));
+        let first = contending().min_by_key(|part| self.rank(part))?;
+        if !self.is_passed_on(first) {
+            return Some(first);
+        }
+        let encrypted = match self.is_passed_on(part) {
+            true => self.workload_at(address).filter(|other| self.contend(part, other)),
+            false => contending()
+                .filter(|other| !self.is_passed_on(other))
+                .min_by_key(|part| self.rank(part)),
+        };
+        let encrypted = encrypted.filter(|other| self.takes_hbone(other));
+        Some(encrypted.unwrap_or(first))
+    }
+
+    /// The workload that has an address.
+    pub(super) fn workload_at(&self, address: &Address) -> Option<&Part> {
+        let mut workloads = self.addresses.of(address).filter(|part| part.kind.is_workload());
+        workloads.find(|part| self.owner(address, part) == Some(part))
+    }
+
+    fn is_passed_on(&self, part: &Part) -> bool {
+        let entry = || self.service_entries.get(&part.of);
+        part.kind == PartKind::Host && entry().is_some_and(|entry| entry.passthrough)
+    }
+
+    /// Of what somebody writes into an entry, whether it is tunnelled to.
+    fn takes_hbone(&self, part: &Part) -> bool {
+        let endpoint = match part.kind {
+            PartKind::Entry => self.entries.get(&part.of).map(|entry| &entry.endpoint),
+            PartKind::Endpoint => self.inline_endpoint(part),
+            _ => None,
+        };
+        endpoint.is_some_and(|endpoint| endpoint.tunnel != Tunnel::None)
     }
 
     /// Hosts that namespaces keep to themselves have their addresses there alone, and so do not contend with each other
-    /// nor with a host that is everybody's (`namespaces_may_keep_entries_of_one_address_to_themselves`).
+    /// nor with a host that is everybody's (`namespaces_may_keep_entries_of_one_address_to_themselves`). A host and its own
+    /// endpoint are at one address together (`an_entrys_endpoints_may_have_its_address`).
     fn contend(&self, part: &Part, other: &Part) -> bool {
         let kept_to = |host: &Part| {
             let NamespacedName { namespace, name } = &host.of;
@@ -91,7 +130,27 @@ impl Tables {
                 entry.visibility == Visibility::Namespace && !hostname.starts_with(&format!("{name}.{namespace}.svc."));
             is_kept.then(|| namespace.clone())
         };
-        let both_hosts = part.kind == PartKind::Host && other.kind == PartKind::Host;
-        !both_hosts || kept_to(part) == kept_to(other)
+        match (part.kind == PartKind::Host, other.kind == PartKind::Host) {
+            (true, true) => kept_to(part) == kept_to(other),
+            (true, false) => !self.is_endpoint_of(other, part),
+            (false, true) => !self.is_endpoint_of(part, other),
+            (false, false) => true,
+        }
+    }
+
+    /// Whether a host's own entry lists or selects this.
+    fn is_endpoint_of(&self, part: &Part, host: &Part) -> bool {
+        let labels = match part.kind {
+            PartKind::Endpoint => return part.of == host.of,
+            PartKind::Pod => self.pods.get(&part.of).map(|pod| &pod.labels),
+            PartKind::Entry => self.entries.get(&part.of).map(|entry| &entry.endpoint.labels),
+            _ => None,
+        };
+        let entry = self.service_entries.get(&host.of);
+        let selector = entry
+            .map(|entry| &entry.selector)
+            .filter(|selector| !selector.is_empty());
+        let selects = |selector: &Arc<Labels>| labels.is_some_and(|labels| labels.matches(selector));
+        part.of.namespace == host.of.namespace && selector.is_some_and(selects)
     }
 }

@@ -91,7 +91,7 @@ impl Tables {
     pub(super) fn inline_workload(&self, part: &Part, settings: &Settings, notes: &mut Vec<Note>) -> Option<Workload> {
         let name = &part.of;
         let entry = self.service_entries.get(name)?;
-        let endpoint = entry.endpoints.get(usize::try_from(part.index).ok()?)?;
+        let endpoint = self.inline_endpoint(part)?;
         let place = match &endpoint.place {
             Place::Ip(ip) => ip.to_string(),
             Place::Host(host) => host.to_string(),
@@ -136,6 +136,12 @@ impl Tables {
         workload.status = health(ready);
         workload.services = collect(services);
         Some(workload)
+    }
+
+    /// The endpoint of a ServiceEntry that a part is.
+    pub(super) fn inline_endpoint(&self, part: &Part) -> Option<&Endpoint> {
+        let entry = self.service_entries.get(&part.of)?;
+        entry.endpoints.get(usize::try_from(part.index).ok()?)
     }
 
     fn endpoint_workload(
@@ -245,7 +251,7 @@ impl Tables {
 
     fn services_of_endpoint(&self, part: &Part) -> Option<Services> {
         let entry = self.service_entries.get(&part.of)?;
-        let endpoint = entry.endpoints.get(usize::try_from(part.index).ok()?)?;
+        let endpoint = self.inline_endpoint(part)?;
         let mut services = Services::new();
         self.add_hosts(&part.of, entry, Some(endpoint), &mut services);
         Some(services)
@@ -265,17 +271,14 @@ impl Tables {
     pub(super) fn stand_ins(&self, part: &Part) -> Option<&Part> {
         let (network, ip) = match part.kind {
             PartKind::Entry => place_of(&self.entries.get(&part.of)?.endpoint)?,
-            PartKind::Endpoint => {
-                let entry = self.service_entries.get(&part.of)?;
-                place_of(entry.endpoints.get(usize::try_from(part.index).ok()?)?)?
-            }
+            PartKind::Endpoint => place_of(self.inline_endpoint(part)?)?,
             PartKind::SliceEndpoint => {
                 let slice = self.slices.get(&part.of)?;
                 (None, slice.others.get(usize::try_from(part.index).ok()?)?.0)
             }
             _ => return None,
         };
-        self.owner(&Address::single(network.unwrap_or(&self.network), ip), part)
+        self.workload_at(&Address::single(network.unwrap_or(&self.network), ip))
     }
 
     /// The services that a pod is an endpoint of: those whose slices name it, and the hosts of entries that select it.

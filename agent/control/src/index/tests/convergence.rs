@@ -133,6 +133,8 @@ fn service_entries() -> impl Strategy<Value = Value> {
         json!({"resolution": "NONE", "addresses": ["10.0.0.2", "10.1.0.0/16"], "subjectAltNames": ["s"]}),
         json!({"resolution": "NONE", "addresses": ["10.0.0.2", "10.0.0.6"], "exportTo": ["."]}),
         json!({"resolution": "STATIC", "workloadSelector": {"labels": {"app": "x"}}}),
+        json!({"resolution": "STATIC", "workloadSelector": {"labels": {"app": "x"}}, "addresses": ["10.0.0.2"]}),
+        json!({"resolution": "STATIC", "endpoints": [{"address": "10.0.0.3"}], "addresses": ["10.0.0.3", "10.0.0.4"]}),
         json!({"resolution": "STATIC", "endpoints": [{"address": "10.0.0.3"}, {"address": "10.0.0.4", "labels": {"app": "x"}}]}),
         json!({"resolution": "STATIC", "endpoints": [{"address": "10.0.0.4"}, {"address": "10.0.0.4"}, {"address": "10.0.0.3"}]}),
     ]);

@@ -1,7 +1,7 @@
 //! The index from outside: objects as JSON in, decoded resources out.
 //!
 //! [`Mesh`] keeps what a subscriber would have, and checks at every step what must hold of each state: an alias names one
-//! resource in each namespace, a policy that a workload lists is there.
+//! resource in each namespace, or a service and its endpoint; a policy that a workload lists is there.
 
 mod convergence;
 mod policies;
@@ -87,7 +87,8 @@ impl Mesh {
         for ((_, name), resource) in &self.resources {
             for alias in &resource.aliases {
                 let other = names.insert((alias.to_string(), self.kept_to(name)), name.clone());
-                assert_eq!(other, None, "{alias} is {name}, too");
+                let share = |other: &String| self.is_endpoint(other, name) || self.is_endpoint(name, other);
+                assert!(other.iter().all(share), "{alias} is {name}'s and {other:?}'s");
             }
         }
         for workload in self.workloads() {
@@ -100,6 +101,11 @@ impl Mesh {
                 );
             }
         }
+    }
+
+    fn is_endpoint(&self, workload: &str, service: &str) -> bool {
+        let workload = self.find_workload(workload);
+        workload.is_some_and(|workload| workload.services.contains_key(service))
     }
 
     /// The namespace that a ServiceEntry's host is kept to, if it is.

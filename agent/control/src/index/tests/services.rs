@@ -283,3 +283,102 @@ fn namespaces_may_keep_entries_of_one_address_to_themselves() {
     assert!(mesh.aliases("b/b.com").is_empty() && mesh.pod("x", "web").addresses.len() == 1);
     mesh.check();
 }
+
+/// A ServiceEntry of the address 1.2.3.4.
+fn of_the_address(namespace: &str, name: &str, year: u16, spec: Value) -> Value {
+    let time = format!("{year}-01-01T00:00:00Z");
+    let common = json!({"hosts": [format!("{name}.com")], "addresses": ["1.2.3.4/32"],
+        "ports": [{"number": 80, "name": "http", "targetPort": 8080}]});
+    let more = json!({"metadata": {"creationTimestamp": time}, "spec": merged(common, spec)});
+    object("ServiceEntry", namespace, name, more)
+}
+
+/// A WorkloadEntry at 1.2.3.4, of the year 2025.
+fn machine(namespace: &str, labels: Value) -> Value {
+    let more = json!({"metadata": {"creationTimestamp": "2025-01-01T00:00:00Z", "labels": labels},
+        "spec": {"address": "1.2.3.4"}});
+    object("WorkloadEntry", namespace, "vm", more)
+}
+
+#[test]
+fn an_entrys_endpoints_may_have_its_address() {
+    let own = json!({"resolution": "STATIC", "endpoints": [{"address": "1.2.3.4"}]});
+    let selecting = json!({"resolution": "STATIC", "workloadSelector": {"labels": {"app": "web"}}});
+    let inline = "c/networking.istio.io/ServiceEntry/shop/se/1.2.3.4";
+    let vm = "c/networking.istio.io/WorkloadEntry/shop/vm";
+    let web = pod("shop", "web", "1.2.3.4", json!({}));
+    for (year, spec, endpoint, uid) in [
+        (2026, own, None, inline),
+        (
+            2020,
+            selecting.clone(),
+            Some(machine("shop", json!({"app": "web"}))),
+            vm,
+        ),
+        (
+            2026,
+            selecting.clone(),
+            Some(machine("shop", json!({"app": "web"}))),
+            vm,
+        ),
+        (2020, selecting.clone(), Some(web), "c//v1/Pod/shop/web"),
+    ] {
+        let mut mesh = Mesh::new();
+        mesh.put(of_the_address("shop", "se", year, spec));
+        endpoint.map(|endpoint| mesh.put(endpoint));
+        mesh.check();
+        let found = mesh.workload(uid);
+        assert_eq!(found.addresses, [vec![1, 2, 3, 4]], "{uid}");
+        assert_eq!(found.services["shop/se.com"].ports[0].target_port, 8080, "{uid}");
+        assert_eq!(mesh.aliases("shop/se.com"), ["/1.2.3.4"], "{uid}");
+        assert!(mesh.findings.is_empty(), "{uid}");
+        // Whom it no longer selects contends again.
+        mesh.put(of_the_address("shop", "se", year, json!({"resolution": "STATIC"})));
+        mesh.check();
+        assert_eq!(
+            mesh.aliases("shop/se.com").is_empty(),
+            mesh.find_workload(uid).is_some(),
+            "{uid}"
+        );
+    }
+    // Somebody else's endpoint is there for nobody at the address of an older entry.
+    let mesh = Mesh::with([
+        of_the_address("shop", "se", 2020, selecting),
+        machine("far", json!({"app": "web"})),
+    ]);
+    assert_eq!((mesh.workloads().count(), mesh.aliases("shop/se.com").len()), (0, 1));
+}
+
+#[test]
+fn nobody_passes_in_plaintext_around_who_takes_hbone() {
+    let none = |year| of_the_address("shop", "se", year, json!({"resolution": "NONE"}));
+    let tunnel = json!({"networking.istio.io/tunnel": "http"});
+    let who = |objects: Vec<Value>| {
+        let mesh = Mesh::with(objects);
+        mesh.check();
+        let workloads: Vec<_> = mesh.workloads().map(|workload| workload.namespace).collect();
+        (
+            workloads.join(" "),
+            mesh.aliases("shop/se.com").len(),
+            mesh.findings.len(),
+        )
+    };
+    // The older one has the address, but not to pass what has to be encrypted.
+    assert_eq!(
+        who(vec![none(2020), machine("far", tunnel.clone())]),
+        ("far".into(), 0, 1)
+    );
+    assert_eq!(who(vec![none(2020), machine("far", json!({}))]), (String::new(), 1, 1));
+    // What is sent to endpoints of its own is not passed.
+    let fixed = of_the_address("shop", "se", 2020, json!({"resolution": "STATIC"}));
+    assert_eq!(who(vec![fixed, machine("far", tunnel.clone())]), (String::new(), 1, 1));
+    // Nobody is pushed aside by who has not got the address in the end.
+    let older = object(
+        "WorkloadEntry",
+        "old",
+        "vm",
+        json!({"metadata": {"creationTimestamp": "2024-01-01T00:00:00Z"}, "spec": {"address": "1.2.3.4"}}),
+    );
+    let all = vec![none(2020), machine("far", tunnel), older];
+    assert_eq!(who(all), (String::new(), 1, 2));
+}
