@@ -2,7 +2,8 @@
 //!
 //! What Istio's model can say and this agent can't do yet is refused by name and never passed around: a workload of
 //! another network, one without an address (`what_can_not_be_done_yet_is_refused_by_name` in `tests/routes.rs`). Who
-//! dials a service meets the service's waypoint, who dials a pod the pod's: see [`crate::waypoint`].
+//! dials a service meets the service's waypoint, who dials a pod the pod's: see [`crate::waypoint`]. An address that is a
+//! service's and its endpoint's is the service's (`a_service_at_its_own_endpoints_address_goes_before_it`).
 
 use std::{
     fmt,
@@ -231,7 +232,11 @@ impl Snapshot {
         }
         let target = model::canonical_socket(dialled.0);
         if let Some(workload) = self.workload_by_ip(target.ip()) {
-            return self.to_pod(source, workload, target, attempt).unwrap_or_else(refused);
+            let route = match self.service_before(source, workload, target.ip()) {
+                Some(service) => self.to_service(source, service, target, attempt),
+                None => self.to_pod(source, workload, target, attempt),
+            };
+            return route.unwrap_or_else(refused);
         }
         let seen = self.service_seen_in(&source.namespace, target.ip());
         if let Some((length, name)) = self.closed.at(target.ip())

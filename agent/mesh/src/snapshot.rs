@@ -7,8 +7,8 @@ use std::{
 };
 
 use model::{
-    MeshSettings, NamespacedName, NetworkMode, OutboundTrafficPolicy, Policy, Scope, Service, Workload, WorkloadUid,
-    canonical_ip,
+    LoadBalancingMode, MeshSettings, NamespacedName, NetworkMode, OutboundTrafficPolicy, Policy, Scope, Service,
+    Workload, WorkloadUid, canonical_ip,
 };
 use policy::{Facts, Reason, Verdict};
 
@@ -305,17 +305,45 @@ impl Snapshot {
     /// there for all who dial it: `exportTo` hides the name, what keeps them out is policy, and passing them around the
     /// mesh would be plaintext.
     pub(crate) fn service_seen_in(&self, namespace: &str, ip: IpAddr) -> Seen<'_> {
-        let keeps_any = self.kept.len() > 0;
         let mut is_hidden = false;
         for range in self.ranges_around(ip) {
-            let kept = keeps_any.then(|| self.kept.get(&range)).flatten();
-            let own = kept.and_then(|kept| kept.get(namespace));
-            if let Some(service) = own.or_else(|| self.services.by_claim.get(&(range, None))) {
+            if let Some(service) = self.service_seen_of(namespace, range) {
                 return Seen::Service(range.1, service);
             }
-            is_hidden |= kept.is_some();
+            is_hidden |= self.kept_of(range).is_some();
         }
         if is_hidden { Seen::Hidden } else { Seen::Nothing }
+    }
+
+    /// The service that a namespace sees of exactly this range.
+    fn service_seen_of(&self, namespace: &str, range: Range) -> Option<&Arc<Service>> {
+        let own = self.kept_of(range).and_then(|kept| kept.get(namespace));
+        own.or_else(|| self.services.by_claim.get(&(range, None)))
+    }
+
+    fn kept_of(&self, range: Range) -> Option<&KeptServices> {
+        // Nearly always there is none, and then nothing is hashed.
+        (self.kept.len() > 0)
+            .then(|| self.kept.get(&range))?
+            .map(|kept| &**kept)
+    }
+
+    /// The service that has a workload's address for its own, is served there and goes before it: by its ports, and through
+    /// its waypoint. The workload itself is met by who sends for the service, its waypoint, and by itself; and by all where
+    /// the service is not more than a way to the same place, in plaintext.
+    pub fn service_before(&self, source: &Workload, workload: &Workload, ip: IpAddr) -> Option<&Arc<Service>> {
+        if workload.services.is_empty() || workload.uid == source.uid {
+            return None;
+        }
+        let ip = canonical_ip(ip);
+        let service = self.service_seen_of(&source.namespace, (ip, bits(ip)))?;
+        let mut waypoints = service.waypoints().peekable();
+        let balancing = service.load_balancing.as_ref();
+        let passes =
+            waypoints.peek().is_none() && balancing.is_some_and(|it| it.mode == LoadBalancingMode::Passthrough);
+        let is_endpoint = workload.services.contains_key(&service.key());
+        let goes_before = is_endpoint && !passes && !waypoints.any(|waypoint| self.is_at(source, waypoint));
+        goes_before.then_some(service)
     }
 
     /// Every service that has this address, or a range that it is in, in the node's network; the longest range first.

@@ -314,10 +314,11 @@ impl Snapshot {
     /// Whether this workload is the waypoint of what is asked for.
     pub fn is_waypoint_for(&self, workload: &Workload, asked: &Authority) -> bool {
         let Authority::Address(asked) = asked else { return false };
-        if let Some(target) = self.workload_by_ip(asked.ip()) {
-            return target.waypoint.iter().any(|waypoint| self.is_at(workload, waypoint));
-        }
-        let mut waypoints = self.services_by_vip(asked.ip()).flat_map(|service| service.waypoints());
+        let target = self.workload_by_ip(asked.ip());
+        let is_there = |service: &&Arc<Service>| target.is_none_or(|it| it.services.contains_key(&service.key()));
+        let services = self.services_by_vip(asked.ip()).filter(is_there);
+        let of_target = target.and_then(|target| target.waypoint.as_ref());
+        let mut waypoints = services.flat_map(|service| service.waypoints()).chain(of_target);
         waypoints.any(|waypoint| self.is_at(workload, waypoint))
     }
 

@@ -190,6 +190,50 @@ fn of_ranges_the_longest_counts() {
 }
 
 #[test]
+fn a_service_at_its_own_endpoints_address_goes_before_it() {
+    let route = |service: &str, source: &str, dialled: &str| {
+        let file = format!(
+            "workloads:\n\
+             - {{uid: w, name: w, namespace: shop, workloadIps: [10.0.0.9], protocol: HBONE, services: {{shop/way: {{}}}}}}\n\
+             - {{uid: vm, name: vm, namespace: shop, workloadIps: [1.2.3.4], protocol: HBONE, services: {{shop/db: {{80: 8080}}}}}}\n\
+             services:\n\
+             - {{name: way, namespace: shop, hostname: way, vips: [10.96.0.9], ports: {{15008: 15008}}}}\n\
+             - {{name: db, namespace: shop, hostname: db, vips: [1.2.3.4], ports: {{80: 8080}}, {service}}}\n\
+             - {{name: wide, namespace: shop, hostname: wide, vips: [/1.2.3.0/24], ports: {{80: 1}}}}"
+        );
+        let snapshot = snapshot_of(&file);
+        let source = match source {
+            uid @ ("w" | "vm") => snapshot.workload(&WorkloadUid(uid.into())).unwrap().as_ref().clone(),
+            namespace => Workload {
+                namespace: namespace.into(),
+                ..Workload::default()
+            },
+        };
+        match snapshot.resolve(&source, OriginalDst(dialled.parse().unwrap()), 0, &[]) {
+            Route::Tunnel { target, service, .. } => format!("{target} {}", service.is_some()),
+            Route::Waypoint { target, hbone, .. } => format!("{target} by {hbone}"),
+            Route::Refused { reason } => reason.to_string(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(route("", "shop", "1.2.3.4:80"), "1.2.3.4:8080 true");
+    assert_eq!(route("", "shop", "[::ffff:1.2.3.4]:80"), "1.2.3.4:8080 true");
+    assert_eq!(route("", "shop", "1.2.3.4:22"), "service shop/db has no port 22");
+    // One that this source does not see is not there.
+    let kept = "visibility: Namespace";
+    assert_eq!(route(kept, "far", "1.2.3.4:80"), "1.2.3.4:80 false");
+    assert_eq!(route(kept, "shop", "1.2.3.4:80"), "1.2.3.4:8080 true");
+    // Its waypoint is not passed around, and reaches what is behind it, whatever the port.
+    let behind = "waypoint: {destination: shop/way, hboneMtlsPort: 15008}";
+    assert_eq!(route(behind, "shop", "1.2.3.4:80"), "1.2.3.4:80 by 10.0.0.9:15008");
+    assert_eq!(route(behind, "w", "1.2.3.4:8080"), "1.2.3.4:8080 false");
+    assert_eq!(route(behind, "vm", "1.2.3.4:22"), "1.2.3.4:22 false", "itself");
+    // What is passed on as it is goes to who is there, and by HBONE if it takes that.
+    let passed_on = "loadBalancing: {mode: Passthrough}";
+    assert_eq!(route(passed_on, "shop", "1.2.3.4:80"), "1.2.3.4:80 false");
+}
+
+#[test]
 fn on_demand_what_is_unknown_is_to_be_asked_for_until_it_is_known_to_be_absent() {
     let (mut writer, knowledge, _) = mesh::with("", mesh::Scope::OnDemand);
     let dialled = OriginalDst("192.0.2.1:80".parse().unwrap());

@@ -296,6 +296,10 @@ fn a_waypoint_is_asked_only_for_what_is_behind_it() {
     ] {
         assert!(!asked(uid, text), "{uid} for {text}");
     }
+    // A service at its own endpoint's address.
+    let snapshot = snapshot_of(&FILE.replace("vips: [10.9.0.1]", "vips: [10.0.0.1]"));
+    let asked = |uid: &str| snapshot.is_waypoint_for(&workload(&snapshot, uid), &"10.0.0.1:80".parse().unwrap());
+    assert!(asked("s1") && asked("p1") && !asked("client"));
 }
 
 #[test]

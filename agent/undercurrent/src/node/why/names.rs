@@ -54,10 +54,18 @@ impl Seen {
         port: u16,
     ) -> Result<(String, SocketAddr, Option<String>), String> {
         if let Ok(ip) = name.trim_matches(['[', ']']).parse::<IpAddr>() {
-            let workload = self.snapshot.workload_by_ip(ip).map(|workload| object_of(workload));
-            let service = || Some(service_object(self.snapshot.service_by_vip_in(ip, &source.namespace)?));
+            let object = match self.snapshot.workload_by_ip(ip) {
+                Some(workload) => Some(match self.snapshot.service_before(source, workload, ip) {
+                    Some(service) => service_object(service),
+                    None => object_of(workload),
+                }),
+                None => self
+                    .snapshot
+                    .service_by_vip_in(ip, &source.namespace)
+                    .map(service_object),
+            };
             let dialled = canonical_socket(SocketAddr::new(ip, port));
-            return Ok((name.to_owned(), dialled, workload.or_else(service)));
+            return Ok((name.to_owned(), dialled, object));
         }
         if name.contains('/') {
             let unknown = || format!("the agent of {} knows no pod {name}", self.node);
