@@ -34,6 +34,7 @@ mod policies;
 mod records;
 mod service_records;
 mod services;
+mod slices;
 mod tables;
 mod targets;
 #[cfg(test)]

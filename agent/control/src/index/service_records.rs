@@ -131,6 +131,17 @@ pub(super) fn app_protocol(written: Option<&str>, name: &str) -> AppProtocol {
     }
 }
 
+/// An endpoint of a slice that is no pod.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Other {
+    pub ip: IpAddr,
+    pub ready: bool,
+    /// Empty where it is not known.
+    pub node: Arc<str>,
+    /// Empty where it is not known.
+    pub zone: Arc<str>,
+}
+
 /// An EndpointSlice.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Slice {
@@ -139,8 +150,8 @@ pub(super) struct Slice {
     pub ports: Box<[(Arc<str>, u16)]>,
     /// The pods among its endpoints, sorted.
     pub pods: Box<[NamespacedName]>,
-    /// The other endpoints, with whether they are ready.
-    pub others: Box<[(IpAddr, bool)]>,
+    /// The other endpoints.
+    pub others: Box<[Other]>,
 }
 
 impl Slice {
@@ -170,7 +181,12 @@ impl Slice {
                     // On its way out it takes nothing new, even where `ready` is not said.
                     let ready = conditions.ready.unwrap_or(true) && conditions.terminating != Some(true);
                     let first = addresses(endpoint.addresses.iter().map(String::as_str));
-                    others.extend(first.first().map(|ip| (*ip, ready)));
+                    others.extend(first.first().map(|ip| Other {
+                        ip: *ip,
+                        ready,
+                        node: names.text(endpoint.node_name.as_deref().unwrap_or_default()),
+                        zone: names.text(endpoint.zone.as_deref().unwrap_or_default()),
+                    }));
                 }
             }
         }

@@ -65,6 +65,8 @@ pub(super) struct Tables {
     pub authentications: BTreeMap<NamespacedName, Authentication>,
     /// Node, pod.
     pods_on: BTreeSet<(Arc<str>, NamespacedName)>,
+    /// Node, slice that has an endpoint there which is no pod; without a node where its zone alone is known.
+    pub slices_on: BTreeSet<(Arc<str>, NamespacedName)>,
     pub slices_of_pod: HashMap<NamespacedName, Vec<NamespacedName>>,
     /// Service, slice.
     pub slices_of_service: BTreeSet<(NamespacedName, NamespacedName)>,
@@ -81,7 +83,11 @@ pub(super) struct Tables {
 }
 
 /// Puts or removes a record; whether that changed anything, with what was there.
-fn exchange<K: Ord + Clone, V: PartialEq>(map: &mut BTreeMap<K, V>, key: &K, new: Option<V>) -> Option<Option<V>> {
+pub(super) fn exchange<K: Ord + Clone, V: PartialEq>(
+    map: &mut BTreeMap<K, V>,
+    key: &K,
+    new: Option<V>,
+) -> Option<Option<V>> {
     if map.get(key) == new.as_ref() {
         return None;
     }
@@ -144,6 +150,7 @@ impl Tables {
         let from = (name.clone(), NamespacedName::new("", ""));
         let pods = self.pods_on.range(from..).take_while(|(node, _)| node == name);
         self.dirty.extend(pods.map(|(_, pod)| Part::new(PartKind::Pod, pod)));
+        self.mark_slices_on(name);
     }
 
     pub fn put_pod(&mut self, name: &NamespacedName, new: Option<Pod>) {
@@ -206,57 +213,6 @@ impl Tables {
             self.mark_slices_of(name);
         }
         self.dirty.insert(part);
-    }
-
-    pub fn put_slice(&mut self, name: &NamespacedName, new: Option<Slice>) {
-        let Some(old) = exchange(&mut self.slices, name, new) else {
-            return;
-        };
-        let new = self.slices.get(name).cloned();
-        let same_ports = match (&old, &new) {
-            (Some(old), Some(new)) => old.ports == new.ports && old.service == new.service,
-            _ => false,
-        };
-        let has = |record: &Option<Slice>, pod: &NamespacedName| {
-            record
-                .as_ref()
-                .is_some_and(|slice| slice.pods.binary_search(pod).is_ok())
-        };
-        for (record, other, put) in [(&old, &new, false), (&new, &old, true)] {
-            let Some(slice) = record else { continue };
-            let of = (slice.service.clone(), name.clone());
-            if put {
-                self.slices_of_service.insert(of);
-            } else {
-                self.slices_of_service.remove(&of);
-            }
-            for pod in &slice.pods {
-                if same_ports && has(other, pod) {
-                    continue;
-                }
-                self.link_slice(pod, name, put);
-                self.dirty.insert(Part::new(PartKind::Pod, pod));
-            }
-            let network = self.network.clone();
-            for (index, (ip, _)) in slice.others.iter().enumerate() {
-                let part = Part::at(PartKind::SliceEndpoint, name, index);
-                self.claim_address(Address::single(&network, *ip), &part, put);
-                self.dirty.insert(part);
-            }
-        }
-    }
-
-    /// In their order, for where two slices of a service contradict each other the last one is believed.
-    fn link_slice(&mut self, pod: &NamespacedName, slice: &NamespacedName, put: bool) {
-        let slices = self.slices_of_pod.entry(pod.clone()).or_default();
-        match (slices.binary_search(slice), put) {
-            (Err(at), true) => slices.insert(at, slice.clone()),
-            (Ok(at), false) => _ = slices.remove(at),
-            _ => {}
-        }
-        if slices.is_empty() {
-            self.slices_of_pod.remove(pod);
-        }
     }
 
     pub fn put_entry(&mut self, name: &NamespacedName, new: Option<Entry>) {

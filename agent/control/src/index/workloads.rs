@@ -1,4 +1,4 @@
-//! Workloads: pods, WorkloadEntries, endpoints of ServiceEntries, and endpoints of EndpointSlices that are no pods.
+//! Workloads: pods, WorkloadEntries and endpoints of ServiceEntries. Those of EndpointSlices are in `slices`.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -13,12 +13,13 @@ use super::{
     parts::{Address, Part, PartKind, within},
     records::{Endpoint, Place, Pod, ServiceEntry, Tunnel},
     service_records::ServicePort,
+    slices::slice_ports,
     tables::Tables,
     waypoints::Traffic,
 };
 
 /// Service → service port → target port.
-type Services = BTreeMap<NamespacedName, BTreeMap<u16, u16>>;
+pub(super) type Services = BTreeMap<NamespacedName, BTreeMap<u16, u16>>;
 
 impl Tables {
     /// A pod as a workload.
@@ -111,33 +112,6 @@ impl Tables {
         Some(workload)
     }
 
-    /// An endpoint of an EndpointSlice that is no pod.
-    pub(super) fn slice_workload(&self, part: &Part, settings: &Settings, notes: &mut Vec<Note>) -> Option<Workload> {
-        let name = &part.of;
-        let slice = self.slices.get(name)?;
-        let (ip, ready) = *slice.others.get(usize::try_from(part.index).ok()?)?;
-        let service = &slice.service;
-        let mut services = self.services_of_slice(name)?;
-        let workload_ips = self.owned(part, &self.network, &[ip], "endpoints", notes);
-        if workload_ips.is_empty() {
-            return None;
-        }
-        let (namespace, of) = (&name.namespace, &name.name);
-        let uid = format!(
-            "{}/discovery.k8s.io/EndpointSlice/{namespace}/{of}/{ip}",
-            settings.cluster
-        );
-        let uid = WorkloadUid(uid.into());
-        let mut workload = self.workload(uid, name, &self.network, &Labels::default(), settings);
-        self.add_shared(part, &self.network, &workload_ips, &mut services);
-        workload.workload_ips = workload_ips;
-        workload.canonical_name = service.name.clone();
-        workload.workload_name = service.name.clone();
-        workload.status = health(ready);
-        workload.services = collect(services);
-        Some(workload)
-    }
-
     /// The endpoint of a ServiceEntry that a part is.
     pub(super) fn inline_endpoint(&self, part: &Part) -> Option<&Endpoint> {
         let entry = self.service_entries.get(&part.of)?;
@@ -177,7 +151,7 @@ impl Tables {
     }
 
     /// What every workload has.
-    fn workload(
+    pub(super) fn workload(
         &self,
         uid: WorkloadUid,
         name: &NamespacedName,
@@ -202,7 +176,7 @@ impl Tables {
     }
 
     /// The addresses that nobody else has.
-    fn owned(
+    pub(super) fn owned(
         &self,
         part: &Part,
         network: &Arc<str>,
@@ -226,7 +200,7 @@ impl Tables {
 
     /// The services of the other endpoints that are at these addresses: who has the address is the endpoint for them
     /// all, with its own identity. So two ServiceEntries may name one address, and one may name a pod's.
-    fn add_shared(&self, part: &Part, network: &Arc<str>, addresses: &[IpAddr], to: &mut Services) {
+    pub(super) fn add_shared(&self, part: &Part, network: &Arc<str>, addresses: &[IpAddr], to: &mut Services) {
         for ip in addresses {
             for other in self
                 .addresses
@@ -257,25 +231,12 @@ impl Tables {
         Some(services)
     }
 
-    fn services_of_slice(&self, name: &NamespacedName) -> Option<Services> {
-        let slice = self.slices.get(name)?;
-        let service = self.services.get(&slice.service)?;
-        let key = NamespacedName {
-            namespace: name.namespace.clone(),
-            name: service.hostname.clone(),
-        };
-        Some(Services::from([(key, slice_ports(&service.ports, &slice.ports))]))
-    }
-
     /// Those whose services change with a part's: who has its address in its stead.
     pub(super) fn stand_ins(&self, part: &Part) -> Option<&Part> {
         let (network, ip) = match part.kind {
             PartKind::Entry => place_of(&self.entries.get(&part.of)?.endpoint)?,
             PartKind::Endpoint => place_of(self.inline_endpoint(part)?)?,
-            PartKind::SliceEndpoint => {
-                let slice = self.slices.get(&part.of)?;
-                (None, slice.others.get(usize::try_from(part.index).ok()?)?.0)
-            }
+            PartKind::SliceEndpoint => (None, self.slice_endpoint(part)?.ip),
             _ => return None,
         };
         self.workload_at(&Address::single(network.unwrap_or(&self.network), ip))
@@ -366,20 +327,11 @@ fn set_tunnel(workload: &mut Workload, tunnel: Tunnel) {
     };
 }
 
-fn health(ready: bool) -> HealthStatus {
+pub(super) fn health(ready: bool) -> HealthStatus {
     match ready {
         true => HealthStatus::Healthy,
         false => HealthStatus::Unhealthy,
     }
-}
-
-/// The service's ports by the numbers that a slice gives to their names.
-fn slice_ports(ports: &[ServicePort], slice: &[(Arc<str>, u16)]) -> BTreeMap<u16, u16> {
-    let target = |port: &ServicePort| {
-        let found = slice.iter().find(|(name, _)| *name == port.name)?;
-        Some((port.port, found.1))
-    };
-    ports.iter().filter_map(target).collect()
 }
 
 /// The service's ports as an endpoint outside Kubernetes has them: by name, else the target port.
@@ -395,7 +347,7 @@ fn endpoint_ports(ports: &[ServicePort], endpoint: Option<&Endpoint>) -> BTreeMa
     ports.iter().filter_map(target).collect()
 }
 
-fn collect(services: Services) -> model::SortedMap<NamespacedName, model::PortMap> {
+pub(super) fn collect(services: Services) -> model::SortedMap<NamespacedName, model::PortMap> {
     let services = services.into_iter();
     services
         .map(|(name, ports)| (name, ports.into_iter().collect()))

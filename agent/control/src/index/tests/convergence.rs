@@ -94,6 +94,7 @@ fn services() -> impl Strategy<Value = Value> {
         json!({"spec": {"trafficDistribution": "Sideways"}}),
         json!({"spec": {"clusterIP": "None", "clusterIPs": ["None"]}}),
         json!({"spec": {"selector": {"app": "y"}}}),
+        json!({"spec": {"publishNotReadyAddresses": true}}),
         json!({"spec": 1}),
     ]);
     let made = (metadata(), an_ip(), more);
@@ -102,12 +103,20 @@ fn services() -> impl Strategy<Value = Value> {
 
 fn slices() -> impl Strategy<Value = Value> {
     let pods = prop::collection::vec(a_name(), 0..3);
-    let bare = prop::collection::vec(an_ip(), 0..2);
+    let more = one(&[
+        json!({}),
+        json!({"nodeName": "y", "zone": "x"}),
+        json!({"zone": "z"}),
+        json!({"conditions": {"ready": false}}),
+    ]);
+    let bare = prop::collection::vec((an_ip(), more), 0..2);
     let made = (a_namespace(), a_name(), a_name(), 1..3u16, pods, bare);
     made.prop_map(|(ns, name, of, port, pods, bare)| {
         let mut made = slice(ns, of, port, &pods);
         made["metadata"]["name"] = json!(name);
-        let bare = bare.iter().map(|ip| json!({"addresses": [ip]}));
+        let bare = bare
+            .iter()
+            .map(|(ip, more)| merged(json!({"addresses": [ip]}), more.clone()));
         made["endpoints"].as_array_mut().unwrap().extend(bare);
         made
     })
@@ -217,8 +226,9 @@ fn others() -> impl Strategy<Value = Value> {
                 json!({"metadata": {"annotations": annotations}}),
             )
         });
-    let node = (one(&["n1", "y"]), a_name()).prop_map(|(name, zone)| {
-        json!({"kind": "Node", "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}})
+    let node = (one(&["n1", "y"]), a_name(), a_name()).prop_map(|(name, region, zone)| {
+        let labels = json!({"topology.kubernetes.io/region": region, "topology.kubernetes.io/zone": zone});
+        json!({"kind": "Node", "metadata": {"name": name, "labels": labels}})
     });
     let config = one(&["{}", "trustDomain: td", "rootNamespace: a", "rootNamespace: b"]);
     let config = config.prop_map(|text| object("ConfigMap", "istio-system", "istio", json!({"data": {"mesh": text}})));

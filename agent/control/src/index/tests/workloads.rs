@@ -252,6 +252,45 @@ fn endpoints_that_are_no_pods() {
 }
 
 #[test]
+fn where_endpoints_are_that_are_no_pods() {
+    let node = |name: &str, region: &str, zone: &str| {
+        let labels = json!({"topology.kubernetes.io/region": region, "topology.kubernetes.io/zone": zone});
+        json!({"kind": "Node", "metadata": {"name": name, "labels": labels}})
+    };
+    let mut mesh = Mesh::with([
+        service("shop", "db", "10.96.0.9", json!({"spec": {"selector": null}})),
+        node("n1", "r", "z"),
+        node("n2", "r", "y"),
+    ]);
+    let put = |mesh: &mut Mesh, place: Value| {
+        let endpoint = merged(json!({"addresses": ["172.16.0.1"]}), place);
+        mesh.put(merged(slice("shop", "db", 5432, &[]), json!({"endpoints": [endpoint]})));
+    };
+    let found = |mesh: &Mesh| {
+        let found = mesh.workload("c/discovery.k8s.io/EndpointSlice/shop/db-1/172.16.0.1");
+        let at = found.locality.unwrap_or_default();
+        (found.node, format!("{}/{}", at.region, at.zone))
+    };
+    for (place, node, at) in [
+        (json!({}), "", "/"),
+        (json!({"nodeName": "n1", "zone": "z"}), "n1", "r/z"),
+        (json!({"nodeName": "n2"}), "n2", "r/y"),
+        (json!({"nodeName": "n3", "zone": "x"}), "n3", "/x"),
+        // A zone is one only within its region: that of its nodes.
+        (json!({"zone": "y"}), "", "r/y"),
+        (json!({"zone": "x"}), "", "/x"),
+    ] {
+        put(&mut mesh, place.clone());
+        assert_eq!(found(&mesh), (node.to_owned(), at.to_owned()), "{place}");
+    }
+    mesh.put(node("n3", "q", "x"));
+    assert_eq!(found(&mesh).1, "q/x");
+    put(&mut mesh, json!({"nodeName": "n3"}));
+    mesh.delete(Kind::Node, "", "n3");
+    assert_eq!(found(&mesh), ("n3".to_owned(), "/".to_owned()));
+}
+
+#[test]
 fn a_slice_speaks_for_its_own_namespace() {
     let mut other = slice("evil", "web", 8080, &[]);
     other["endpoints"] =
