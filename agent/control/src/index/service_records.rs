@@ -29,6 +29,8 @@ pub(super) struct Service {
     pub labels: Arc<Labels>,
     pub age: Age,
     pub hostname: Arc<str>,
+    /// The cluster IPs. A load balancer's address is not the Service's, as in Istio since 1.22 (istio/istio#51623): what is
+    /// sent there is the load balancer's to treat, several Services may share it, and it may be a node's own.
     pub addresses: Box<[IpAddr]>,
     pub selector: Arc<Labels>,
     pub ports: Box<[ServicePort]>,

@@ -30,6 +30,11 @@ fn a_service_in_full() {
     assert_eq!(found.ports[0].app_protocol(), AppProtocol::Http11);
     assert_eq!(found.ports[1].app_protocol(), AppProtocol::Http2);
     assert!(found.load_balancing.is_none());
+    // What a load balancer does is its own: what is sent to it goes there, as from a sidecar.
+    let status = json!({"spec": {"type": "LoadBalancer"},
+        "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.10", "ipMode": "VIP"}, {"hostname": "lb.example.com"}]}}});
+    let mesh = Mesh::with([service("shop", "web", "10.96.0.1", status)]);
+    assert_eq!(mesh.aliases(WEB), ["/10.96.0.1"]);
 }
 
 #[test]
