@@ -89,15 +89,24 @@ impl Tables {
         }
     }
 
-    /// An endpoint of an EndpointSlice that is no pod.
+    /// An endpoint of an EndpointSlice that is no pod. It has one health and may serve several Services, each of which says
+    /// by its own slice whether it is ready: if it is for any, it is healthy and no endpoint of the others.
     pub(super) fn slice_workload(&self, part: &Part, settings: &Settings, notes: &mut Vec<Note>) -> Option<Workload> {
         let name = &part.of;
-        let slice = self.slices.get(name)?;
+        let service = &self.slices.get(name)?.service;
         let endpoint = self.slice_endpoint(part)?;
-        let service = &slice.service;
-        let mut services = self.services_of_slice(name)?;
         let workload_ips = self.owned(part, &self.network, &[endpoint.ip], "endpoints", notes);
         if workload_ips.is_empty() {
+            return None;
+        }
+        let mut claimants = self.addresses.of(&Address::single(&self.network, endpoint.ip));
+        let is_ready = claimants.any(|claimant| self.is_ready(claimant));
+        let mut services = Services::new();
+        if !is_ready || self.is_endpoint_as_healthy(part) {
+            services.extend(self.services_of_slice(name).into_iter().flatten());
+        }
+        self.add_shared(part, &self.network, &workload_ips, !is_ready, &mut services);
+        if services.is_empty() {
             return None;
         }
         let (namespace, of) = (&name.namespace, &name.name);
@@ -107,15 +116,34 @@ impl Tables {
         );
         let uid = WorkloadUid(uid.into());
         let mut workload = self.workload(uid, name, &self.network, &Labels::default(), settings);
-        self.add_shared(part, &self.network, &workload_ips, &mut services);
         workload.workload_ips = workload_ips;
         workload.canonical_name = service.name.clone();
         workload.workload_name = service.name.clone();
         workload.node = endpoint.node.clone();
         workload.locality = self.locality_of(endpoint);
-        workload.status = health(endpoint.ready);
+        workload.status = health(is_ready);
         workload.services = collect(services);
         Some(workload)
+    }
+
+    /// Whether who claims an address is a ready endpoint of some service there.
+    fn is_ready(&self, claimant: &Part) -> bool {
+        match claimant.kind {
+            PartKind::SliceEndpoint => {
+                self.slice_endpoint(claimant).is_some_and(|endpoint| endpoint.ready)
+                    && self.services_of_slice(&claimant.of).is_some()
+            }
+            _ => self
+                .services_of_written(claimant)
+                .is_some_and(|services| !services.is_empty()),
+        }
+    }
+
+    /// Whether a slice's Service takes its endpoint if others say that it is healthy.
+    pub(super) fn is_endpoint_as_healthy(&self, part: &Part) -> bool {
+        let service = || self.services.get(&self.slices.get(&part.of)?.service);
+        let is_ready = self.slice_endpoint(part).is_some_and(|endpoint| endpoint.ready);
+        is_ready || service().is_some_and(|service| service.not_ready_too)
     }
 
     /// The endpoint that a part is.

@@ -193,7 +193,7 @@ impl Tables {
         let ends = |record: &Option<Service>| {
             record
                 .as_ref()
-                .map(|record| (record.ports.clone(), record.selector.clone()))
+                .map(|record| (record.ports.clone(), record.selector.clone(), record.not_ready_too))
         };
         let of_endpoints = ends(&old) != ends(&new);
         let age = |record: &Option<Service>| record.as_ref().map(|record| record.age.clone());

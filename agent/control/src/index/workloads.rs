@@ -51,7 +51,7 @@ impl Tables {
         workload.status = health(pod.ready);
         let mut services = self.services_of_pod(name, pod);
         if !pod.host_network {
-            self.add_shared(part, network, &workload.workload_ips, &mut services);
+            self.add_shared(part, network, &workload.workload_ips, false, &mut services);
         }
         workload.services = collect(services);
         workload.authorization_policies = self.listed_policies(&name.namespace, &pod.labels);
@@ -82,7 +82,7 @@ impl Tables {
         );
         let mut workload = self.endpoint_workload(part, uid, endpoint, settings, "spec.address", notes)?;
         let mut services = self.services_of_entry(name, endpoint);
-        self.add_shared(part, &workload.network, &workload.workload_ips, &mut services);
+        self.add_shared(part, &workload.network, &workload.workload_ips, false, &mut services);
         workload.services = collect(services);
         workload.waypoint = self.waypoint(&endpoint.labels, namespace, Traffic::Workloads, notes);
         Some(workload)
@@ -105,7 +105,7 @@ impl Tables {
         let mut workload = self.endpoint_workload(part, uid, endpoint, settings, "spec.endpoints", notes)?;
         let mut services = Services::new();
         self.add_hosts(name, entry, Some(endpoint), &mut services);
-        self.add_shared(part, &workload.network, &workload.workload_ips, &mut services);
+        self.add_shared(part, &workload.network, &workload.workload_ips, false, &mut services);
         workload.services = collect(services);
         // The entry's label is its services' and its endpoints'; what is wrong with it is said once, of the services.
         workload.waypoint = self.waypoint(&entry.labels, namespace, Traffic::Workloads, &mut Vec::new());
@@ -199,27 +199,40 @@ impl Tables {
     }
 
     /// The services of the other endpoints that are at these addresses: who has the address is the endpoint for them
-    /// all, with its own identity. So two ServiceEntries may name one address, and one may name a pod's.
-    pub(super) fn add_shared(&self, part: &Part, network: &Arc<str>, addresses: &[IpAddr], to: &mut Services) {
+    /// all, with its own identity. So two ServiceEntries may name one address, and one may name a pod's. Slices say whether
+    /// it is ready, and where it is not it serves them only with `unready_too`.
+    pub(super) fn add_shared(
+        &self,
+        part: &Part,
+        network: &Arc<str>,
+        addresses: &[IpAddr],
+        unready_too: bool,
+        to: &mut Services,
+    ) {
         for ip in addresses {
-            for other in self
-                .addresses
-                .of(&Address::single(network, *ip))
-                .filter(|other| *other != part)
-            {
+            let others = self.addresses.of(&Address::single(network, *ip));
+            for other in others.filter(|other| *other != part) {
                 let services = match other.kind {
-                    PartKind::Entry => {
-                        let entry = self.entries.get(&other.of);
-                        entry.map(|entry| self.services_of_entry(&other.of, &entry.endpoint))
-                    }
-                    PartKind::Endpoint => self.services_of_endpoint(other),
+                    PartKind::SliceEndpoint if !unready_too && !self.is_endpoint_as_healthy(other) => None,
                     PartKind::SliceEndpoint => self.services_of_slice(&other.of),
-                    _ => None,
+                    _ => self.services_of_written(other),
                 };
                 for (name, ports) in services.into_iter().flatten() {
                     to.entry(name).or_insert(ports);
                 }
             }
+        }
+    }
+
+    /// The services of who names an address in an entry.
+    pub(super) fn services_of_written(&self, part: &Part) -> Option<Services> {
+        match part.kind {
+            PartKind::Entry => {
+                let entry = self.entries.get(&part.of);
+                entry.map(|entry| self.services_of_entry(&part.of, &entry.endpoint))
+            }
+            PartKind::Endpoint => self.services_of_endpoint(part),
+            _ => None,
         }
     }
 

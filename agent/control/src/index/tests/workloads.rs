@@ -252,6 +252,71 @@ fn endpoints_that_are_no_pods() {
 }
 
 #[test]
+fn each_service_has_its_own_readiness_of_an_endpoint_that_is_no_pod() {
+    const HOST: &str = "c/discovery.k8s.io/EndpointSlice/shop/a-1/172.16.0.1";
+    let of = |name: &str, ready: bool, published: bool| {
+        let endpoint = json!({"addresses": ["172.16.0.1"], "conditions": {"ready": ready}});
+        let spec = json!({"spec": {"selector": null, "publishNotReadyAddresses": published}});
+        let (year, ip) = if name == "a" {
+            (2024, "10.96.0.1")
+        } else {
+            (2025, "10.96.0.2")
+        };
+        let more =
+            json!({"metadata": {"creationTimestamp": format!("{year}-01-01T00:00:00Z")}, "endpoints": [endpoint]});
+        [
+            service("shop", name, ip, spec),
+            merged(slice("shop", name, 9100, &[]), more),
+        ]
+    };
+    let found = |mesh: &Mesh| {
+        let found = mesh.workload(HOST);
+        let names = found
+            .services
+            .keys()
+            .map(|name| name["shop/".len()..].split('.').next().unwrap());
+        (
+            names.collect::<Vec<_>>().join(" "),
+            found.status() == WorkloadStatus::Healthy,
+        )
+    };
+    let mut mesh = Mesh::new();
+    for (a, b, published, services, healthy) in [
+        (true, true, false, "a b", true),
+        (true, false, false, "a", true),
+        (false, true, false, "b", true),
+        (false, false, false, "a b", false),
+        // Who wants those, too, that are not ready has them either way.
+        (false, true, true, "a b", true),
+        (false, false, true, "a b", false),
+    ] {
+        mesh.apply(
+            [of("a", a, published), of("b", b, published)]
+                .iter()
+                .flatten()
+                .map(super::put)
+                .collect(),
+        );
+        mesh.check();
+        assert_eq!(found(&mesh), (services.to_owned(), healthy), "{a} {b} {published}");
+    }
+    // Whoever has the address stands in for those alone that have it ready; it is ready for an entry that lists it.
+    mesh.apply(of("b", false, false).iter().map(super::put).collect());
+    let spec = json!({"hosts": ["c.com"], "resolution": "STATIC", "ports": [{"number": 80}],
+        "endpoints": [{"address": "172.16.0.1"}]});
+    mesh.put(object("ServiceEntry", "shop", "c", json!({"spec": spec})));
+    assert_eq!(found(&mesh), ("a c".to_owned(), true));
+    mesh.put(of("a", false, false)[0].clone());
+    assert_eq!(found(&mesh), ("c".to_owned(), true), "the Service alone has changed");
+    mesh.put(of("a", true, false)[1].clone());
+    mesh.put(pod("shop", "web", "172.16.0.1", json!({})));
+    let names = |mesh: &Mesh| mesh.pod("shop", "web").services.into_keys().collect::<Vec<_>>();
+    assert_eq!(names(&mesh), ["shop/a.shop.svc.cluster.local", "shop/c.com"]);
+    mesh.put(of("b", true, false)[1].clone());
+    assert_eq!(names(&mesh).len(), 3);
+}
+
+#[test]
 fn where_endpoints_are_that_are_no_pods() {
     let node = |name: &str, region: &str, zone: &str| {
         let labels = json!({"topology.kubernetes.io/region": region, "topology.kubernetes.io/zone": zone});
