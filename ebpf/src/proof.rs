@@ -9,7 +9,7 @@
 //!
 //! Packets that lie about belonging to the pod itself, or to a connection of the agent's inside the pod, are dropped.
 
-use abi::{BYPASSES_INBOUND, EXCLUDES_INBOUND, FORBID_NON_TCP, HBONE_PORT, Interface, Reason};
+use abi::{FORBID_NON_TCP, HBONE_PORT, Interface, Reason};
 use aya_ebpf::{
     bindings::{BPF_ANY, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::{bpf_get_netns_cookie, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
@@ -81,8 +81,8 @@ fn inspect(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Result<
             if excluded && unsafe { EXCLUDED.get(flow).is_none() } {
                 let _ = EXCLUDED.insert(flow, &0, u64::from(BPF_ANY));
                 count(interface_index(ctx), Reason::ExcludedInbound);
-            } else if !excluded && interface.flags & (EXCLUDES_INBOUND | BYPASSES_INBOUND) != 0 {
-                // It may have been.
+            } else if !excluded {
+                // It may have been, or that of a pod before this one at the address.
                 let _ = EXCLUDED.remove(flow);
             }
         }

@@ -307,9 +307,11 @@ fn exclusions_come_and_go_while_the_pod_runs() {
         place.is_captured(&dial, &format!("{OUTSIDE4}:5432"));
         place.node.capture(place.pod.spec.clone(), excluding()).await.unwrap();
         place.goes_past(&dial);
-        place
-            .outside
-            .must(&format!("i = socket.create_connection(('{}', 9090))", place.pod.ip4()));
+        let from_outside = format!(
+            "i = socket.create_connection(('{}', 9090), source_address=('', 40123))",
+            place.pod.ip4()
+        );
+        place.outside.must(&from_outside);
         place.app.must("c, a = l.accept()");
         // Another one more: what is still excluded goes on.
         let mut more = excluding();
@@ -332,9 +334,9 @@ fn exclusions_come_and_go_while_the_pod_runs() {
         assert!(place.outside.tell("i.recv(1)").unwrap_err().starts_with("ECONNRESET"));
         (place.handle, place.listeners, place.node) = (handle, listeners, node);
         place.is_captured(&dial, &format!("{OUTSIDE4}:5432"));
-        place
-            .outside
-            .must(&format!("i = socket.create_connection(('{}', 9090))", place.pod.ip4()));
+        // From the same port as when it was excluded.
+        place.outside.must("i.close()");
+        place.outside.must(&from_outside);
         accept(&place.listeners.inbound[0]);
     });
 }

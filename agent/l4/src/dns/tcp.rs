@@ -108,7 +108,6 @@ impl Session<'_> {
                 }
             },
         };
-        self.live.relay.count(framed.len() as u64, 0);
         upstream.1.write_all(framed).await
     }
 
