@@ -14,6 +14,7 @@ use system_tests::{Mesh, Pod, netns, scenarios, suite::note, wait};
 scenarios![
     an_upgrade_under_load_fails_no_connection,
     a_crash_under_load_refuses_no_connection,
+    a_crash_is_repaired_while_the_former_agent_finishes_its_connections,
     a_pod_that_starts_while_the_agent_changes_is_captured,
     ten_upgrades_leave_nothing_behind,
     an_agent_that_cannot_take_over_leaves_the_other_in_charge,
@@ -179,6 +180,34 @@ fn a_crash_under_load_refuses_no_connection(mesh: &Mesh) -> Result<()> {
             "more than the connection inside the process was lost: {failed:?}"
         );
     }
+    Ok(())
+}
+
+fn a_crash_is_repaired_while_the_former_agent_finishes_its_connections(mesh: &Mesh) -> Result<()> {
+    let node = mesh.node("node-1");
+    let address = server(mesh).v4()?.to_string();
+    let talk = client(mesh).start("client.py", &["talk", &address, "8001"])?;
+    talk.next()?;
+    let (holder, worker) = (node.holder_pid()?, node.agent_pid()?);
+    let log = node.agent_log()?;
+    mesh.playground(&["upgrade", "node-1"])?;
+    log.line_with(&["a new agent serves"])?;
+    let crashed = node.agent_pid()?;
+    mesh.playground(&["crash-agent", "node-1"])?;
+    wait::until_true("another worker answers and is ready", || {
+        let next = node.agent_pid().unwrap_or(crashed);
+        Ok(next != crashed && node.is_ready())
+    })?;
+    ensure!(!ended(worker), "the former agent did not wait for its connection");
+    ensure!(client(mesh).client(&["echo", &address, "8001"])?["same"] == true);
+    let result = talk.finish()?;
+    ensure!(
+        result["end"] == "eof",
+        "the former agent's connection was cut off: {result}"
+    );
+    wait::until_true("the former agent has ended", || Ok(ended(worker) && ended(holder)))?;
+    log.line_with(&["the agent before this one has ended"])?;
+    ensure!(client(mesh).client(&["echo", &address, "8001"])?["same"] == true);
     Ok(())
 }
 

@@ -43,7 +43,7 @@ use telemetry::AccessLog;
 
 pub use config::NodeArgs;
 use config::{AccessLogMode, CaptureMode};
-use handover::Attached;
+use handover::{Attached, Former};
 pub use outbound_source::KEPT as OUTBOUND;
 pub use records::Records;
 pub use source::{CERTIFICATES, KNOWLEDGE};
@@ -83,10 +83,10 @@ pub fn run(args: NodeArgs) -> anyhow::Result<()> {
 async fn serve(mut args: NodeArgs, attached: Attached, log_level: logging::LogLevel) -> anyhow::Result<()> {
     // Who can't capture says so before anything else.
     let way = Way::choose(args.capture)?;
-    let capture = if attached.predecessor {
-        None
-    } else {
-        Some(way.start(&args, false)?)
+    let capture = match attached.former {
+        Former::InCharge => None,
+        Former::Finishes => Some(way.start(&args, true)?),
+        Former::Gone => Some(way.start(&args, false)?),
     };
     let source::Sources {
         knowledge,

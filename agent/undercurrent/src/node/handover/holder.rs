@@ -31,7 +31,7 @@ use socket2::Socket;
 use super::{
     machine::{Action, Event, Machine},
     store::{Store, greet, join, keep, listen, pass_on, tell_all},
-    wire::{Channel, Message, Packet},
+    wire::{Channel, Former, Message, Packet},
 };
 
 /// What a holder is told.
@@ -81,7 +81,8 @@ pub fn run(config: HolderConfig) -> anyhow::Result<i32> {
         predecessor,
         signals,
     };
-    holder.spawn().context("cannot start the agent's worker")?;
+    let first = holder.machine.former();
+    holder.spawn(first).context("cannot start the agent's worker")?;
     loop {
         if let Some(code) = holder.turn()? {
             return Ok(code);
@@ -285,7 +286,7 @@ impl Holder {
                 }
                 Action::ToSuccessor(message) => tell(self.successor.as_ref(), &message),
                 Action::ToPredecessor(message) => tell(self.predecessor.as_ref(), &message),
-                Action::Spawn => self.spawn().context("cannot start the agent's worker again")?,
+                Action::Spawn(former) => self.spawn(former).context("cannot start the agent's worker again")?,
                 Action::TellWorkerToEnd => self.signal(Signal::SIGTERM),
                 Action::KillWorker => self.signal(Signal::SIGKILL),
                 Action::Listen => {
@@ -318,7 +319,7 @@ impl Holder {
     }
 
     /// Starts a worker, and tells it all that is held.
-    fn spawn(&mut self) -> anyhow::Result<()> {
+    fn spawn(&mut self, former: Former) -> anyhow::Result<()> {
         let (own, theirs) = Channel::pair()?;
         let mut command = Command::new(executable());
         let mut words = std::env::args_os();
@@ -332,8 +333,7 @@ impl Holder {
         let child = command.spawn()?;
         let pid = Pid::from_raw(i32::try_from(child.id())?);
         drop(command);
-        let predecessor = self.predecessor.is_some();
-        let told = tell_all(&own, &self.held, predecessor);
+        let told = tell_all(&own, &self.held, former);
         self.worker = Some(Worker {
             pid,
             channel: Some(own),

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use nix::sys::{prctl, signal::SigSet, signal::Signal};
 use tokio::sync::mpsc;
 
-use super::wire::{Channel, Message, Packet};
+use super::wire::{Channel, Former, Message, Packet};
 
 /// Orders that wait; a holder gives a handful, and waits for room.
 const ORDERS: usize = 64;
@@ -50,8 +50,7 @@ struct Inner {
 pub struct Attached {
     pub link: Link,
     pub orders: mpsc::Receiver<Order>,
-    /// Whether an agent before this one is in charge of the node.
-    pub predecessor: bool,
+    pub former: Former,
 }
 
 /// Attaches to the holder, which is at the other end of standard input: the worker dies with it. To be called before any
@@ -66,15 +65,16 @@ pub fn attach() -> anyhow::Result<Attached> {
 
 fn attach_to(channel: Channel) -> anyhow::Result<Attached> {
     let mut inherited = BTreeMap::new();
-    let predecessor = loop {
+    let former = loop {
         let received = channel.receive().context("standard input is no holder's socket")?;
         let Some(packet) = received else {
             bail!("the holder is gone");
         };
-        match packet.message {
-            Message::Hold { key, kinds } => drop(inherited.insert(key, named(kinds, packet.sockets))),
-            Message::All { predecessor } => break predecessor,
-            _ => {}
+        if let Some(former) = packet.message.former() {
+            break former;
+        }
+        if let Message::Hold { key, kinds } = packet.message {
+            inherited.insert(key, named(kinds, packet.sockets));
         }
     };
     let (orders, ordered) = mpsc::channel(ORDERS);
@@ -95,7 +95,7 @@ fn attach_to(channel: Channel) -> anyhow::Result<Attached> {
             inherited: Mutex::new(inherited),
         })),
         orders: ordered,
-        predecessor,
+        former,
     })
 }
 
@@ -187,13 +187,13 @@ mod tests {
         for key in ["a", "gone"] {
             holder.send(&hold(key), &[listener.as_fd()]).unwrap();
         }
-        holder.send(&Message::All { predecessor: true }, &[]).unwrap();
+        holder.send(&Message::all(Former::InCharge), &[]).unwrap();
         let Attached {
             link,
             mut orders,
-            predecessor,
+            former,
         } = attach_to(worker).unwrap();
-        assert!(predecessor);
+        assert_eq!(former, Former::InCharge);
         let sockets = link.claim("a");
         assert_eq!(sockets[0].0, "inbound");
         assert!(link.claim("a").is_empty());

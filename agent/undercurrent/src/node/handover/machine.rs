@@ -12,7 +12,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::wire::Message;
+use super::wire::{Former, Message};
 
 /// A worker that does not yield in this time hangs: the successor goes ahead, and the worker is ended after its drain.
 const YIELD_WITHIN: Duration = Duration::from_secs(10);
@@ -55,7 +55,8 @@ pub enum Action {
     ToWorker(Message),
     ToSuccessor(Message),
     ToPredecessor(Message),
-    Spawn,
+    /// And tell the worker what the agent before it does.
+    Spawn(Former),
     /// SIGTERM.
     TellWorkerToEnd,
     /// SIGKILL.
@@ -92,6 +93,8 @@ enum Worker {
 pub struct Machine {
     role: Role,
     worker: Worker,
+    /// Whether its agent lives.
+    predecessor: bool,
     successor: bool,
     listening: bool,
     /// When it was told to end, and whether the worker was, too.
@@ -113,6 +116,7 @@ impl Machine {
                 Role::InCharge
             },
             worker: Worker::Starting,
+            predecessor,
             successor: false,
             listening: false,
             ending: None,
@@ -121,6 +125,15 @@ impl Machine {
             has_served: false,
             drain,
             lingers,
+        }
+    }
+
+    /// What a worker that is started now is told of the agent before it.
+    pub fn former(&self) -> Former {
+        match self.role {
+            _ if !self.predecessor => Former::Gone,
+            Role::Joining(_) => Former::InCharge,
+            _ => Former::Finishes,
         }
     }
 
@@ -145,17 +158,27 @@ impl Machine {
                 vec![Action::ToWorker(Message::Yielded)]
             }
             Event::Predecessor(_) => Vec::new(),
-            Event::PredecessorGone { answers } => match self.role {
-                // It does not trust us any more, and is in charge.
-                Role::Joining(_) if answers => vec![Action::KillWorker, Action::Exit(1)],
-                Role::Joining(_) => {
-                    self.role = Role::InCharge;
-                    vec![Action::ToWorker(Message::Yielded), Action::ToWorker(Message::Gone)]
-                }
-                _ => vec![Action::ToWorker(Message::Gone)],
-            },
+            Event::PredecessorGone { answers } => self.on_predecessor_gone(answers),
             Event::Terminate => self.on_terminate(now),
         }
+    }
+
+    fn on_predecessor_gone(&mut self, answers: bool) -> Vec<Action> {
+        self.predecessor = false;
+        match self.role {
+            // It does not trust us any more, and is in charge.
+            Role::Joining(_) if answers => vec![Action::KillWorker, Action::Exit(1)],
+            Role::Joining(_) => {
+                self.role = Role::InCharge;
+                vec![Action::ToWorker(Message::Yielded), Action::ToWorker(Message::Gone)]
+            }
+            _ => vec![Action::ToWorker(Message::Gone)],
+        }
+    }
+
+    fn spawn(&mut self) -> Action {
+        self.worker = Worker::Starting;
+        Action::Spawn(self.former())
     }
 
     fn on_worker(&mut self, message: &Message, now: Instant) -> Vec<Action> {
@@ -253,8 +276,7 @@ impl Machine {
             self.role = Role::InCharge;
             match self.worker {
                 Worker::Ended if self.ending.is_none() => {
-                    self.worker = Worker::Starting;
-                    actions.push(Action::Spawn);
+                    actions.push(self.spawn());
                 }
                 Worker::Ended => actions.push(Action::Exit(0)),
                 _ => actions.push(Action::ToWorker(Message::Resume)),
@@ -313,8 +335,7 @@ impl Machine {
         }
         match self.worker {
             Worker::Crashed(again) if again <= now => {
-                self.worker = Worker::Starting;
-                return vec![Action::Spawn];
+                return vec![self.spawn()];
             }
             Worker::Serving(since) if since + PROVEN <= now => self.crashes = 0,
             _ => {}

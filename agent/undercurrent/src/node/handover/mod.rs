@@ -33,7 +33,7 @@
 //!
 //! Under failure:
 //! - The new agent dies before `Serving`: the old one hears it by the closed socket and is in charge again. After: its
-//!   holder starts it again, and the old one drains.
+//!   holder starts it again, as the one in charge, and the old one drains.
 //! - The new one has no knowledge: it is not `Ready`, waits, and the old one serves on. No certificates: for a minute.
 //! - The old worker hangs: its holder answers for it after 10 s. The old holder hangs or speaks another version: the new
 //!   agent starts as if nobody were there.
@@ -54,4 +54,4 @@ mod wire;
 
 pub use holder::{HolderConfig, run as hold};
 pub use link::{Attached, Link, Order, attach};
-pub use wire::Message;
+pub use wire::{Former, Message};

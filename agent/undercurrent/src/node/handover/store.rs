@@ -13,7 +13,7 @@ use std::{
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::wire::{self, Channel, Message, Packet};
+use super::wire::{self, Channel, Former, Message, Packet};
 
 /// How long an agent that is there may take to say its first word: it may be busy with another successor.
 const FIRST_WORD: Duration = Duration::from_secs(30);
@@ -55,13 +55,13 @@ pub fn pass_on(channel: &Channel, packet: &Packet) -> io::Result<()> {
     }
 }
 
-pub fn tell_all(channel: &Channel, held: &Store, predecessor: bool) -> io::Result<()> {
+pub fn tell_all(channel: &Channel, held: &Store, former: Former) -> io::Result<()> {
     for (key, Held { kinds, sockets }) in held {
         let (key, kinds) = (key.clone(), kinds.clone());
         let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
         channel.send(&Message::Hold { key, kinds }, &sockets)?;
     }
-    channel.send(&Message::All { predecessor }, &[])
+    channel.send(&Message::all(former), &[])
 }
 
 /// Greets a successor. None: it speaks otherwise, and starts without a hand-over.
@@ -77,7 +77,7 @@ pub fn greet(socket: Socket, held: &Store) -> io::Result<Option<Channel>> {
         tracing::warn!(said = ?packet.message, "a new agent speaks otherwise: no hand-over");
         return Ok(None);
     }
-    tell_all(&channel, held, true)?;
+    tell_all(&channel, held, Former::InCharge)?;
     Ok(Some(channel))
 }
 

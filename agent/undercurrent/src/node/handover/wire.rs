@@ -43,8 +43,13 @@ pub enum Message {
     Hold { key: String, kinds: Vec<String> },
     /// What is held under this key is let go.
     Release { key: String },
-    /// All that is held was said. To a worker: whether an agent before it is in charge of the node.
-    All { predecessor: bool },
+    /// All that is held was said. To a worker: whether an agent before it is in charge of the node, or only finishes its
+    /// connections.
+    All {
+        predecessor: bool,
+        #[serde(default)]
+        finishes: bool,
+    },
     /// From a successor: it could take over.
     Ready,
     /// To a worker: stop being in charge, but serve on.
@@ -62,6 +67,37 @@ pub enum Message {
     /// A word of a later version.
     #[serde(other)]
     Unknown,
+}
+
+/// What the agent before this one does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Former {
+    /// There is none, or it has ended.
+    Gone,
+    /// It finishes its connections; the node is ours.
+    Finishes,
+    /// It is in charge of the node.
+    InCharge,
+}
+
+impl Message {
+    /// All that is held was said.
+    pub fn all(former: Former) -> Self {
+        Self::All {
+            predecessor: former == Former::InCharge,
+            finishes: former == Former::Finishes,
+        }
+    }
+
+    /// What it says of the agent before; none: it is another message.
+    pub fn former(&self) -> Option<Former> {
+        match self {
+            Self::All { predecessor: true, .. } => Some(Former::InCharge),
+            Self::All { finishes: true, .. } => Some(Former::Finishes),
+            Self::All { .. } => Some(Former::Gone),
+            _ => None,
+        }
+    }
 }
 
 /// A message with its sockets.
@@ -217,6 +253,18 @@ mod tests {
             Message::Release { key },
             "its socket is missing"
         );
+    }
+
+    #[test]
+    fn what_the_agent_before_does_is_told_to_every_version() {
+        for one in [Former::Gone, Former::Finishes, Former::InCharge] {
+            let text = serde_json::to_vec(&Message::all(one)).unwrap();
+            let message = Packet::read(&text, Vec::new()).message;
+            assert_eq!(message.former(), Some(one));
+        }
+        let former = |text: &str| Packet::read(text.as_bytes(), Vec::new()).message.former();
+        assert_eq!(former(r#"{"type":"all","predecessor":true}"#), Some(Former::InCharge));
+        assert_eq!(former(r#"{"type":"all","predecessor":false}"#), Some(Former::Gone));
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::{
-    super::wire::Message,
+    super::wire::{Former, Message},
     Action::{self, *},
     Event::{self, *},
     Machine,
@@ -104,10 +104,29 @@ fn a_worker_that_hangs_holds_up_no_successor() {
 fn a_crash_is_repaired_and_one_at_the_start_is_told() {
     let (mut machine, mut now) = in_charge();
     assert_eq!(after(&mut machine, &mut now, &[WorkerEnded(None)]), []);
-    assert_eq!(wait(&mut machine, &mut now), [Spawn]);
+    assert_eq!(wait(&mut machine, &mut now), [Spawn(Former::Gone)]);
     assert_eq!(after(&mut machine, &mut now, &[Worker(Message::Serving)]), []);
     let (mut new, mut now) = (Machine::new(false, DRAIN, false), Instant::now());
     assert_eq!(after(&mut new, &mut now, &[WorkerEnded(Some(3))]), [Exit(3)]);
+}
+
+#[test]
+fn a_crash_is_repaired_while_the_predecessor_finishes_its_connections() {
+    let (mut machine, mut now) = (Machine::new(true, DRAIN, false), Instant::now());
+    assert_eq!(machine.former(), Former::InCharge);
+    let steps = [
+        Worker(Message::Ready),
+        Predecessor(Message::Yielded),
+        Worker(Message::Serving),
+        WorkerEnded(None),
+    ];
+    after(&mut machine, &mut now, &steps);
+    let started = wait(&mut machine, &mut now);
+    assert_eq!(started, [Spawn(Former::Finishes)]);
+    let gone = after(&mut machine, &mut now, &[PredecessorGone { answers: false }]);
+    assert_eq!(gone, [ToWorker(Message::Gone)]);
+    after(&mut machine, &mut now, &[Worker(Message::Serving), WorkerEnded(None)]);
+    assert_eq!(wait(&mut machine, &mut now), [Spawn(Former::Gone)]);
 }
 
 #[test]
@@ -119,7 +138,7 @@ fn a_worker_that_crashes_again_and_again_is_given_up() {
         if actions == [Exit(1)] {
             break;
         }
-        assert_eq!(wait(&mut machine, &mut now), [Spawn]);
+        assert_eq!(wait(&mut machine, &mut now), [Spawn(Former::Gone)]);
         tries += 1;
     }
     assert_eq!(tries, super::CRASHES);
@@ -210,6 +229,9 @@ proptest! {
             for action in &actions {
                 prop_assert!(*action != ToWorker(Message::Drain) || successor_served);
                 prop_assert!(*action != LetGo || successor_served);
+                // Nobody would say Yielded to it.
+                let waits = *action == Spawn(Former::InCharge);
+                prop_assert!(!waits, "a worker that is started again waits for the node");
             }
             if actions.iter().any(|action| matches!(action, Exit(_))) {
                 return Ok(());
