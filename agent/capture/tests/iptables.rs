@@ -235,10 +235,18 @@ fn a_redirected_connection_outlives_the_release() {
         captured(&node, &pod).await;
         node.release(pod.uid()).await.unwrap();
         node.reconcile().await.unwrap();
-        app.must("s.sendall(b'still'); s.close()");
+        // The next agent captures the pod no more, and the former finishes what it carries.
+        let next = start(&lab);
+        next.know(pod.spec.clone()).await.unwrap();
+        next.forget_untold().await.unwrap();
+        next.reconcile().await.unwrap();
+        app.must("s.sendall(b'still')");
         stream.read_exact(&mut [0; 5]).unwrap();
+        stream.write_all(b"there").unwrap();
+        assert_eq!(app.must("s.recv(9)"), "b'there'");
+        app.must("s.close()");
         drop(stream);
-        drained(&lab, &node).await;
+        drained(&lab, &next).await;
 
         // A pod that is gone needs nothing any more: whoever still holds on is told.
         let (_handle, listeners) = captured(&node, &pod).await;
@@ -247,6 +255,24 @@ fn a_redirected_connection_outlives_the_release() {
         node.forget(pod.uid()).await;
         assert!(app.tell("s.recv(1)").unwrap_err().starts_with("ECONNRESET"));
         assert_eq!(rules(&lab, Some("a")), "");
+    });
+}
+
+#[test]
+fn what_a_dead_agent_left_ends_with_its_connections() {
+    lab::test("what_a_dead_agent_left_ends_with_its_connections", |lab| async move {
+        let node = start(&lab);
+        let pod = lab.pod("a", 2);
+        let (handle, listeners) = captured(&node, &pod).await;
+        let mut app = lab.in_pod(&pod);
+        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+        let (stream, _) = accept(&listeners.outbound[0]);
+        drop((node, handle, listeners, stream));
+        let next = start(&lab);
+        next.know(pod.spec.clone()).await.unwrap();
+        assert_eq!(app.must("s.recv(1)"), "b''");
+        app.must("s.close()");
+        drained(&lab, &next).await;
     });
 }
 

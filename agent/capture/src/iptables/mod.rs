@@ -17,8 +17,8 @@
 //! - What is as it should be is not touched; what is not, is repaired: `a_spoiled_rule_is_repaired`.
 //! - Connections older than the capture live on: `a_connection_from_before_lives_on`.
 //! - Release and uninstall leave no rule, no route: `nothing_is_left`. Empty tables stay.
-//! - What the agent carries when its pod is released goes on; what needs the rules after they are gone is reset, and does
-//!   not go on in plaintext: `a_redirected_connection_outlives_the_release`.
+//! - What an agent carries when its pod is released goes on, also when another agent follows it; what needs the rules
+//!   after they are gone is reset, and does not go on in plaintext: `a_redirected_connection_outlives_the_release`.
 //! - The agent dead, the rules redirect to nobody: refused: `without_an_agent_connections_are_refused`.
 //!
 //! Limits, which the eBPF capture does not have:

@@ -93,7 +93,8 @@ impl IptablesNode {
         }))))
     }
 
-    /// A pod exists and is not captured. What an earlier agent left in it is removed.
+    /// A pod exists and is not captured. What an earlier agent left in it is removed; as with [`Self::release`], what
+    /// connections need that live through that one goes with the last of them.
     pub async fn know(&self, spec: PodSpec) -> Result<(), CaptureError> {
         self.run(move |inner| inner.know(&spec)).await
     }
@@ -247,17 +248,20 @@ impl Inner {
         if self.pods.contains_key(&spec.uid) {
             return Ok(());
         }
-        // Captured by an earlier agent, but not to be so any more.
-        self.remove_from(&netns, &spec.addresses)?;
+        // Captured by an earlier agent, but not to be so any more: that one may still carry connections.
+        let is_draining = self.remove_redirects(&netns)? || routed(&netns)?;
+        if !is_draining {
+            self.remove_from(&netns, &spec.addresses)?;
+        }
         self.end_former(spec, &netns)?;
         let state = PodState {
             spec: spec.clone(),
             netns,
             captured: None,
-            is_draining: false,
+            is_draining,
         };
         self.pods.insert(spec.uid.clone(), state);
-        Ok(())
+        self.end_drained(&spec.uid)
     }
 
     fn capture(&mut self, spec: &PodSpec, settings: &PodSettings) -> Result<IptablesPodHandle, CaptureError> {
