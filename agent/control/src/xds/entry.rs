@@ -13,6 +13,7 @@ use proto::{
     Message,
     discovery::{self, DeltaDiscoveryResponse},
     prost_types::Any,
+    security::Scope,
     workload,
 };
 
@@ -72,6 +73,8 @@ pub struct Entry {
     pub version: Version,
     /// It is an `Address` of a workload, not of a service.
     workload: bool,
+    /// A policy that holds only for workloads that name it.
+    pub(super) named: bool,
     /// The field of a response that carries it.
     wire: Bytes,
 }
@@ -88,6 +91,8 @@ impl Entry {
             }
             Type::Authorization => None,
         };
+        let named = resource.type_ == Type::Authorization
+            && Scoped::decode(resource.message.clone()).unwrap_or_default().scope() == Scope::WorkloadSelector;
         let message = Any {
             type_url: resource.type_.url().to_owned(),
             value: resource.message.to_vec(),
@@ -97,6 +102,7 @@ impl Entry {
             aliases: resource.aliases.clone().into(),
             version,
             workload: workload.is_some(),
+            named,
             services: workload
                 .map(|workload| workload.services.into_keys().map(Arc::from).collect())
                 .unwrap_or_default(),
@@ -147,6 +153,13 @@ fn field(resource: discovery::Resource) -> Bytes {
     .into()
 }
 
+/// As much of an `Authorization` as says for whom it holds.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Scoped {
+    #[prost(enumeration = "Scope", tag = "3")]
+    scope: i32,
+}
+
 /// As much of an `Address` as says whose endpoint it is; the rest is skipped.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Membership {
@@ -165,7 +178,7 @@ struct Ports {}
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{policy, service, workload};
+    use super::super::testing::{policy, scoped, service, workload};
     use super::*;
 
     #[test]
@@ -215,6 +228,15 @@ mod tests {
         assert_eq!((shown.uid.as_str(), shown.name.as_str()), ("a", "3"));
         assert!(!Entry::new(&service("ns/s", "10.1.0.1", 0)).is_seen_in(View::Workload));
         assert!(Entry::new(&policy("ns/p", 0)).is_seen_in(View::Authorization));
+    }
+
+    #[test]
+    fn a_policy_says_whether_workloads_name_it() {
+        for scope in [Scope::Global, Scope::Namespace, Scope::WorkloadSelector] {
+            let entry = Entry::new(&scoped("ns/p", scope, 0));
+            assert_eq!(entry.named, scope == Scope::WorkloadSelector);
+        }
+        assert!(!Entry::new(&workload("a", "10.0.0.1", &[], 0)).named);
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! with time as an argument. `server`, `codec`, `admission`, `connection`: the wire. `acknowledged`: who has what.
 //!
 //! Knows nothing of Kubernetes or of what a resource means, but for this: a service comes with its endpoints to clients
-//! that ask by name, and policies come before the addresses that may name them.
+//! that ask by name, and policies come before the addresses that may name them, but after them where they held without
+//! being named.
 //!
 //! The protocol: <https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol>; istiod's ways with it are said in
 //! `subscription`.

@@ -1,16 +1,19 @@
 //! One client's stream: what is sent next, over all that it subscribes to. No sockets; time is an argument.
 //!
 //! Make before break: what a state adds for a client is sent policies first and addresses then, for an address may name
-//! a policy of its own state or an older one; policies that are gone are said last.
+//! a policy of its own state or an older one; policies that are gone are said last. So is that a policy, which held for a
+//! namespace or the mesh, holds only for those that name it: before their addresses say so, it would hold for nobody.
 //!
 //! ```text
-//! state n: policies put ─► addresses ─► policies removed      an address never runs ahead of the policies on the wire,
-//! state n+1:      policies put ─► …                           a removed policy stays until no address on it is older
+//! state n: policies put ─► addresses ─► policies removed,     an address never runs ahead of the policies on the wire,
+//!                                       policies narrowed     what held stays until no address on it is older
+//! state n+1:      policies put ─► …
 //! ```
 //! A stream is read in order, so what counts is what was sent before what. A client that subscribes to addresses is given
 //! a moment to subscribe to policies, too ([`Limits::settle`]), before it is sent the first addresses.
 //!
-//! Invariants: `clients_converge`, `an_address_never_comes_before_its_policy`, `a_policy_leaves_after_the_last_address`.
+//! Invariants: `clients_converge`, `an_address_never_comes_before_its_policy`, `a_policy_leaves_after_the_last_address`,
+//! `a_policy_is_narrowed_after_the_addresses_that_name_it`.
 
 use std::{
     sync::Arc,

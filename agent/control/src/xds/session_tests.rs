@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use proto::{Message, discovery::DeltaDiscoveryResponse, discovery::Status};
+use proto::{Message, discovery::DeltaDiscoveryResponse, discovery::Status, security::Scope};
 
 use super::super::{Cache, codec::Known, testing::*};
 use super::*;
@@ -470,6 +470,90 @@ fn a_policy_leaves_after_the_last_address() {
     assert!(client.names(View::Authorization).contains("ns/p"));
 }
 
+/// The names of what was put, in the order of the wire.
+fn puts(responses: &[DeltaDiscoveryResponse]) -> Vec<&str> {
+    let resources = responses.iter().flat_map(|response| &response.resources);
+    resources.map(|resource| resource.name.as_str()).collect()
+}
+
+#[test]
+fn a_policy_is_narrowed_after_the_addresses_that_name_it() {
+    let cache = Cache::new();
+    mesh(&cache);
+    let narrow = |content| Change::Put(scoped("ns/p", Scope::WorkloadSelector, content));
+    let a = |content| Change::Put(workload("a", "10.0.0.1", &[], content));
+    let mut client = Client::wildcard(&[View::Address, View::Authorization]);
+    client.settle(&cache);
+    for wide in [Scope::Global, Scope::Namespace] {
+        cache.apply(vec![Change::Put(scoped("ns/p", wide, 9)), a(9)]);
+        client.settle(&cache);
+        cache.apply(vec![narrow(1), a(1), Change::Put(policy("ns/q", wide as u32))]);
+        assert_eq!(puts(&client.settle(&cache)), ["ns/q", "a", "ns/p"]);
+        assert_eq!(client.session.acknowledged(), cache.snapshot().generation());
+        // It is narrow there now, and what it says changes as that of others does.
+        cache.apply(vec![narrow(2), a(2)]);
+        assert_eq!(puts(&client.settle(&cache)), ["ns/p", "a"]);
+        // Widened, it is so first.
+        cache.apply(vec![Change::Put(scoped("ns/p", wide, 2)), a(3)]);
+        assert_eq!(puts(&client.settle(&cache)), ["ns/p", "a"]);
+    }
+}
+
+#[test]
+fn a_policy_is_narrowed_once_whatever_becomes_of_it_meanwhile() {
+    let narrow = |content| Change::Put(scoped("ns/p", Scope::WorkloadSelector, content));
+    let end = || remove(Type::Authorization, "ns/p");
+    let wide = || Change::Put(scoped("ns/p", Scope::Namespace, 7));
+    let b = |content| Change::Put(workload("b", "10.0.0.2", &[], content));
+    let cases: [(Vec<Change>, &[&str], &[&str]); 5] = [
+        (vec![narrow(1), narrow(2)], &["b", "ns/p"], &[]),
+        (vec![end(), narrow(1)], &["b", "ns/p"], &[]),
+        (vec![narrow(1), end(), narrow(2)], &["b", "ns/p"], &[]),
+        (vec![narrow(1), end()], &["b"], &["ns/p"]),
+        (vec![narrow(1), wide()], &["ns/p", "b"], &[]),
+    ];
+    for (changes, put, removed) in cases {
+        let cache = Cache::new();
+        mesh(&cache);
+        let mut client = Client::wildcard(&[View::Address, View::Authorization]);
+        client.settle(&cache);
+        // Addresses of before are on the way.
+        cache.apply(vec![Change::Put(workload("a", "10.0.0.1", &[], 1))]);
+        client.receive(&cache);
+        let mut responses = Vec::new();
+        for (content, change) in changes.into_iter().enumerate() {
+            cache.apply(vec![change, b(content as u32 + 1)]);
+            let before = client.responses.len();
+            client.receive(&cache);
+            responses.extend_from_slice(&client.responses[before..]);
+        }
+        responses.extend(client.settle(&cache));
+        assert_eq!((puts(&responses), gone(&responses)), (put.to_vec(), removed.to_vec()));
+        assert_eq!(client.session.acknowledged(), cache.snapshot().generation());
+    }
+}
+
+#[test]
+fn who_comes_back_may_have_a_policy_as_it_was_before_it_was_narrowed() {
+    let (cache, replica) = (Cache::new(), Cache::new());
+    mesh(&cache);
+    mesh(&replica);
+    let mut client = Client::wildcard(&[View::Address, View::Authorization]);
+    client.settle(&cache);
+    replica.apply(vec![
+        Change::Put(scoped("ns/p", Scope::WorkloadSelector, 0)),
+        Change::Put(scoped("ns/new", Scope::WorkloadSelector, 0)),
+        Change::Put(workload("a", "10.0.0.1", &[], 1)),
+    ]);
+    let mut back = client.reconnect(&[(View::Address, &[]), (View::Authorization, &[])]);
+    assert_eq!(puts(&back.settle(&replica)), ["ns/new", "a", "ns/p"]);
+    // Who asks for policies alone waits for no address.
+    let mut back = client.reconnect(&[(View::Authorization, &[])]);
+    let responses = back.settle(&replica);
+    assert_eq!(sent(&responses), ["ns/new", "ns/p"]);
+    assert_eq!(back.session.acknowledged(), 2);
+}
+
 /// What may happen.
 #[derive(Debug, Clone)]
 enum Step {
@@ -484,6 +568,8 @@ enum Step {
 
 const NAMES: [&str; 7] = ["c//0", "c//1", "ns/0", "ns/1", "/10.0.0.0", "/10.0.0.1", "*"];
 
+const SCOPES: [Scope; 3] = [Scope::Global, Scope::Namespace, Scope::WorkloadSelector];
+
 fn step() -> impl Strategy<Value = Step> {
     let change = prop_oneof![
         3 => (0..4u8, 0..3u8, prop::collection::btree_set(0..2u8, 0..3), 0..2u32).prop_map(|(n, ip, services, content)| {
@@ -493,7 +579,8 @@ fn step() -> impl Strategy<Value = Step> {
         }),
         2 => (0..2u8, 0..3u8, 0..2u32)
             .prop_map(|(n, ip, content)| Change::Put(service(&format!("ns/{n}"), &format!("10.0.0.{ip}"), content))),
-        1 => (0..2u8, 0..2u32).prop_map(|(n, content)| Change::Put(policy(&format!("ns/{n}"), content))),
+        1 => (0..2u8, prop::sample::select(&SCOPES[..]), 0..2u32)
+            .prop_map(|(n, scope, content)| Change::Put(scoped(&format!("ns/{n}"), scope, content))),
         2 => (0..4u8).prop_map(|n| remove(Type::Address, &format!("c//{n}"))),
         1 => (0..2u8).prop_map(|n| remove(Type::Address, &format!("ns/{n}"))),
         1 => (0..2u8).prop_map(|n| remove(Type::Authorization, &format!("ns/{n}"))),

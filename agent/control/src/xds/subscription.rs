@@ -18,7 +18,7 @@
 //! subscribed again is answered though nothing changed. A refused response is not sent again: only what then changes is.
 //! For removals the refused count as had, for an older one may be.
 //!
-//! Removals of policies wait: see `session`.
+//! Policies that are gone or narrower wait: see `session`.
 //!
 //! Invariants: whatever the requests, changes and refusals, a client that takes what it is sent ends up with what it asked
 //! for (`clients_converge`, in `session`); one response in flight.
@@ -56,11 +56,21 @@ pub(super) struct Subscription {
     /// The state that it was wholly sent.
     sent: Option<Arc<Snapshot>>,
     plan: Option<Plan>,
-    /// Of policies: gone since a generation, to be said once no address names them.
-    withheld: BTreeMap<Arc<str>, u64>,
+    /// Of policies: what opens, to be said once the addresses of its generation are.
+    withheld: BTreeMap<Arc<str>, Withheld>,
     /// The nonce and content of a response that is not acknowledged.
     in_flight: Option<(String, Chunk)>,
     acknowledged: u64,
+}
+
+/// What a policy became, and is not said yet.
+#[derive(Debug)]
+struct Withheld {
+    since: u64,
+    /// None: it is gone.
+    put: Option<Arc<Entry>>,
+    /// As the client has it, it holds for those, too, that do not name it.
+    wide: bool,
 }
 
 /// What is still to be sent on the way to a state.
@@ -146,6 +156,7 @@ impl Subscription {
         (self.sent, self.plan) = (None, None);
         self.held.clear();
         self.known.clear();
+        self.withheld.clear();
         self.asked = self.names.iter().cloned().collect();
     }
 
@@ -228,15 +239,22 @@ impl Subscription {
         chunk
     }
 
-    /// Policies that are gone since this generation or before it.
+    /// Policies that are gone, or narrower, since this generation or before it.
     pub(super) fn release(&mut self, floor: u64, pushes: &Pushes, nonce: impl Fn() -> String) -> Option<Chunk> {
         if self.in_flight.is_some() || self.plan.is_some() || self.withheld.is_empty() {
             return None;
         }
-        let gone = self.withheld.iter().filter(|(_, since)| **since <= floor);
-        let gone: Vec<_> = gone.map(|(name, _)| Arc::clone(name)).collect();
-        self.withheld.retain(|_, since| *since > floor);
-        let mut parts: VecDeque<_> = chunks(self.view, &[], &gone, pushes.chunk_bytes()).into();
+        let (mut puts, mut gone) = (Vec::new(), Vec::new());
+        self.withheld.retain(|name, withheld| {
+            let stays = withheld.since > floor;
+            match &withheld.put {
+                _ if stays => {}
+                Some(put) => puts.push(Arc::clone(put)),
+                None => gone.push(Arc::clone(name)),
+            }
+            stays
+        });
+        let mut parts: VecDeque<_> = chunks(self.view, &puts, &gone, pushes.chunk_bytes()).into();
         let chunk = Chunk::Encoded(parts.pop_front()?);
         if !parts.is_empty() {
             let target = Arc::clone(self.sent.as_ref()?);
@@ -307,33 +325,67 @@ impl Subscription {
         if self.view != View::Authorization {
             return push.chunks().to_vec();
         }
-        for put in push.puts() {
+        let table = from.table(self.view.type_());
+        let narrows = |put: &Entry| put.named && self.is_wide(&put.name, table.get(&put.name).map(|entry| &**entry));
+        let (narrower, others): (Vec<_>, Vec<_>) = push.puts().cloned().partition(|put| narrows(put));
+        for put in &others {
             self.withheld.remove(&put.name);
         }
-        let gone = push.removed().map(|entry| (Arc::clone(&entry.name), to.generation()));
-        self.withheld.extend(gone);
-        push.put_chunks().to_vec()
+        for entry in push.removed() {
+            let wide = self.is_wide(&entry.name, Some(entry));
+            self.withhold(&entry.name, to, None, wide);
+        }
+        if narrower.is_empty() {
+            return push.put_chunks().to_vec();
+        }
+        for put in narrower {
+            self.withhold(&Arc::clone(&put.name), to, Some(put), true);
+        }
+        chunks(self.view, &others, &[], pushes.chunk_bytes())
+    }
+
+    fn withhold(&mut self, name: &Arc<str>, to: &Snapshot, put: Option<Arc<Entry>>, wide: bool) {
+        let since = to.generation();
+        self.withheld.insert(Arc::clone(name), Withheld { since, put, wide });
+    }
+
+    /// Whether the client has a policy of this name that holds for those, too, that do not name it; `sent` is what it was
+    /// sent last, unless something is withheld.
+    fn is_wide(&self, name: &str, sent: Option<&Entry>) -> bool {
+        match self.withheld.get(name) {
+            Some(withheld) => withheld.wide,
+            None => sent.is_some_and(|entry| !entry.named),
+        }
     }
 
     /// What changed, to somebody who had everything once.
     fn reported(&mut self, to: &Arc<Snapshot>, pushes: &Pushes) -> Vec<Arc<Encoded>> {
         let table = to.table(self.view.type_());
+        let mut narrower = Vec::new();
         let mut known: HashMap<&[u8], &[u8]> = self
             .known
             .iter()
             .map(|known| (&known.name[..], &known.version[..]))
             .collect();
         let seen = table.iter().filter(|entry| entry.is_seen_in(self.view));
-        let puts: Vec<_> = seen
-            .filter(|entry| known.remove(entry.name.as_bytes()) != Some(entry.version.as_bytes()))
-            .cloned()
-            .collect();
+        let mut puts = Vec::new();
+        for entry in seen {
+            match known.remove(entry.name.as_bytes()) {
+                Some(version) if version == entry.version.as_bytes() => {}
+                // It may be wider there: what that version said, nobody knows any more.
+                Some(_) if entry.named => narrower.push(Arc::clone(entry)),
+                _ => puts.push(Arc::clone(entry)),
+            }
+        }
         let gone = known.into_keys().filter_map(|name| std::str::from_utf8(name).ok());
         let mut gone: Vec<Arc<str>> = gone.map(Arc::from).collect();
         if self.view == View::Authorization {
-            let gone = std::mem::take(&mut gone);
-            self.withheld
-                .extend(gone.into_iter().map(|name| (name, to.generation())));
+            for name in std::mem::take(&mut gone) {
+                self.withhold(&name, to, None, true);
+            }
+        }
+        for put in narrower {
+            self.withhold(&Arc::clone(&put.name), to, Some(put), true);
         }
         chunks(self.view, &puts, &gone, pushes.chunk_bytes())
     }

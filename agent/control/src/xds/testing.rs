@@ -2,7 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use proto::{Message, security::Authorization, workload::*};
+use proto::{
+    Message,
+    security::{Authorization, Scope},
+    workload::*,
+};
 
 use crate::resources::{Change, Resource, Type};
 
@@ -36,10 +40,16 @@ pub(crate) fn service(name: &str, address: &str, content: u32) -> Resource {
     resource(Type::Address, name, Some(address), message.encode_to_vec())
 }
 
-/// A policy.
+/// A policy of the whole mesh.
 pub(crate) fn policy(name: &str, content: u32) -> Resource {
+    scoped(name, Scope::Global, content)
+}
+
+/// A policy.
+pub(crate) fn scoped(name: &str, scope: Scope, content: u32) -> Resource {
     let policy = Authorization {
         name: content.to_string(),
+        scope: scope.into(),
         ..Default::default()
     };
     resource(Type::Authorization, name, None, policy.encode_to_vec())
