@@ -10,7 +10,7 @@
 mod objects;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::Path,
     sync::{Arc, Mutex},
@@ -31,6 +31,11 @@ use mesh::{Knowledge, Snapshot};
 use model::MeshSettings;
 use objects::{Step, sequence};
 use proptest::prelude::*;
+use proto::{
+    Message,
+    security::{Authorization, Scope},
+    workload::{Address, address},
+};
 use tasks::DrainTrigger;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -202,11 +207,13 @@ impl Agent {
         }
     }
 
-    /// Ends it; every state it passed through was one of these, and it never went back.
+    /// Ends it; every state it passed through was one of these, and it never went back. What held for a workload in that
+    /// state and in all since, held on the way between them.
     async fn stop(self, control: &Control) {
         self.handle.stop().await;
         self.watching.abort();
         let mut at = 0;
+        let always = always_holds(&control.addresses, &control.policies);
         for snapshot in self.seen.lock().unwrap().iter().filter(|snapshot| snapshot.ready()) {
             let (addresses, policies) = state_of(snapshot);
             let had = control.addresses[at..].iter().position(|state| *state == addresses);
@@ -214,12 +221,52 @@ impl Agent {
             // A policy that is gone stays until no address names it any more: each is one that there was.
             let there_was = |(name, message)| control.policies.iter().any(|state| state.get(name) == Some(message));
             assert!(policies.iter().all(there_was), "{policies:#?}");
+            for (uid, policy) in &always[at] {
+                let workload = snapshot.workloads().find(|workload| *workload.uid.0 == **uid).unwrap();
+                let mut holds = snapshot.policies_for(workload).flatten();
+                assert!(
+                    holds.any(|one| one.key().to_string() == **policy),
+                    "{policy} does not hold for {uid} any more, and did before and since"
+                );
+            }
             for workload in snapshot.workloads() {
                 let all_known = snapshot.policies_for(workload).all(|policy| policy.is_ok());
                 assert!(all_known, "{} names a policy that is not known", workload.uid);
             }
         }
     }
+}
+
+/// Of each state the workloads, and the policies that hold for them in it and in all that came after.
+fn always_holds(addresses: &[State], policies: &[State]) -> Vec<BTreeSet<(Arc<str>, Arc<str>)>> {
+    let mut since: Vec<BTreeSet<_>> = addresses.iter().zip(policies).map(|(a, p)| holding(a, p)).collect();
+    for at in (1..since.len()).rev() {
+        let (before, after) = since.split_at_mut(at);
+        before[at - 1].retain(|one| after[0].contains(one));
+    }
+    since
+}
+
+/// The workloads of a state, and the policies that hold for them.
+fn holding(addresses: &State, policies: &State) -> BTreeSet<(Arc<str>, Arc<str>)> {
+    let mut found = BTreeSet::new();
+    for (uid, message) in addresses {
+        let Some(address::Type::Workload(workload)) = Address::decode(message.clone()).unwrap().r#type else {
+            continue;
+        };
+        for (name, message) in policies {
+            let policy = Authorization::decode(message.clone()).unwrap();
+            let holds = match policy.scope() {
+                Scope::Global => true,
+                Scope::Namespace => policy.namespace == workload.namespace,
+                Scope::WorkloadSelector => workload.authorization_policies.iter().any(|one| *one == **name),
+            };
+            if holds {
+                found.insert((uid.clone(), name.clone()));
+            }
+        }
+    }
+    found
 }
 
 /// What a snapshot would be sent as.
