@@ -24,6 +24,9 @@ pub enum IssueError {
     /// The authority answered with a refusal; only a change of configuration helps.
     #[error("the certificate authority refused: {0}")]
     Refused(Arc<str>),
+    /// The authority does not take this node's word for who it is, which says nothing of the identity; another token helps.
+    #[error("the certificate authority does not accept this node's token: {0}")]
+    Unauthenticated(Arc<str>),
     /// The authority's answer cannot be used.
     #[error("the certificate authority's answer is unusable: {0}")]
     Unusable(Arc<str>),

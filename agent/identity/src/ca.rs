@@ -6,7 +6,7 @@
 //! ```
 //! Knows nothing of pods, of retries (`identities`), or of how the CA decides.
 //!
-//! What comes back is used only if its leaf is for exactly the identity that was asked for, is for our key, is valid now,
+//! What comes back is used only if its leaf is for exactly the identity that was asked for, is for our key, is not over,
 //! and chains to the roots file; else it is [`IssueError::Unusable`] and says why (`tests/ca.rs`). What the answer itself
 //! calls a root is not believed. A CA that begins to sign with a new root before this node's roots file has it is refused
 //! until the file has followed.
@@ -18,7 +18,7 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use model::Identity;
@@ -35,6 +35,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use crate::{
     Authority, Clock, IssueError, Issued, Upstream,
     authority::IssueFuture,
+    credentials::validity,
     peer::certificate_identity,
     tls::PROVIDER,
     trust::{parse_bundle, store},
@@ -159,8 +160,8 @@ impl CaClient {
             | Code::PermissionDenied
             | Code::FailedPrecondition
             | Code::OutOfRange
-            | Code::Unimplemented
-            | Code::Unauthenticated => IssueError::Refused(text),
+            | Code::Unimplemented => IssueError::Refused(text),
+            Code::Unauthenticated => IssueError::Unauthenticated(text),
             _ => IssueError::Unavailable(text),
         }
     }
@@ -209,8 +210,12 @@ pub(crate) fn anchors(
     };
     let pem = std::fs::read(file).map_err(|error| unreadable(&error))?;
     let bundle = parse_bundle(&pem).map_err(|error| unreadable(&error))?;
-    let now = clock.now().duration_since(std::time::UNIX_EPOCH);
-    let now = UnixTime::since_unix_epoch(now.map_err(unusable)?);
+    // By a clock that is behind, it begins later; a peer whose clock is right takes it, and by then it is good here, too.
+    let begins = chain.iter().map(|one| Ok(validity(one).map_err(unusable)?.1));
+    let begins: Vec<SystemTime> = begins.collect::<Result<_, IssueError>>()?;
+    let at = begins.into_iter().fold(clock.now(), SystemTime::max);
+    let at = at.duration_since(std::time::UNIX_EPOCH);
+    let now = UnixTime::since_unix_epoch(at.map_err(unusable)?);
     let leaf = chain.first().ok_or_else(|| unusable("it holds no certificate"))?;
     let leaf = ParsedCertificate::try_from(leaf).map_err(unusable)?;
     let verify = |roots: &RootCertStore| {

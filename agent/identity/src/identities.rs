@@ -125,7 +125,7 @@ impl Identities {
             return Ok(credentials);
         }
         let fetching = self.0.enter(identity);
-        let _alone = fetching.lock().await;
+        let alone = fetching.clone().lock_owned().await;
         if let Some(credentials) = self.cached(identity) {
             return Ok(credentials);
         }
@@ -136,7 +136,15 @@ impl Identities {
         if let Some(reason) = self.0.still_failing(identity) {
             return Err(unavailable(reason));
         }
-        self.0.fetch(identity, &fetching).await.map_err(unavailable)
+        // A task of its own: that one of those who wait gives up must not end it for the others.
+        let (identities, fetched) = (self.clone(), identity.clone());
+        let fetching = tokio::spawn(async move {
+            let result = identities.0.fetch(&fetched, &fetching).await;
+            drop(alone);
+            result
+        });
+        let lost = |_| IssueError::Unavailable("shutting down".into());
+        fetching.await.map_err(lost).flatten().map_err(unavailable)
     }
 
     /// Has [`Identities::rotate`] fetch the certificate, if none is held; does not wait for it.
@@ -241,7 +249,7 @@ impl Inner {
 
     fn enter(&self, identity: &Identity) -> Arc<Mutex<()>> {
         let mut entries = self.write();
-        // Whoever entered fetches; the rotation takes over if that is cancelled.
+        // Whoever entered fetches; the rotation takes over if its thread ends meanwhile.
         let now = self.clock.now();
         let due = now + ISSUE_TIMEOUT;
         let entry = entries.entry(identity.clone()).or_insert_with(|| Entry::due(now, due));
@@ -346,7 +354,10 @@ impl Entry {
 
     /// The authority answers again.
     fn hope(&mut self, now: SystemTime) {
-        if matches!(self.last_error, Some(IssueError::Unavailable(_))) {
+        if matches!(
+            self.last_error,
+            Some(IssueError::Unavailable(_) | IssueError::Unauthenticated(_))
+        ) {
             self.next_fetch = self.next_fetch.min(now);
             self.failures = 0;
         }

@@ -73,7 +73,7 @@ async fn a_refusal_is_told_from_an_absence() {
     let lab = Lab::new().await;
     for (status, refused) in [
         (Status::permission_denied("no such pod on this node"), true),
-        (Status::unauthenticated("token expired"), true),
+        (Status::unauthenticated("token expired"), false),
         (Status::invalid_argument("weak key"), true),
         (Status::unavailable("warming up"), false),
         (Status::internal("oops"), false),
@@ -83,7 +83,8 @@ async fn a_refusal_is_told_from_an_absence() {
         lab.mood(Mood::Fails(status));
         let error = refusal(&lab).await;
         assert_eq!(matches!(error, IssueError::Refused(_)), refused, "{error}");
-        assert_eq!(matches!(error, IssueError::Unavailable(_)), !refused, "{error}");
+        let absent = matches!(error, IssueError::Unavailable(_) | IssueError::Unauthenticated(_));
+        assert_eq!(absent, !refused, "{error}");
         assert!(error.to_string().contains(&message), "{error}");
     }
 }

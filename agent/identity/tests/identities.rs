@@ -225,6 +225,22 @@ async fn who_gives_up_waiting_does_not_keep_others_from_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_all_gave_up_waiting_for_is_fetched_all_the_same() {
+    let (moody, identities, _) = setup();
+    moody.gate.forget_permits(1_000_000);
+    let wanted = web();
+    for _ in 0..20 {
+        let patience = Duration::from_millis(10);
+        let given_up = tokio::time::timeout(patience, identities.credentials(&wanted)).await;
+        assert!(given_up.is_err());
+    }
+    moody.gate.add_permits(1);
+    pass(Duration::from_secs(1)).await;
+    assert!(identities.cached(&wanted).is_some());
+    assert_eq!(moody.issued(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_wrong_name_is_refused() {
     let clock = Clock::system();
     let mut moody = Moody::new(local(&clock));

@@ -83,6 +83,11 @@ async fn what_is_kept_is_used_only_if_it_still_holds() {
         started(&lab).issue(&web()).await.unwrap();
         assert_eq!(asked(&lab), before + 1, "{bad:.80}");
     }
+    // By a clock that was set back it has not begun yet.
+    let early = SystemTime::now() - Duration::from_secs(600);
+    let before = asked(&lab);
+    at(&lab, Clock::of(move || early)).issue(&web()).await.unwrap();
+    assert_eq!(asked(&lab), before, "the file was not used");
     // Over, or nearly.
     let late = SystemTime::now() + Duration::from_secs(24 * 3600 - 30);
     let (before, clock) = (asked(&lab), Clock::of(move || late));
@@ -121,7 +126,13 @@ async fn what_is_refused_or_forgotten_or_nobodys_is_removed() {
     kept.issue(&web()).await.unwrap();
     lab.mood(Mood::Fails(Status::unavailable("later")));
     assert!(kept.issue(&web()).await.is_err());
-    assert_eq!(files(&lab).len(), 1, "an absence is no refusal");
+    lab.mood(Mood::Fails(Status::unauthenticated("token expired")));
+    assert!(kept.issue(&web()).await.is_err());
+    assert_eq!(
+        files(&lab).len(),
+        1,
+        "neither an absence nor the node's token is a refusal"
+    );
     lab.mood(Mood::Fails(Status::permission_denied("no such pod on this node")));
     assert!(kept.issue(&web()).await.is_err());
     assert_eq!(files(&lab).len(), 0);
