@@ -46,6 +46,12 @@ pub(crate) struct TcpSocket {
 }
 
 impl TcpSocket {
+    /// The kernel's number of the socket (`SO_COOKIE`).
+    pub(crate) fn cookie(&self) -> u64 {
+        let half = |at: usize| u64::from(u32_at(&self.id, at).unwrap_or_default());
+        half(40) | half(44) << 32
+    }
+
     /// Whether both ends are in the namespace itself, as far as the addresses tell.
     pub(crate) fn is_local(&self) -> bool {
         self.remote.address.is_loopback() || self.remote.address == self.local.address

@@ -17,8 +17,10 @@ use std::{
 
 use abi::{Address, CAPTURE_PORTS, DNS, Endpoint, Flow, ListenerKey, ListenerKind, REROUTES, Restore};
 use model::{PodSettings, WorkloadUid};
+use socket2::SockRef;
 
 use crate::{
+    agents::AgentCgroup,
     diag,
     dns::DnsSockets,
     error::{CaptureError, Tried},
@@ -76,9 +78,16 @@ impl Inner {
         plan.pod.flags |= self.dns_flag(&spec.uid, netns.cookie());
         let listeners = match self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref()) {
             Some(captured) => captured.listeners.clone(),
-            None => Listeners::open(&netns, plan.ip6, self.offered.remove(&spec.uid).unwrap_or_default())
-                .map(Arc::new)
-                .tried(|| format!("listening in {}", spec.netns.display()))?,
+            None => {
+                let offered = self.offered.remove(&spec.uid);
+                let any = offered.is_some();
+                let listeners = Listeners::open(&netns, plan.ip6, offered.unwrap_or_default())
+                    .tried(|| format!("listening in {}", spec.netns.display()))?;
+                if any {
+                    self.enter_openers(&netns, &listeners)?;
+                }
+                Arc::new(listeners)
+            }
         };
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         tracing::debug!(pod = %spec.uid, ?repaired, "captured");
@@ -100,6 +109,27 @@ impl Inner {
         };
         self.pods.insert(spec.uid.clone(), state);
         Ok(handle)
+    }
+
+    /// What a listener accepts has the cgroup of the agent that opened it; one that captured by iptables never entered
+    /// itself (`from_iptables_to_ebpf_with_its_listeners`).
+    fn enter_openers(&mut self, netns: &Netns, listeners: &Listeners) -> Result<(), CaptureError> {
+        let cookies: io::Result<Vec<u64>> = listeners
+            .iter()
+            .map(|(_, listener)| SockRef::from(listener).cookie())
+            .collect();
+        let cookies = cookies.tried(|| "asking for the cookies of listeners".into())?;
+        let listening = netns
+            .enter(|| diag::list(diag::state::LISTEN))
+            .and_then(|result| result)
+            .tried(|| "listing listeners in a pod".into())?;
+        let opened = listening.iter().filter(|socket| cookies.contains(&socket.cookie()));
+        for id in opened.filter_map(|socket| socket.cgroup) {
+            if !self.maps.is_agents(id) {
+                AgentCgroup { id, level: 0 }.enter(&mut self.maps)?;
+            }
+        }
+        Ok(())
     }
 
     /// Becomes a captured pod's name server, or ends to be it.

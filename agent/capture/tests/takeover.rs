@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
 };
 
-use capture::{CaptureError, IptablesNode};
+use capture::{CaptureError, IptablesNode, Node};
 use lab::{Actor, Lab, OUTSIDE4, accept, captured, until};
 use model::{PeerAddr, PodSettings, canonical_socket};
 use socket2::SockRef;
@@ -62,6 +62,40 @@ fn rules(lab: &Lab, netns: Option<&str>) -> String {
         .filter(|line| line.starts_with('-'))
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// As an upgrade by a surge does it: another cgroup, and the listeners handed over.
+#[test]
+fn from_iptables_to_ebpf_with_its_listeners() {
+    lab::test("from_iptables_to_ebpf_with_its_listeners", |lab| async move {
+        let pod = lab.pod("a", 2);
+        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+        app.must(LISTEN);
+        let former = IptablesNode::start(&lab.pin_dir()).unwrap();
+        let handle = former.capture(pod.spec.clone(), PodSettings::default()).await.unwrap();
+        let before = handle.listeners().unwrap();
+        outside.must(&format!("i = socket.create_connection(('{}', 9090))", pod.ip4()));
+        let (mut carried, _) = accept(&before.inbound[0]);
+        let mut config = lab.config();
+        config.agent_cgroup = Some(config.pods_cgroup.with_file_name("elsewhere"));
+        config.takes_over = true;
+        let node = Node::start(config).unwrap_or_else(|error| panic!("{error}"));
+        let held = handle.sockets().unwrap().into_iter();
+        node.offer(
+            pod.uid().clone(),
+            held.map(|(kind, socket)| (kind.to_owned(), socket)).collect(),
+        );
+        let (_handle, listeners) = captured(&node, &pod).await;
+        for (port, listeners) in [(9090, &listeners.inbound), (15008, &listeners.hbone)] {
+            outside.must(&format!("s = socket.create_connection(('{}', {port}), 5)", pod.ip4()));
+            let (mut stream, _) = accept(&listeners[0]);
+            stream.write_all(b"pong").unwrap();
+            assert_eq!(outside.must("s.recv(4).decode()"), "pong");
+        }
+        carried.write_all(b"pong").unwrap();
+        assert_eq!(outside.must("i.recv(4).decode()"), "pong");
+        drop(former);
+    });
 }
 
 #[test]
