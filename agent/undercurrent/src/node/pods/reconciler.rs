@@ -7,7 +7,11 @@
 //! A pod that an agent before this one had captured is taken over at once, whether there is a certificate yet or not: it
 //! runs. One that is about to start waits for it, since it must be able to talk at once.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::Path,
+    time::Duration,
+};
 
 use anyhow::Context;
 use model::{Identity, NamespacedName, WorkloadUid};
@@ -56,6 +60,7 @@ pub fn start(parts: Parts, directory: &Path) -> anyhow::Result<(Pods, View, Join
         pods: found.into_values().map(restored).collect(),
         parts,
         records,
+        unused: HashSet::new(),
         view: view.clone(),
     };
     let pods = Pods { events, cluster };
@@ -82,6 +87,8 @@ struct Reconciler {
     parts: Parts,
     records: Records,
     pods: BTreeMap<NamespacedName, Pod>,
+    /// Identities with a certificate that no pod had at the last repair.
+    unused: HashSet<Identity>,
     view: View,
 }
 
@@ -359,6 +366,32 @@ impl Reconciler {
             Ok(repaired) => repaired.iter().for_each(|what| tracing::warn!("repaired: {what}")),
             Err(error) => tracing::error!(%error, "cannot see whether capture stands as it should"),
         }
+        self.forget_unused();
+    }
+
+    /// The certificate of an identity that no pod has is not kept for longer than connections may need that were accepted
+    /// while one had it: a pod left the mesh, or is somebody else now.
+    fn forget_unused(&mut self) {
+        let snapshot = self.parts.knowledge.snapshot();
+        let of_pod = |pod: &Pod| {
+            let expected = self.parts.oracle.expected(&pod.record, &self.parts.knowledge);
+            let wanted = expected.ok().and_then(|expected| match expected {
+                Expected::Captured { uid, identity, .. } => Some((uid, identity)),
+                Expected::Uncaptured(_) => None,
+            });
+            // The trust domain is as the mesh says.
+            let announced = wanted.as_ref().and_then(|(uid, _)| snapshot.workload(uid));
+            let announced = announced.map(|workload| workload.identity());
+            let wanted = wanted.map(|(_, identity)| identity);
+            pod.captured_as().cloned().into_iter().chain(announced).chain(wanted)
+        };
+        let used: HashSet<Identity> = self.pods.values().flat_map(of_pod).collect();
+        let held = self.parts.identities.list().into_iter().map(|held| held.identity);
+        let unused: HashSet<Identity> = held.filter(|identity| !used.contains(identity)).collect();
+        for identity in unused.intersection(&self.unused) {
+            self.parts.identities.forget(identity);
+        }
+        self.unused = unused;
     }
 
     async fn reconcile_all(&mut self) {
@@ -416,7 +449,6 @@ impl Reconciler {
     /// Brings one pod nearer to what it should be.
     async fn reconcile(&mut self, key: &NamespacedName) {
         let Some(pod) = self.pods.get(key) else { return };
-        let before = pod.captured_as().cloned();
         let outcome = match self.parts.oracle.expected(&pod.record, &self.parts.knowledge) {
             Ok(expected) if pod.state == State::Told(expected.clone()) => Ok(expected),
             Ok(expected) => self.change(key, &expected).await.map(|()| expected),
@@ -439,9 +471,6 @@ impl Reconciler {
             }
         }
         pod.trouble = trouble;
-        if before.as_ref() != pod.captured_as() {
-            self.forget_identity(before.as_ref());
-        }
     }
 
     async fn change(&mut self, key: &NamespacedName, after: &Expected) -> Result<(), Trouble> {
