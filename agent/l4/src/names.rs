@@ -65,8 +65,6 @@ pub struct Names {
 struct Entry {
     /// The youngest first.
     names: Vec<Name>,
-    /// When a connection last used it; 0: never.
-    used: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -74,20 +72,27 @@ struct Name {
     host: Arc<str>,
     source: Source,
     expires: u64,
+    /// When a connection last used the address while this name lived; 0: never. So one that is over stays so, whatever other
+    /// name the address is used by.
+    used: AtomicU64,
 }
 
 impl Name {
-    fn lives(&self, now: u64, used: u64) -> bool {
-        // Once expired, it is not to be revived by a later use: `used` was within its life.
+    fn lives(&self, now: u64) -> bool {
+        let used = self.used.load(Relaxed);
         now < self.expires || (used != 0 && now < used + LIFE_IN_USE.as_secs())
+    }
+
+    /// The last moment at which it mattered.
+    fn last(&self) -> u64 {
+        self.expires.max(self.used.load(Relaxed))
     }
 }
 
 impl Entry {
     /// The last moment at which it mattered.
     fn last(&self) -> u64 {
-        let expires = self.names.iter().map(|name| name.expires).max().unwrap_or_default();
-        expires.max(self.used.load(Relaxed))
+        self.names.iter().map(Name::last).max().unwrap_or_default()
     }
 }
 
@@ -117,19 +122,24 @@ impl Names {
             }
             let entry = by_ip.entry(ip).or_insert_with(|| Entry {
                 names: Vec::with_capacity(1),
-                used: AtomicU64::new(0),
             });
-            let used = entry.used.load(Relaxed);
             let known = entry.names.iter().position(|name| name.host == host);
             let before = known.map(|position| entry.names.remove(position));
             // What an untrusted server repeats takes nothing away from what a trusted one said.
+            let before = before.filter(|before| before.lives(now));
+            let used = AtomicU64::new(before.as_ref().map_or(0, |before| before.used.load(Relaxed)));
             let (source, expires) = match before {
-                Some(before) if before.source > source && before.lives(now, used) => (before.source, before.expires),
+                Some(before) if before.source > source => (before.source, before.expires),
                 _ => (source, expires),
             };
-            entry.names.retain(|name| name.lives(now, used));
-            let host = host.clone();
-            entry.names.insert(0, Name { host, source, expires });
+            entry.names.retain(|name| name.lives(now));
+            let name = Name {
+                host: host.clone(),
+                source,
+                expires,
+                used,
+            };
+            entry.names.insert(0, name);
             forget_one_too_many(&mut entry.names);
         }
     }
@@ -141,8 +151,7 @@ impl Names {
         let Some(entry) = by_ip.get(&ip.to_canonical()) else {
             return Vec::new();
         };
-        let used = entry.used.load(Relaxed);
-        let living = entry.names.iter().filter(|name| name.lives(now, used));
+        let living = entry.names.iter().filter(|name| name.lives(now));
         living.map(|name| (name.host.clone(), name.source)).collect()
     }
 
@@ -151,8 +160,7 @@ impl Names {
         let now = self.seconds(now);
         let by_ip = self.by_ip.read().unwrap_or_else(PoisonError::into_inner);
         let entry = by_ip.get(&ip.to_canonical())?;
-        let used = entry.used.load(Relaxed);
-        let name = entry.names.iter().find(|name| name.lives(now, used))?;
+        let name = entry.names.iter().find(|name| name.lives(now))?;
         Some(name.host.clone())
     }
 
@@ -163,10 +171,8 @@ impl Names {
         let Some(entry) = by_ip.get(&ip.to_canonical()) else {
             return;
         };
-        let used = entry.used.load(Relaxed);
-        if entry.names.iter().any(|name| name.lives(now, used)) {
-            entry.used.store(now, Relaxed);
-        }
+        let living = entry.names.iter().filter(|name| name.lives(now));
+        living.for_each(|name| name.used.store(now, Relaxed));
     }
 
     /// How many addresses are remembered.
@@ -187,10 +193,7 @@ impl Names {
 
 /// Drops what is over; if that is nothing, an eighth: what mattered last the longest ago.
 fn make_room(by_ip: &mut HashMap<IpAddr, Entry>, now: u64) {
-    by_ip.retain(|_, entry| {
-        let used = entry.used.load(Relaxed);
-        entry.names.iter().any(|name| name.lives(now, used))
-    });
+    by_ip.retain(|_, entry| entry.names.iter().any(|name| name.lives(now)));
     if by_ip.len() < ADDRESSES {
         return;
     }
@@ -244,6 +247,18 @@ mod tests {
         assert_eq!(hosts(&names, "192.0.2.2", now), ["a.example.com"]);
         assert_eq!(names.host(ip("192.0.2.1"), now).as_deref(), Some("b.example.com"));
         assert!(hosts(&names, "192.0.2.3", now).is_empty());
+    }
+
+    #[test]
+    fn a_name_that_is_over_is_not_revived_by_another_of_its_address() {
+        let (names, now) = (Names::default(), Instant::now());
+        let address = ip("192.0.2.1");
+        let after = |seconds| now + Duration::from_secs(seconds);
+        names.learn("a", &[address], Duration::from_secs(5), Source::Trusted, now);
+        names.learn("b", &[address], Duration::from_secs(3600), Source::Trusted, now);
+        assert_eq!(hosts(&names, "192.0.2.1", after(100)), ["b"]);
+        names.used(address, after(100));
+        assert_eq!(hosts(&names, "192.0.2.1", after(100)), ["b"]);
     }
 
     #[test]
