@@ -146,7 +146,8 @@ async fn a_root_that_leaves_while_a_connection_is_made_takes_it_along() {
     let (client, server) = (here.pod(&near, "client"), there.pod(&far, "server"));
     here.contents.workloads.extend(there.contents.workloads.clone());
     there.contents.workloads.clone_from(&here.contents.workloads);
-    (here.publish(), there.publish());
+    here.publish();
+    there.publish();
     let both = here.root.clone() + &there.root;
     for lab in [&here, &there] {
         lab.identities.trust().set_bundle(both.as_bytes()).unwrap();
