@@ -37,6 +37,7 @@ mod diag;
 mod dns;
 mod error;
 mod exclusions;
+mod hooks;
 mod interfaces;
 mod iptables;
 mod kernel_log;

@@ -26,6 +26,7 @@ use crate::{
     cgroup::{self, Cgroup},
     counters::{self, GuardCounters},
     error::{CaptureError, Tried},
+    hooks,
     iptables::FormerRules,
     kernel_log::KernelLog,
     maps::Maps,
@@ -33,7 +34,7 @@ use crate::{
     offered::Offered,
     pins::{self, Pins},
     plan::Addresses,
-    pod::{self, PodState},
+    pod::PodState,
     programs::{self, Constants, Programs},
     sockets::{DnsQueries, PodHandle},
     sys::{self, AttachType, Attached, Target},
@@ -360,7 +361,8 @@ impl Inner {
     /// lives and is only half captured stays so, and refuses connections, until the agent is told of it.
     fn adopt_pods(&mut self) -> Result<(), CaptureError> {
         for cookie in self.pins.pod_cookies() {
-            let captured = pod::adopt(&self.pins, &self.programs, cookie).tried(|| "adopting a pod's links".into())?;
+            let captured =
+                hooks::adopt(&self.pins, &self.programs, cookie).tried(|| "adopting a pod's links".into())?;
             let lives = || uninstall::living(&self.home, cookie, &self.maps.restore(cookie)?);
             if !captured && lives().is_none() {
                 tracing::info!(cookie, "a captured pod is gone");

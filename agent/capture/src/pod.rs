@@ -6,14 +6,7 @@
 //! those whose SYN had left before the guard came. To release: the guard first, and back; what answers need stays for as
 //! long as the agent has connections in the pod (`what_the_agent_carries_outlives_the_release`).
 
-use std::{
-    collections::HashSet,
-    fs, io,
-    os::fd::AsFd,
-    os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::HashSet, fs, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use abi::{Address, CAPTURE_PORTS, DNS, Endpoint, Flow, ListenerKey, ListenerKind, REROUTES, Restore};
 use model::{PodSettings, WorkloadUid};
@@ -25,16 +18,15 @@ use crate::{
     dns::DnsSockets,
     error::{CaptureError, Tried},
     exclusions::Entries,
+    hooks::{Hook, attach_steer, attach_tcx},
     interfaces,
     iptables::FormerRules,
     netns::Netns,
     node::{Inner, PodSpec},
-    pins::{self, Pins},
+    pins,
     plan::{self, Addresses, PodPlan},
-    programs::Programs,
     routes::{self, Before},
     sockets::{DnsQueries, Listeners, PodHandle},
-    sys::{self, AttachType, Attached, Target},
 };
 
 /// A pod that the agent was told of.
@@ -522,84 +514,6 @@ pub(crate) fn put_back(netns: &Netns, restore: &Restore) -> Result<(), CaptureEr
         .enter(|| routes::remove(before))
         .and_then(|result| result)
         .tried(|| format!("restoring {}", netns.path().display()))
-}
-
-/// Gives the links of a pod the new programs. False: the pod is gone.
-pub(crate) fn adopt(pins: &Pins, programs: &Programs, cookie: u64) -> io::Result<bool> {
-    let directory = pins.pod(cookie);
-    let mut alive = false;
-    for name in pins::names(&directory) {
-        let path = directory.join(&name);
-        let Some(link) = sys::pinned(&path)? else {
-            continue;
-        };
-        if name.starts_with(pins::UNFINISHED) {
-            pins::detach(&path)?;
-            continue;
-        }
-        let program = match name.split('-').next() {
-            Some("steer") => &programs.steer,
-            Some("proof") => &programs.proof,
-            Some("guard") => &programs.guard,
-            _ => continue,
-        };
-        if sys::link_attached(&link)?.is_gone() || sys::link_update(&link, program).is_err() {
-            fs::remove_file(&path)?;
-        } else if name == "steer" {
-            alive = true;
-        }
-    }
-    Ok(alive)
-}
-
-/// The hooks on the host side of a veth.
-#[derive(Clone, Copy)]
-enum Hook {
-    Proof,
-    Guard,
-}
-
-impl Hook {
-    fn pin(self, directory: &Path, index: u32) -> PathBuf {
-        directory.join(match self {
-            Self::Proof => format!("proof-{index}"),
-            Self::Guard => format!("guard-{index}"),
-        })
-    }
-}
-
-fn attach_tcx(directory: &Path, hook: Hook, index: u32, programs: &Programs) -> Result<bool, CaptureError> {
-    let (program, kind) = match hook {
-        Hook::Proof => (&programs.proof, AttachType::TcxEgress),
-        Hook::Guard => (&programs.guard, AttachType::TcxIngress),
-    };
-    let path = hook.pin(directory, index);
-    pins::attach(
-        &path,
-        program,
-        Target::Interface(index),
-        kind,
-        Attached::Interface(index),
-    )
-    .tried(|| format!("attaching {}", path.display()))
-}
-
-fn attach_steer(directory: &Path, netns: &Netns, programs: &Programs) -> Result<bool, CaptureError> {
-    let path = directory.join("steer");
-    let attach = || -> io::Result<bool> {
-        let inode = fs::File::open(netns.path())
-            .and_then(|file| file.metadata())
-            .map(|metadata| std::os::unix::fs::MetadataExt::ino(&metadata) as u32)?;
-        let target = Target::File(netns.as_fd());
-        pins::attach(
-            &path,
-            &programs.steer,
-            target,
-            AttachType::SkLookup,
-            Attached::Netns(inode),
-        )
-    };
-    attach().tried(|| format!("attaching {}", path.display()))
 }
 
 fn listener_key(address: Address, kind: ListenerKind) -> ListenerKey {

@@ -1,3 +1,5 @@
+//! What is said of connections that the data path treats otherwise than most. Knows no agent that serves them.
+
 use model::{Exclusions, NamespacedName, PodSettings};
 
 use super::*;
