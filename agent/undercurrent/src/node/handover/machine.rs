@@ -172,6 +172,7 @@ impl Machine {
                 self.role = Role::InCharge;
                 vec![Action::ToWorker(Message::Yielded), Action::ToWorker(Message::Gone)]
             }
+            Role::Retired(_) if self.worker == Worker::Ended => self.finished(),
             _ => vec![Action::ToWorker(Message::Gone)],
         }
     }
@@ -212,13 +213,7 @@ impl Machine {
         self.worker = Worker::Ended;
         let exit = code.unwrap_or(1);
         match self.role {
-            Role::Retired(_) => {
-                let mut actions = vec![Action::CloseSuccessor];
-                if self.ending.is_some() || !self.lingers {
-                    actions.push(Action::Exit(0));
-                }
-                actions
-            }
+            Role::Retired(_) => self.finished(),
             Role::Yielding(_) => self.yielded(now),
             Role::Yielded(_) => Vec::new(),
             _ if self.worker_told => vec![Action::Exit(exit)],
@@ -235,6 +230,19 @@ impl Machine {
                 Vec::new()
             }
         }
+    }
+
+    /// The successor hears that the agents before it have ended when this holder closes its channel: not while the one before
+    /// this still has connections, for what it needs is taken away then.
+    fn finished(&mut self) -> Vec<Action> {
+        if self.predecessor {
+            return Vec::new();
+        }
+        let mut actions = vec![Action::CloseSuccessor];
+        if self.ending.is_some() || !self.lingers {
+            actions.push(Action::Exit(0));
+        }
+        actions
     }
 
     fn on_successor(&mut self, message: &Message, now: Instant) -> Vec<Action> {
@@ -291,6 +299,7 @@ impl Machine {
     fn on_terminate(&mut self, now: Instant) -> Vec<Action> {
         let again = self.ending.replace(now).is_some();
         match (self.role, self.worker) {
+            (Role::Retired(_), Worker::Ended) if self.predecessor && !again => Vec::new(),
             (Role::Retired(_), Worker::Ended) => vec![Action::Exit(0)],
             // It drains already.
             (Role::Retired(_), _) => Vec::new(),

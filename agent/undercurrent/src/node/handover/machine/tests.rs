@@ -130,6 +130,32 @@ fn a_crash_is_repaired_while_the_predecessor_finishes_its_connections() {
 }
 
 #[test]
+fn the_successor_hears_of_no_end_before_the_predecessors() {
+    let retired = || {
+        let (mut machine, mut now) = (Machine::new(true, DRAIN, false), Instant::now());
+        let steps = [
+            Worker(Message::Ready),
+            Predecessor(Message::Yielded),
+            Worker(Message::Serving),
+            SuccessorJoined,
+            Successor(Message::Ready),
+            Worker(Message::Yielded),
+            Successor(Message::Serving),
+        ];
+        after(&mut machine, &mut now, &steps);
+        assert_eq!(after(&mut machine, &mut now, &[WorkerEnded(Some(0))]), []);
+        (machine, now)
+    };
+    let (mut machine, mut now) = retired();
+    let ended = after(&mut machine, &mut now, &[PredecessorGone { answers: false }]);
+    assert_eq!(ended, [CloseSuccessor, Exit(0)]);
+    // Told to end it still waits; told again it does not.
+    let (mut machine, mut now) = retired();
+    assert_eq!(after(&mut machine, &mut now, &[Terminate]), []);
+    assert_eq!(after(&mut machine, &mut now, &[Terminate]), [Exit(0)]);
+}
+
+#[test]
 fn a_worker_that_crashes_again_and_again_is_given_up() {
     let (mut machine, mut now) = in_charge();
     let mut tries = 0;
