@@ -7,6 +7,8 @@ use system_tests::{Background, Capture, Kubectl, Mesh, Pod, kubectl::is_captured
 scenarios![
     who_cannot_be_captured_is_told_why,
     a_pod_of_an_excluded_namespace_is_let_go_and_the_status_says_why,
+    a_pod_that_nobody_told_of_is_found_and_captured_when_it_is_labelled,
+    a_pod_of_a_namespace_that_the_plugin_leaves_out_connects,
     a_job_is_captured_from_its_first_init_container_and_let_go_at_its_end,
     the_way_of_capture_changes_while_pods_run,
 ];
@@ -88,6 +90,57 @@ fn a_pod_of_an_excluded_namespace_is_let_go_and_the_status_says_why(mesh: &Mesh)
     wait::until_true("the pod is captured again", || Ok(problem()?.is_none()))?;
     ensure!(!in_clear(comer)?, "the pod is said to be captured and is not");
     mesh.enrol("comer", false)
+}
+
+/// As one that ran on the node before it had an agent.
+fn a_pod_that_nobody_told_of_is_found_and_captured_when_it_is_labelled(mesh: &Mesh) -> Result<()> {
+    let (node, comer) = (mesh.node("node-1"), mesh.pod("late", "comer"));
+    let address = mesh.pod("mesh", "server").v4()?.to_string();
+    let record = mesh.file("nodes/node-1/agent/pods/late_comer.json");
+    let log = node.agent_log()?;
+    node.kill_agent()?;
+    std::fs::remove_file(&record).with_context(|| format!("cannot remove {}", record.display()))?;
+    node.start_agent()?;
+    log.line_with(&["late/comer", "found by its addresses"])?;
+    let echo = |marker| {
+        let capture = Capture::on_fabric()?;
+        let result = comer.client(&["echo", &address, "8001", marker, "100"])?;
+        let in_clear = capture.stop()?.contain(marker);
+        Ok::<_, anyhow::Error>((result["same"] == true, in_clear))
+    };
+    wait::until_true("it connects", || Ok(echo("f0uNd-")? == (true, true)))?;
+    ensure!(record.exists(), "it has no record");
+    mesh.enrol("comer", true)?;
+    let captured = echo("f0uNd-aNd-eNr0lled-")?;
+    ensure!(captured == (true, false), "connected, in clear: {captured:?}");
+    mesh.enrol("comer", false)
+}
+
+fn a_pod_of_a_namespace_that_the_plugin_leaves_out_connects(mesh: &Mesh) -> Result<()> {
+    let Some(kubectl) = Kubectl::of(mesh, "a pod of kube-system")? else {
+        return Ok(());
+    };
+    let address = mesh.pod("mesh", "server").v4()?.to_string();
+    kubectl.apply(&idle("left-out", "kube-system", "", ""))?;
+    kubectl.until("it runs", &["pod", "-n", "kube-system", "left-out"], |pod| {
+        pod["status"]["phase"] == "Running"
+    })?;
+    let left_out = mesh.pod("kube-system", "left-out");
+    wait::until_true("it connects", || {
+        Ok(left_out.client(&["echo", &address, "8001"])?["same"] == true)
+    })?;
+    let known = |pod: &admin::PodStatus| pod.namespace == "kube-system" && pod.name == "left-out";
+    let status = mesh.node("node-1").status()?;
+    let pod = status
+        .pods
+        .into_iter()
+        .find(known)
+        .context("the agent does not know it")?;
+    ensure!(!pod.captured, "it is captured");
+    kubectl.says(&["delete", "pod", "-n", "kube-system", "left-out"])?;
+    wait::until_true("the agent has forgotten it", || {
+        Ok(!mesh.node("node-1").status()?.pods.iter().any(known))
+    })
 }
 
 fn a_job_is_captured_from_its_first_init_container_and_let_go_at_its_end(mesh: &Mesh) -> Result<()> {

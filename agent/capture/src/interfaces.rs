@@ -55,6 +55,15 @@ pub(crate) fn look(home: &Netns, pod: &Netns) -> io::Result<PodNetwork> {
     Ok(PodNetwork { interfaces, host_sides })
 }
 
+/// The addresses of a namespace's interfaces.
+pub(crate) fn addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
+    let interfaces = netns.enter(list)??;
+    Ok(interfaces
+        .into_iter()
+        .flat_map(|interface| interface.addresses)
+        .collect())
+}
+
 /// The interfaces of the namespace that the thread is in.
 fn list() -> io::Result<Vec<Interface>> {
     let mut route = Route::open()?;

@@ -96,6 +96,37 @@ fn older_connections_live_on_through_enrolment_restart_and_release() {
 }
 
 #[test]
+fn named_namespaces_are_looked_through_but_for_the_nodes_and_the_taken() {
+    lab::test(
+        "named_namespaces_are_looked_through_but_for_the_nodes_and_the_taken",
+        |lab| async move {
+            let (taken, free) = (lab.pod("a", 2), lab.pod("b", 3));
+            let directory = std::path::Path::new("/run/netns");
+            let found = capture::named_netns(directory, std::slice::from_ref(&taken.spec.netns)).unwrap();
+            let ours = |netns: &capture::NamedNetns| netns.path.to_string_lossy().contains(lab.id());
+            let names: Vec<_> = found.iter().filter(|netns| ours(netns)).collect();
+            let has = |pod: &TestPod| names.iter().any(|netns| netns.path == pod.spec.netns);
+            assert!(has(&free) && !has(&taken), "{names:?}");
+            assert!(
+                names
+                    .iter()
+                    .all(|netns| !netns.path.ends_with(format!("{}.node", lab.id())))
+            );
+            let netns = names.iter().find(|netns| netns.path == free.spec.netns).unwrap();
+            assert!(
+                netns.addresses.contains(&free.ip4()) && netns.addresses.contains(&free.ip6()),
+                "{netns:?}"
+            );
+            // Files that are no namespaces.
+            let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+            assert_eq!(capture::named_netns(directory, &[]).unwrap(), []);
+            let gone = capture::named_netns(&directory.join("gone"), &[]).unwrap_err();
+            assert!(gone.to_string().contains("gone"), "{gone}");
+        },
+    );
+}
+
+#[test]
 fn an_older_connection_that_ends_does_not_come_back() {
     lab::test("an_older_connection_that_ends_does_not_come_back", |lab| async move {
         let node = lab.node();

@@ -156,6 +156,26 @@ fn who_is_excluded_or_no_pod_starts_without_the_agent() {
 }
 
 #[test]
+fn the_agent_is_told_of_who_is_excluded_and_may_refuse() {
+    for status in [200, 500, 503] {
+        let lab = Lab::with_agent(status, "no");
+        let config = lab.config("1.0.0");
+        let output = lab.call_for("kube-system", "ADD", &config.to_string());
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(value(&output), config["prevResult"]);
+        let output = lab.call_for("kube-system", "DEL", &config.to_string());
+        assert!(output.status.success(), "{output:?}");
+        assert!(
+            lab.call_for("kube-system", "CHECK", &config.to_string())
+                .status
+                .success()
+        );
+        let asked: Vec<_> = lab.asked().into_iter().map(|(path, _)| path).collect();
+        assert_eq!(asked, ["/cmdadd", "/cmddel"]);
+    }
+}
+
+#[test]
 fn a_pod_is_let_go_without_an_agent() {
     let lab = Lab::without_agent();
     for config in [lab.config("1.0.0").to_string(), String::new(), "{".to_owned()] {

@@ -47,7 +47,9 @@ pub struct InstallArgs {
     /// How long a pod's start waits for its capture.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout_seconds: u64,
-    /// Namespaces whose pods start without asking the agent; one that is not host-network must not wait for itself.
+    /// Namespaces whose pods start whether the agent answers or not: what the agent itself needs must not wait for it. With
+    /// eBPF capture they can connect once the agent knows them: at once where one runs, else once one has found them. Whether
+    /// they may be captured is the agent's option --exclude-namespaces.
     #[arg(long, value_name = "NAMESPACE", value_delimiter = ',', default_value = "kube-system")]
     exclude_namespaces: Vec<String>,
     /// Install and end, instead of keeping watch.

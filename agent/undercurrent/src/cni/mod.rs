@@ -7,7 +7,9 @@
 //! ◄─ the previous plugin's result, as it came ── or an error ──┘
 //! ```
 //! One process for each call: nothing is kept here. It knows nothing of capture; it decides only whether a pod is the
-//! agent's business at all (in Kubernetes, not in an excluded namespace).
+//! agent's business at all (in Kubernetes), and whether its start waits for the agent: that of a pod in an excluded namespace
+//! does not. The agent is told of it in passing, for a second at most, and finds it by itself where it does not hear it
+//! (`node::pods::untold`); until it knows the pod, eBPF capture lets it connect nowhere.
 //!
 //! Fails closed: without an agent ADD fails, the runtime tries again, and no pod starts uncaptured. DEL succeeds whatever
 //! happens (`a_pod_is_let_go_without_an_agent`): a dead pod's namespace vanishes, which the agent sees for itself.

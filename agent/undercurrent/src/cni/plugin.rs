@@ -19,6 +19,8 @@ const SHORT: Duration = Duration::from_secs(10);
 
 /// How long an agent may be away: as long as an upgrade or a crash takes to hand the node over.
 const AWAY: Duration = Duration::from_secs(8);
+/// What is told of a pod whose start does not wait for the agent.
+const IN_PASSING: Duration = Duration::from_secs(1);
 /// Between two questions.
 const BETWEEN: Duration = Duration::from_millis(50);
 
@@ -70,21 +72,17 @@ impl Call<'_> {
         })
     }
 
-    /// The pod, if it is the agent's business.
+    /// The pod, if it is one.
     fn pod(&self) -> Option<PodName> {
-        let Some(pod) = pod_name((self.environment)("CNI_ARGS").as_deref()) else {
+        let pod = pod_name((self.environment)("CNI_ARGS").as_deref());
+        if pod.is_none() {
             self.say(LogLevel::Info, format_args!("no pod of Kubernetes: passed on"));
-            return None;
-        };
-        if self.config.exclude_namespaces.contains(&pod.namespace) {
-            let PodName { namespace, name, .. } = &pod;
-            self.say(
-                LogLevel::Debug,
-                format_args!("{namespace}/{name}: excluded namespace, passed on"),
-            );
-            return None;
         }
-        Some(pod)
+        pod
+    }
+
+    fn is_excluded(&self, pod: &PodName) -> bool {
+        self.config.exclude_namespaces.contains(&pod.namespace)
     }
 
     /// Answers with the previous result, as it came.
@@ -95,6 +93,7 @@ impl Call<'_> {
         let ips = self.config.addresses()?;
         if let Some(pod) = self.pod() {
             let what = format!("{}/{}", pod.namespace, pod.name);
+            let excluded = self.is_excluded(&pod);
             let event = PodAdded {
                 netns: netns.into(),
                 pod_name: pod.name,
@@ -103,13 +102,17 @@ impl Call<'_> {
                 container_id,
                 pod_uid: pod.uid,
             };
-            self.ask(self.config.timeout(), "/cmdadd", Some(&event))
-                .map_err(|error| {
-                    let details = format!("pod {what}: {error}");
-                    self.config
-                        .error(Code::TryAgainLater, "the pod is not in the mesh yet", details)
-                })?;
-            self.say(LogLevel::Info, format_args!("{what}: captured, or not in the mesh"));
+            if excluded {
+                self.mention(&what, "/cmdadd", &event);
+            } else {
+                self.ask(self.config.timeout(), "/cmdadd", Some(&event))
+                    .map_err(|error| {
+                        let details = format!("pod {what}: {error}");
+                        self.config
+                            .error(Code::TryAgainLater, "the pod is not in the mesh yet", details)
+                    })?;
+                self.say(LogLevel::Info, format_args!("{what}: captured, or not in the mesh"));
+            }
         }
         let result = self.config.prev_result.as_ref();
         Ok(result.map_or_else(String::new, |result| result.get().to_owned()))
@@ -117,7 +120,9 @@ impl Call<'_> {
 
     fn check(&self) -> Result<(), CniError> {
         self.required("CNI_CONTAINERID")?;
-        let Some(pod) = self.pod() else { return Ok(()) };
+        let Some(pod) = self.pod().filter(|pod| !self.is_excluded(pod)) else {
+            return Ok(());
+        };
         let event = PodChecked {
             pod_name: pod.name,
             pod_namespace: pod.namespace,
@@ -136,12 +141,15 @@ impl Call<'_> {
     fn del(&self) {
         let Some(pod) = self.pod() else { return };
         let what = format!("{}/{}", pod.namespace, pod.name);
+        let excluded = self.is_excluded(&pod);
         let event = PodRemoved {
             pod_name: pod.name,
             pod_namespace: pod.namespace,
             container_id: (self.environment)("CNI_CONTAINERID").unwrap_or_default(),
         };
-        if let Err(error) = self.ask(SHORT, "/cmddel", Some(&event)) {
+        if excluded {
+            self.mention(&what, "/cmddel", &event);
+        } else if let Err(error) = self.ask(SHORT, "/cmddel", Some(&event)) {
             let note = "the agent forgets the pod once its network namespace is gone";
             self.say(LogLevel::Error, format_args!("{what}: {error}; {note}"));
         }
@@ -171,12 +179,28 @@ impl Call<'_> {
         })
     }
 
+    /// Tells of a pod of an excluded namespace, which goes on whatever the answer is: an agent that does not hear it finds the
+    /// pod by itself.
+    fn mention(&self, what: &str, path: &str, event: &impl Serialize) {
+        let socket = &self.config.agent_socket;
+        let told = Self::block_on(admin::within(IN_PASSING, socket, path, Some(event)));
+        let told = told.map_or_else(|error| error.to_string(), |_text| "the agent knows".to_owned());
+        self.say(
+            LogLevel::Debug,
+            format_args!("{what}: excluded namespace, passed on ({told})"),
+        );
+    }
+
     fn ask(&self, limit: Duration, path: &str, event: Option<&impl Serialize>) -> Result<(), admin::ClientError> {
+        Self::block_on(self.ask_again(limit, path, event))
+    }
+
+    fn block_on<T>(asked: impl Future<Output = Result<T, admin::ClientError>>) -> Result<T, admin::ClientError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| admin::ClientError::Broken(format!("cannot start a runtime: {error}")))?;
-        runtime.block_on(self.ask_again(limit, path, event))
+        runtime.block_on(asked)
     }
 
     /// Events are told again where the answer was lost: the agent takes them any number of times.

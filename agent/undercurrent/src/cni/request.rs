@@ -38,7 +38,7 @@ pub struct Config {
     /// How long ADD waits for a pod's capture.
     #[serde(default = "default_timeout")]
     timeout_seconds: u64,
-    /// Pods of these namespaces are let pass without asking the agent.
+    /// Pods of these namespaces start without waiting for the agent.
     #[serde(default = "default_excluded")]
     pub exclude_namespaces: Vec<String>,
     /// `error`, `info` or `debug`; on standard error.

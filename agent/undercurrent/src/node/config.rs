@@ -41,6 +41,15 @@ pub struct NodeArgs {
         default_value = "/sys/fs/cgroup/kubepods.slice"
     )]
     pub pods_cgroup: PathBuf,
+    /// Where the container runtime keeps the network namespaces of pods under names (containerd, CRI-O: cni-UUID). There the
+    /// agent looks for pods that it was not told of: with eBPF they could not connect.
+    #[arg(
+        long,
+        env = "UNDERCURRENT_NETNS_DIR",
+        value_name = "DIR",
+        default_value = "/var/run/netns"
+    )]
+    pub netns_dir: PathBuf,
     /// Namespaces whose pods are never captured.
     #[arg(
         long,
@@ -300,6 +309,7 @@ impl NodeArgs {
             "staticFile": self.fixed.static_file,
             "stateDir": self.state_dir,
             "podsCgroup": self.pods_cgroup,
+            "netnsDir": self.netns_dir,
             "capture": format!("{:?}", self.capture).to_lowercase(),
             "pinDir": self.pin_dir,
             "shards": self.shards.unwrap_or(l4::Config::default().shards),

@@ -75,6 +75,22 @@ pub struct ListedPod {
     pub ended: bool,
 }
 
+/// A pod that has its network, and nobody told of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UntoldPod {
+    pub pod: NamespacedName,
+    pub addresses: Vec<IpAddr>,
+    pub running: bool,
+    pub api: ApiPod,
+}
+
+impl ListedPod {
+    /// Whether it has a network of its own, as far as its status says.
+    fn has_network(&self) -> bool {
+        !self.host_network && !self.ended && !self.addresses.is_empty()
+    }
+}
+
 /// The cluster, as seen from this node.
 #[derive(Clone)]
 pub struct Cluster(Arc<Inner>);
@@ -222,6 +238,47 @@ impl Cluster {
             (pod.clone(), enablement, api.map(|api| api.problems).unwrap_or_default())
         });
         Some(listed.collect())
+    }
+
+    /// The pods of this node that have a network of their own and are to keep it, but for those that were told of; none
+    /// before all are known.
+    pub fn untold(&self, is_told: impl Fn(&NamespacedName) -> bool) -> Vec<UntoldPod> {
+        let table = self.table();
+        if !table.pods.synced || !table.namespaces.synced {
+            return Vec::new();
+        }
+        let untold = table
+            .pods
+            .iter()
+            .filter(|(name, pod)| pod.has_network() && pod.metadata.deletion_timestamp.is_none() && !is_told(name));
+        let untold = untold.filter_map(|(name, pod)| {
+            Some(UntoldPod {
+                pod: name.clone(),
+                addresses: pod.addresses.clone(),
+                running: pod.running,
+                api: table.pod(name, &self.0.rules)?,
+            })
+        });
+        untold.collect()
+    }
+
+    /// Who has which addresses on this node, of those that have a network of their own.
+    pub fn holders(&self) -> Vec<(NamespacedName, Vec<IpAddr>)> {
+        let table = self.table();
+        let holders = table.pods.iter().filter(|(_, pod)| pod.has_network());
+        holders
+            .map(|(name, pod)| (name.clone(), pod.addresses.clone()))
+            .collect()
+    }
+
+    /// Whether the API has said that there is no such pod with these addresses (any more).
+    pub fn denies(&self, name: &NamespacedName, uid: &str, addresses: &[IpAddr]) -> bool {
+        let table = self.table();
+        let same = |pod: &ListedPod| {
+            let listed = &pod.addresses;
+            pod.metadata.uid == uid && (listed.is_empty() || listed == addresses)
+        };
+        table.pods.synced && !table.pods.get(name).is_some_and(same)
     }
 
     /// What the pod's annotation says.

@@ -131,6 +131,44 @@ async fn labels_enrol_a_running_pod_and_let_it_go() {
 }
 
 #[tokio::test]
+async fn pods_with_a_network_of_their_own_are_looked_for_while_nobody_told_of_them() {
+    let lab = Lab::new().await;
+    let uid = lab.create("web", json!({})).await;
+    lab.create("on-node", json!({"hostNetwork": true})).await;
+    lab.create("unborn", json!({})).await;
+    let status =
+        |phase: &str, ip: &str| Patch::Merge(json!({"status": {"phase": phase, "podIP": ip, "podIPs": [{"ip": ip}]}}));
+    let pods = lab.pods();
+    for (name, ip) in [("web", "10.0.0.7"), ("on-node", "10.1.0.1")] {
+        let running = status("Running", ip);
+        pods.patch_status(name, &PatchParams::default(), &running)
+            .await
+            .unwrap();
+    }
+    assert!(lab.cluster.untold(|_| false).is_empty(), "nothing is known yet");
+    let cluster = lab.cluster.clone();
+    let watching = tokio::spawn(async move { cluster.run().await });
+    lab.until(|cluster| !cluster.untold(|_| false).is_empty()).await;
+    let ip: std::net::IpAddr = "10.0.0.7".parse().unwrap();
+    let untold = lab.cluster.untold(|_| false);
+    let said: Vec<_> = untold
+        .iter()
+        .map(|pod| (&pod.pod, &*pod.addresses, pod.running))
+        .collect();
+    assert_eq!(said, [(&web(), &[ip][..], true)]);
+    assert_eq!(lab.cluster.holders(), [(web(), vec![ip])]);
+    assert!(lab.cluster.untold(|pod| *pod == web()).is_empty());
+    assert!(!lab.cluster.denies(&web(), &uid, &[ip]));
+    assert!(lab.cluster.denies(&web(), "its-successor", &[ip]));
+    let moved = status("Running", "10.0.0.8");
+    pods.patch_status("web", &PatchParams::default(), &moved).await.unwrap();
+    lab.until(|cluster| cluster.denies(&web(), &uid, &[ip])).await;
+    pods.delete("web", &DeleteParams::default()).await.unwrap();
+    lab.until(|cluster| cluster.untold(|_| false).is_empty()).await;
+    watching.abort();
+}
+
+#[tokio::test]
 async fn a_pod_that_the_api_does_not_have_is_refused() {
     let lab = Lab::new().await;
     let error = lab.cluster.resolve(&web(), "", &[], Duration::ZERO).await.unwrap_err();

@@ -127,6 +127,7 @@ pub async fn run(mut start: Start) -> anyhow::Result<()> {
         proxy: start.proxy.clone(),
         link: link.clone(),
         board: start.board,
+        netns_dir: start.args.netns_dir.clone(),
     };
     let (pods, view, reconciler) = pods::start(parts, &directory)?;
     let endpoints = Endpoints::open(&start.args, &link)?;

@@ -26,6 +26,9 @@ pub struct PodRecord {
     /// Its sandbox, as the container runtime names it; empty where nobody said.
     #[serde(default)]
     pub container_id: String,
+    /// Whether nobody told of it: the agent found it by its addresses.
+    #[serde(default)]
+    pub found: bool,
     /// Who it is, as the Kubernetes API said last; nothing where there is none.
     #[serde(default)]
     pub api: Option<ApiPod>,
@@ -118,6 +121,7 @@ mod tests {
             netns: "/var/run/netns/x".into(),
             addresses: vec!["10.0.0.1".parse().unwrap()],
             container_id: String::new(),
+            found: false,
             api: None,
         };
         records.keep(&record("a")).unwrap();

@@ -196,6 +196,7 @@ mod tests {
             netns: "/var/run/netns/x".into(),
             addresses: vec!["10.0.0.1".parse().unwrap()],
             container_id: String::new(),
+            found: false,
             api,
         }
     }

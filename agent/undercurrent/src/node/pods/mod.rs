@@ -11,6 +11,8 @@
 //! timer, compares what should be with what is, and repairs the difference. It waits for nobody: a certificate is fetched
 //! beside it, and cmdadd is answered when there is something to answer.
 //!
+//! A pod that the API has and nobody told of is found by its addresses, as if it had been told ([`untold`]).
+//!
 //! Fail closed: a pod that nobody names is not let start (its namespace stays unknown to the kernel's hooks, which refuse
 //! its connections), and a captured pod that nobody names any more stays captured.
 
@@ -18,6 +20,7 @@ mod expectation;
 mod parts;
 mod prepare;
 mod reconciler;
+mod untold;
 
 use std::{
     net::IpAddr,
@@ -83,6 +86,7 @@ impl Pods {
             netns: event.netns,
             addresses,
             container_id: event.container_id,
+            found: false,
             api,
         };
         self.ask(|answer| Event::Added(Box::new(record), answer, until)).await

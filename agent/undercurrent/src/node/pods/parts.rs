@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -27,6 +28,8 @@ pub struct Parts {
     pub link: Link,
     /// Where the pods' annotations are put up to be written.
     pub board: Board,
+    /// Where the runtime keeps network namespaces under names.
+    pub netns_dir: PathBuf,
 }
 
 impl Parts {

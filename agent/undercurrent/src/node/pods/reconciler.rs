@@ -24,6 +24,7 @@ use tokio::{
 use super::{
     Event, Outcome, Parts, PodView, Pods, View,
     expectation::{Expected, Oracle, Trouble},
+    untold::{Lookout, Place},
 };
 use crate::node::{
     records::{PodRecord, Records},
@@ -61,6 +62,7 @@ pub fn start(parts: Parts, directory: &Path) -> anyhow::Result<(Pods, View, Join
         parts,
         records,
         unused: HashSet::new(),
+        lookout: Lookout::default(),
         view: view.clone(),
     };
     let pods = Pods { events, cluster };
@@ -89,6 +91,7 @@ struct Reconciler {
     pods: BTreeMap<NamespacedName, Pod>,
     /// Identities with a certificate that no pod had at the last repair.
     unused: HashSet<Identity>,
+    lookout: Lookout,
     view: View,
 }
 
@@ -176,13 +179,17 @@ impl Reconciler {
                 },
                 // The writer lives as long as the process; without it there is nothing new to learn.
                 Ok(()) = changed.changed() => self.reconcile_all().await,
-                Ok(()) = api_changed.changed() => self.reconcile_all().await,
+                Ok(()) = api_changed.changed() => {
+                    self.look_for_untold(false).await;
+                    self.reconcile_all().await;
+                }
                 Ok(()) = issued.changed() => self.reconcile_all().await,
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     self.reconcile_all().await;
                 }
                 _ = timer.tick() => {
                     self.repair().await;
+                    self.look_for_untold(true).await;
                     self.reconcile_all().await;
                     self.show();
                     self.view.lock().attempted.send_replace(true);
@@ -265,6 +272,7 @@ impl Reconciler {
 
     async fn add(&mut self, record: PodRecord, answer: oneshot::Sender<Outcome>, until: Instant) {
         let key = record.pod.clone();
+        self.make_way(&record).await;
         let kept = self.keep(record).await;
         if let Err(error) = kept {
             let _ = answer.send(Err(error));
@@ -278,6 +286,19 @@ impl Reconciler {
         self.show();
         if let Some(pod) = self.pods.get_mut(&key) {
             pod.answer(Instant::now());
+        }
+    }
+
+    /// What is told goes before what was found: the API may have had a pod with the addresses of one that has them now.
+    async fn make_way(&mut self, told: &PodRecord) {
+        let is_rival = |pod: &Pod| {
+            let found = &pod.record;
+            let shares = found.netns == told.netns || found.addresses.iter().any(|ip| told.addresses.contains(ip));
+            found.found && found.pod != told.pod && shares
+        };
+        for key in self.which(is_rival) {
+            tracing::warn!(pod = %key, told = %told.pod, "its addresses are another pod's, as the container runtime says");
+            self.drop_pod(&key).await;
         }
     }
 
@@ -301,6 +322,7 @@ impl Reconciler {
 
     async fn remove(&mut self, key: &NamespacedName) -> Outcome {
         if self.pods.contains_key(key) {
+            self.lookout.ended(key);
             let identity = self.take_out(key).await;
             self.forget_identity(identity.as_ref());
             self.tell_mesh();
@@ -358,9 +380,7 @@ impl Reconciler {
     async fn repair(&mut self) {
         for key in self.which(|pod| !pod.record.netns.exists()) {
             tracing::info!(pod = %key, "its network namespace is gone");
-            if let Err(error) = self.remove(&key).await {
-                tracing::warn!(pod = %key, error, "cannot forget the pod");
-            }
+            self.drop_pod(&key).await;
         }
         match self.parts.capture.reconcile().await {
             Ok(repaired) => repaired.iter().for_each(|what| tracing::warn!("repaired: {what}")),
@@ -394,6 +414,48 @@ impl Reconciler {
         self.unused = unused;
     }
 
+    /// Removes a pod that nobody waits for.
+    async fn drop_pod(&mut self, key: &NamespacedName) {
+        if let Err(error) = self.remove(key).await {
+            tracing::warn!(pod = %key, error, "cannot forget the pod");
+        }
+    }
+
+    /// Pods of the API that nobody told of get a record where their namespace is found, and lose it when the API has them no
+    /// more.
+    async fn look_for_untold(&mut self, regular: bool) {
+        let Oracle::Cluster(pods) = &self.parts.oracle else {
+            return;
+        };
+        let cluster = pods.cluster.clone();
+        let is_denied = |pod: &Pod| {
+            let PodRecord {
+                pod,
+                addresses,
+                found,
+                api,
+                ..
+            } = &pod.record;
+            *found && api.as_ref().is_none_or(|api| cluster.denies(pod, &api.uid, addresses))
+        };
+        for key in self.which(is_denied) {
+            tracing::info!(pod = %key, "the API has it no more with the addresses that it was found by");
+            self.drop_pod(&key).await;
+        }
+        let place = Place {
+            directory: &self.parts.netns_dir,
+            mode: self.parts.capture.mode(),
+        };
+        let records = self.pods.values().map(|pod| &pod.record);
+        for record in self.lookout.look(&cluster, records, place, regular).await {
+            let (key, netns) = (record.pod.clone(), record.netns.display().to_string());
+            match self.keep(record).await {
+                Ok(()) => tracing::info!(pod = %key, netns, "found by its addresses: nobody had told the agent of it"),
+                Err(error) => tracing::warn!(pod = %key, error, "cannot take in a pod that was found"),
+            }
+        }
+    }
+
     async fn reconcile_all(&mut self) {
         self.learn();
         let keys: Vec<_> = self.pods.keys().cloned().collect();
@@ -401,7 +463,8 @@ impl Reconciler {
             self.reconcile(&key).await;
         }
         self.send_tunnels_away();
-        let waiting = |pod: &Pod| pod.trouble.is_some();
+        // One that was found ran without this agent: it does not hold up the others.
+        let waiting = |pod: &Pod| pod.trouble.is_some() && !pod.record.found;
         let settled = self.parts.knowledge.snapshot().ready() && !self.pods.values().any(waiting);
         if settled && !self.view.settled() {
             // Whoever sees the agent ready sees its pods.

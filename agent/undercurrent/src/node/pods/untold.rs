@@ -1,0 +1,249 @@
+//! Pods that the API has and nobody told this agent of: they ran before it was installed, or they are of a namespace that
+//! the CNI plugin leaves out and no agent answered it.
+//!
+//! ```text
+//! pods of the API without a record ─┐
+//! named network namespaces ─────────┴─► place ─► the one with the pod's addresses: a record, as if its ADD had come
+//!                                          └───► none, several, or another pod's: said once, tried again
+//! ```
+//! A mix-up would give a pod another's identity: the addresses and the namespace must be nobody else's
+//! (`what_may_be_anothers_is_nobodys`), what is told by ADD goes before what was found, and what the API takes back is
+//! dropped. Nothing is looked for while every pod has a record.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use capture::NamedNetns;
+use model::NamespacedName;
+use tokio::time::Instant;
+
+use crate::node::{
+    kube_source::{Cluster, UntoldPod},
+    records::PodRecord,
+};
+
+/// How long the API may have a pod with the addresses of a sandbox that is gone.
+const STALE: Duration = Duration::from_secs(30);
+
+/// A pod with its addresses.
+pub(super) type Holder = (NamespacedName, Vec<IpAddr>);
+
+/// Where named namespaces are, and what it means for a pod if its own is not found.
+pub(super) struct Place<'p> {
+    pub directory: &'p Path,
+    pub mode: &'static str,
+}
+
+/// Looks for them, and remembers in vain for which.
+#[derive(Default)]
+pub(super) struct Lookout {
+    missed: BTreeMap<NamespacedName, (UntoldPod, Miss)>,
+    /// Whose sandbox this agent has lately been told to be gone.
+    gone: BTreeMap<NamespacedName, Instant>,
+}
+
+/// Why a pod has no record still.
+#[derive(Clone, Debug, PartialEq)]
+enum Miss {
+    Nowhere,
+    Several(Vec<PathBuf>),
+    Anothers(NamespacedName),
+    Failed(String),
+}
+
+impl fmt::Display for Miss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nowhere => f.write_str("no network namespace there has its addresses"),
+            Self::Several(paths) => write!(f, "several network namespaces have its addresses: {paths:?}"),
+            Self::Anothers(pod) => write!(
+                f,
+                "its addresses, or the network namespace that has them, may be those of {pod}"
+            ),
+            Self::Failed(error) => f.write_str(error),
+        }
+    }
+}
+
+impl Lookout {
+    /// A pod's sandbox is gone.
+    pub fn ended(&mut self, pod: &NamespacedName) {
+        self.gone.insert(pod.clone(), Instant::now());
+    }
+
+    /// The records of those that are found. Between the regular looks only for pods that are new and run: one that starts is
+    /// about to be told of.
+    pub async fn look(
+        &mut self,
+        cluster: &Cluster,
+        records: impl Iterator<Item = &PodRecord>,
+        place: Place<'_>,
+        regular: bool,
+    ) -> Vec<PodRecord> {
+        let records: BTreeMap<_, _> = records.map(|record| (&record.pod, record)).collect();
+        self.gone.retain(|_, since| since.elapsed() < STALE);
+        let mut untold = cluster.untold(|pod| records.contains_key(pod) || self.gone.contains_key(pod));
+        self.missed
+            .retain(|pod, _| untold.iter().any(|untold| untold.pod == *pod));
+        untold.retain(|untold| regular || untold.running && !self.is_missed(untold));
+        if untold.is_empty() {
+            return Vec::new();
+        }
+        let taken: Vec<_> = records.values().map(|record| record.netns.clone()).collect();
+        let directory = place.directory.to_owned();
+        let looked = tokio::task::spawn_blocking(move || capture::named_netns(&directory, &taken)).await;
+        let looked = match looked {
+            Ok(looked) => looked.map_err(|error| Miss::Failed(error.to_string())),
+            Err(_ended) => return Vec::new(),
+        };
+        let mut holders = cluster.holders();
+        holders.extend(
+            records
+                .values()
+                .map(|record| (record.pod.clone(), record.addresses.clone())),
+        );
+        let mut found = Vec::new();
+        for untold in untold {
+            let placed = looked.as_ref().map_err(Miss::clone);
+            match placed.and_then(|namespaces| netns_of(&untold, namespaces, &holders)) {
+                Ok(netns) => {
+                    self.missed.remove(&untold.pod);
+                    found.push(record(untold, netns));
+                }
+                Err(miss) => self.miss(untold, miss, &place),
+            }
+        }
+        found
+    }
+
+    fn is_missed(&self, untold: &UntoldPod) -> bool {
+        let missed = self.missed.get(&untold.pod);
+        missed.is_some_and(|(before, _)| before.api.uid == untold.api.uid && before.addresses == untold.addresses)
+    }
+
+    /// Says it once.
+    fn miss(&mut self, untold: UntoldPod, miss: Miss, place: &Place<'_>) {
+        let known = self.is_missed(&untold) && self.missed.get(&untold.pod).is_some_and(|(_, before)| *before == miss);
+        if !known {
+            let so = match place.mode {
+                "iptables" => "it is not captured",
+                _ => "it can open no TCP connection",
+            };
+            tracing::warn!(
+                pod = %untold.pod,
+                addresses = ?untold.addresses,
+                directory = %place.directory.display(),
+                "nobody told the agent of this pod, and {so}: {miss}. Delete the pod, so that it starts anew, or let --netns-dir \
+                 name where the container runtime keeps network namespaces"
+            );
+        }
+        self.missed.insert(untold.pod.clone(), (untold, miss));
+    }
+}
+
+fn record(untold: UntoldPod, netns: &NamedNetns) -> PodRecord {
+    PodRecord {
+        pod: untold.pod,
+        netns: netns.path.clone(),
+        addresses: untold.addresses,
+        container_id: String::new(),
+        found: true,
+        api: Some(untold.api),
+    }
+}
+
+/// The only namespace that has all addresses of the pod, and none of another pod.
+fn netns_of<'n>(untold: &UntoldPod, namespaces: &'n [NamedNetns], holders: &[Holder]) -> Result<&'n NamedNetns, Miss> {
+    let another = |of: &[IpAddr]| {
+        let mut others = holders.iter().filter(|(pod, _)| *pod != untold.pod);
+        others
+            .find(|(_, addresses)| addresses.iter().any(|ip| of.contains(ip)))
+            .map(|(pod, _)| Miss::Anothers(pod.clone()))
+    };
+    let has_all = |netns: &&NamedNetns| untold.addresses.iter().all(|ip| netns.addresses.contains(ip));
+    let fitting: Vec<_> = namespaces.iter().filter(has_all).collect();
+    if let Some(miss) = another(&untold.addresses) {
+        return Err(miss);
+    }
+    match fitting[..] {
+        [] => Err(Miss::Nowhere),
+        [netns] => another(&netns.addresses).map_or(Ok(netns), Err),
+        _ => Err(Miss::Several(fitting.iter().map(|netns| netns.path.clone()).collect())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::{NonTcp, PodSettings};
+
+    use super::*;
+    use crate::node::kube_source::ApiPod;
+
+    fn ips(text: &str) -> Vec<IpAddr> {
+        text.split_whitespace().map(|ip| ip.parse().unwrap()).collect()
+    }
+
+    fn untold(addresses: &str) -> UntoldPod {
+        UntoldPod {
+            pod: NamespacedName::new("shop", "web"),
+            addresses: ips(addresses),
+            running: true,
+            api: ApiPod {
+                uid: "u1".to_owned(),
+                service_account: "web".into(),
+                in_mesh: false,
+                left_out: None,
+                non_tcp: NonTcp::default(),
+                settings: PodSettings::default(),
+                problems: Vec::new(),
+            },
+        }
+    }
+
+    fn netns(name: &str, addresses: &str) -> NamedNetns {
+        NamedNetns {
+            path: name.into(),
+            addresses: ips(addresses),
+        }
+    }
+
+    #[test]
+    fn the_namespace_with_all_of_the_pods_addresses_is_its_own() {
+        let namespaces = [
+            netns("a", "127.0.0.1 ::1 10.0.0.1 fd00::1 fe80::1"),
+            netns("b", "127.0.0.1 ::1 10.0.0.2 fd00::2 fe80::1"),
+            netns("c", "127.0.0.1 10.0.0.3"),
+            netns("empty", ""),
+        ];
+        let holders = [
+            (NamespacedName::new("shop", "web"), ips("10.0.0.2 fd00::2")),
+            (NamespacedName::new("shop", "other"), ips("10.0.0.1 fd00::1")),
+        ];
+        let place = |addresses| netns_of(&untold(addresses), &namespaces, &holders).map(|netns| netns.path.clone());
+        assert_eq!(place("10.0.0.2 fd00::2"), Ok("b".into()));
+        assert_eq!(place("10.0.0.2"), Ok("b".into()));
+        assert_eq!(place("10.0.0.3"), Ok("c".into()));
+        assert_eq!(place("10.0.0.3 fd00::3"), Err(Miss::Nowhere));
+        assert_eq!(place("10.0.0.9"), Err(Miss::Nowhere));
+    }
+
+    #[test]
+    fn what_may_be_anothers_is_nobodys() {
+        let other = NamespacedName::new("shop", "other");
+        let holders = [(other.clone(), ips("10.0.0.1"))];
+        let place = |addresses, namespaces: &[NamedNetns]| netns_of(&untold(addresses), namespaces, &holders).cloned();
+        let anothers = Err(Miss::Anothers(other));
+        // Another pod is said to have the address.
+        assert_eq!(place("10.0.0.1", &[netns("a", "10.0.0.1")]), anothers);
+        // The namespace has another pod's address besides.
+        assert_eq!(place("10.0.0.2", &[netns("a", "10.0.0.1 10.0.0.2")]), anothers);
+        let two = [netns("a", "10.0.0.2"), netns("b", "10.0.0.2 10.0.0.8")];
+        let several = Err(Miss::Several(vec!["a".into(), "b".into()]));
+        assert_eq!(place("10.0.0.2", &two), several);
+    }
+}
