@@ -101,6 +101,10 @@ fn a_pod_that_nobody_told_of_is_found_and_captured_when_it_is_labelled(mesh: &Me
     node.kill_agent()?;
     std::fs::remove_file(&record).with_context(|| format!("cannot remove {}", record.display()))?;
     node.start_agent()?;
+    // On a machine that has just been booted it takes longer.
+    wait::until_within(wait::LONG * 3, "the pod has a record", || {
+        Ok(record.exists().then_some(()))
+    })?;
     log.line_with(&["late/comer", "found by its addresses"])?;
     let echo = |marker| {
         let capture = Capture::on_fabric()?;
@@ -109,7 +113,6 @@ fn a_pod_that_nobody_told_of_is_found_and_captured_when_it_is_labelled(mesh: &Me
         Ok::<_, anyhow::Error>((result["same"] == true, in_clear))
     };
     wait::until_true("it connects", || Ok(echo("f0uNd-")? == (true, true)))?;
-    ensure!(record.exists(), "it has no record");
     mesh.enrol("comer", true)?;
     let captured = echo("f0uNd-aNd-eNr0lled-")?;
     ensure!(captured == (true, false), "connected, in clear: {captured:?}");

@@ -321,8 +321,8 @@ impl Reconciler {
     }
 
     async fn remove(&mut self, key: &NamespacedName) -> Outcome {
+        self.lookout.ended(key);
         if self.pods.contains_key(key) {
-            self.lookout.ended(key);
             let identity = self.take_out(key).await;
             self.forget_identity(identity.as_ref());
             self.tell_mesh();

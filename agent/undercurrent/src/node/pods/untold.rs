@@ -8,7 +8,8 @@
 //! ```
 //! A mix-up would give a pod another's identity: the addresses and the namespace must be nobody else's
 //! (`what_may_be_anothers_is_nobodys`), what is told by ADD goes before what was found, and what the API takes back is
-//! dropped. Nothing is looked for while every pod has a record.
+//! dropped. After a boot the API may have pods with addresses that others were given since
+//! (`after_a_boot_only_what_the_api_goes_on_saying_counts`). Nothing is looked for while every pod has a record.
 
 use std::{
     collections::BTreeMap,
@@ -29,6 +30,8 @@ use crate::node::{
 
 /// How long the API may have a pod with the addresses of a sandbox that is gone.
 const STALE: Duration = Duration::from_secs(30);
+/// How long after the machine's boot kubelets may begin to say what has become of their pods.
+const BOOT: Duration = Duration::from_secs(300);
 
 /// A pod with its addresses.
 pub(super) type Holder = (NamespacedName, Vec<IpAddr>);
@@ -43,6 +46,8 @@ pub(super) struct Place<'p> {
 #[derive(Default)]
 pub(super) struct Lookout {
     missed: BTreeMap<NamespacedName, (UntoldPod, Miss)>,
+    /// Since when the API has said the same of them.
+    said: BTreeMap<NamespacedName, (UntoldPod, Instant)>,
     /// Whose sandbox this agent has lately been told to be gone.
     gone: BTreeMap<NamespacedName, Instant>,
 }
@@ -73,6 +78,7 @@ impl fmt::Display for Miss {
 impl Lookout {
     /// A pod's sandbox is gone.
     pub fn ended(&mut self, pod: &NamespacedName) {
+        self.gone.retain(|_, since| since.elapsed() < STALE);
         self.gone.insert(pod.clone(), Instant::now());
     }
 
@@ -87,7 +93,12 @@ impl Lookout {
     ) -> Vec<PodRecord> {
         let records: BTreeMap<_, _> = records.map(|record| (&record.pod, record)).collect();
         self.gone.retain(|_, since| since.elapsed() < STALE);
-        let mut untold = cluster.untold(|pod| records.contains_key(pod) || self.gone.contains_key(pod));
+        let untold = cluster.untold(|pod| records.contains_key(pod) || self.gone.contains_key(pod));
+        if untold.is_empty() {
+            (self.missed, self.said) = Default::default();
+            return Vec::new();
+        }
+        let mut untold = self.settled(untold, uptime(), Instant::now());
         self.missed
             .retain(|pod, _| untold.iter().any(|untold| untold.pod == *pod));
         untold.retain(|untold| regular || untold.running && !self.is_missed(untold));
@@ -121,9 +132,26 @@ impl Lookout {
         found
     }
 
+    /// Those of whom the API says what still holds.
+    fn settled(&mut self, untold: Vec<UntoldPod>, uptime: Duration, now: Instant) -> Vec<UntoldPod> {
+        let mut before = std::mem::take(&mut self.said);
+        let mut settled = Vec::new();
+        for untold in untold {
+            let before = before
+                .remove(&untold.pod)
+                .filter(|(before, _)| is_same(before, &untold));
+            let since = before.map_or(now, |(_, since)| since);
+            self.said.insert(untold.pod.clone(), (untold.clone(), since));
+            if uptime > BOOT || now.duration_since(since) > STALE {
+                settled.push(untold);
+            }
+        }
+        settled
+    }
+
     fn is_missed(&self, untold: &UntoldPod) -> bool {
         let missed = self.missed.get(&untold.pod);
-        missed.is_some_and(|(before, _)| before.api.uid == untold.api.uid && before.addresses == untold.addresses)
+        missed.is_some_and(|(before, _)| is_same(before, untold))
     }
 
     /// Says it once.
@@ -144,6 +172,18 @@ impl Lookout {
         }
         self.missed.insert(untold.pod.clone(), (untold, miss));
     }
+}
+
+/// Whether both are of one pod in one sandbox.
+fn is_same(a: &UntoldPod, b: &UntoldPod) -> bool {
+    a.api.uid == b.api.uid && a.addresses == b.addresses
+}
+
+/// How long the machine has been up; where that can't be read it is taken for new.
+fn uptime() -> Duration {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split('.').next().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(seconds.unwrap_or_default())
 }
 
 fn record(untold: UntoldPod, netns: &NamedNetns) -> PodRecord {
@@ -245,5 +285,25 @@ mod tests {
         let two = [netns("a", "10.0.0.2"), netns("b", "10.0.0.2 10.0.0.8")];
         let several = Err(Miss::Several(vec!["a".into(), "b".into()]));
         assert_eq!(place("10.0.0.2", &two), several);
+    }
+
+    #[test]
+    fn after_a_boot_only_what_the_api_goes_on_saying_counts() {
+        let (mut lookout, start) = (Lookout::default(), Instant::now());
+        let mut settled = |addresses, uptime, after| {
+            let settled = lookout.settled(
+                vec![untold(addresses)],
+                Duration::from_secs(uptime),
+                start + Duration::from_secs(after),
+            );
+            !settled.is_empty()
+        };
+        assert!(!settled("10.0.0.1", 20, 0));
+        assert!(!settled("10.0.0.1", 40, 20));
+        assert!(!settled("10.0.0.2", 60, 40), "it has another sandbox");
+        assert!(!settled("10.0.0.2", 80, 60));
+        assert!(settled("10.0.0.2", 100, 80));
+        assert!(settled("10.0.0.3", 4000, 4000));
+        assert!(uptime() > Duration::ZERO);
     }
 }
