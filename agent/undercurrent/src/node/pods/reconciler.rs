@@ -24,7 +24,7 @@ use tokio::{
 use super::{
     Event, Outcome, Parts, PodView, Pods, View,
     expectation::{Expected, Oracle, Trouble},
-    untold::{Lookout, Place},
+    untold::Lookout,
 };
 use crate::node::{
     records::{PodRecord, Records},
@@ -85,18 +85,18 @@ async fn resumed(events: &mut mpsc::Receiver<Event>) -> bool {
     false
 }
 
-struct Reconciler {
-    parts: Parts,
+pub(super) struct Reconciler {
+    pub(super) parts: Parts,
     records: Records,
-    pods: BTreeMap<NamespacedName, Pod>,
+    pub(super) pods: BTreeMap<NamespacedName, Pod>,
     /// Identities with a certificate that no pod had at the last repair.
     unused: HashSet<Identity>,
-    lookout: Lookout,
+    pub(super) lookout: Lookout,
     view: View,
 }
 
-struct Pod {
-    record: PodRecord,
+pub(super) struct Pod {
+    pub(super) record: PodRecord,
     state: State,
     trouble: Option<Trouble>,
     /// Known from before this agent's start, and running since.
@@ -289,21 +289,8 @@ impl Reconciler {
         }
     }
 
-    /// What is told goes before what was found: the API may have had a pod with the addresses of one that has them now.
-    async fn make_way(&mut self, told: &PodRecord) {
-        let is_rival = |pod: &Pod| {
-            let found = &pod.record;
-            let shares = found.netns == told.netns || found.addresses.iter().any(|ip| told.addresses.contains(ip));
-            found.found && found.pod != told.pod && shares
-        };
-        for key in self.which(is_rival) {
-            tracing::warn!(pod = %key, told = %told.pod, "its addresses are another pod's, as the container runtime says");
-            self.drop_pod(&key).await;
-        }
-    }
-
     /// Keeps the record of a pod that is told of; one of its name in another sandbox is its predecessor, and gone.
-    async fn keep(&mut self, record: PodRecord) -> Outcome {
+    pub(super) async fn keep(&mut self, record: PodRecord) -> Outcome {
         let key = record.pod.clone();
         if self
             .pods
@@ -346,7 +333,7 @@ impl Reconciler {
         identity
     }
 
-    fn which(&self, is: impl Fn(&Pod) -> bool) -> Vec<NamespacedName> {
+    pub(super) fn which(&self, is: impl Fn(&Pod) -> bool) -> Vec<NamespacedName> {
         let those = self.pods.values().filter(|pod| is(pod));
         those.map(|pod| pod.record.pod.clone()).collect()
     }
@@ -415,44 +402,9 @@ impl Reconciler {
     }
 
     /// Removes a pod that nobody waits for.
-    async fn drop_pod(&mut self, key: &NamespacedName) {
+    pub(super) async fn drop_pod(&mut self, key: &NamespacedName) {
         if let Err(error) = self.remove(key).await {
             tracing::warn!(pod = %key, error, "cannot forget the pod");
-        }
-    }
-
-    /// Pods of the API that nobody told of get a record where their namespace is found, and lose it when the API has them no
-    /// more.
-    async fn look_for_untold(&mut self, regular: bool) {
-        let Oracle::Cluster(pods) = &self.parts.oracle else {
-            return;
-        };
-        let cluster = pods.cluster.clone();
-        let is_denied = |pod: &Pod| {
-            let PodRecord {
-                pod,
-                addresses,
-                found,
-                api,
-                ..
-            } = &pod.record;
-            *found && api.as_ref().is_none_or(|api| cluster.denies(pod, &api.uid, addresses))
-        };
-        for key in self.which(is_denied) {
-            tracing::info!(pod = %key, "the API has it no more with the addresses that it was found by");
-            self.drop_pod(&key).await;
-        }
-        let place = Place {
-            directory: &self.parts.netns_dir,
-            mode: self.parts.capture.mode(),
-        };
-        let records = self.pods.values().map(|pod| &pod.record);
-        for record in self.lookout.look(&cluster, records, place, regular).await {
-            let (key, netns) = (record.pod.clone(), record.netns.display().to_string());
-            match self.keep(record).await {
-                Ok(()) => tracing::info!(pod = %key, netns, "found by its addresses: nobody had told the agent of it"),
-                Err(error) => tracing::warn!(pod = %key, error, "cannot take in a pod that was found"),
-            }
         }
     }
 

@@ -23,6 +23,10 @@ use capture::NamedNetns;
 use model::NamespacedName;
 use tokio::time::Instant;
 
+use super::{
+    expectation::Oracle,
+    reconciler::{Pod, Reconciler},
+};
 use crate::node::{
     kube_source::{Cluster, UntoldPod},
     records::PodRecord,
@@ -34,12 +38,12 @@ const STALE: Duration = Duration::from_secs(30);
 const BOOT: Duration = Duration::from_secs(300);
 
 /// A pod with its addresses.
-pub(super) type Holder = (NamespacedName, Vec<IpAddr>);
+type Holder = (NamespacedName, Vec<IpAddr>);
 
 /// Where named namespaces are, and what it means for a pod if its own is not found.
-pub(super) struct Place<'p> {
-    pub directory: &'p Path,
-    pub mode: &'static str,
+struct Place<'p> {
+    directory: &'p Path,
+    mode: &'static str,
 }
 
 /// Looks for them, and remembers in vain for which.
@@ -84,7 +88,7 @@ impl Lookout {
 
     /// The records of those that are found. Between the regular looks only for pods that are new and run: one that starts is
     /// about to be told of.
-    pub async fn look(
+    async fn look(
         &mut self,
         cluster: &Cluster,
         records: impl Iterator<Item = &PodRecord>,
@@ -171,6 +175,56 @@ impl Lookout {
             );
         }
         self.missed.insert(untold.pod.clone(), (untold, miss));
+    }
+}
+
+impl Reconciler {
+    /// Pods of the API that nobody told of get a record where their namespace is found, and lose it when the API has them no
+    /// more.
+    pub(super) async fn look_for_untold(&mut self, regular: bool) {
+        let Oracle::Cluster(pods) = &self.parts.oracle else {
+            return;
+        };
+        let cluster = pods.cluster.clone();
+        let is_denied = |pod: &Pod| {
+            let PodRecord {
+                pod,
+                addresses,
+                found,
+                api,
+                ..
+            } = &pod.record;
+            *found && api.as_ref().is_none_or(|api| cluster.denies(pod, &api.uid, addresses))
+        };
+        for key in self.which(is_denied) {
+            tracing::info!(pod = %key, "the API has it no more with the addresses that it was found by");
+            self.drop_pod(&key).await;
+        }
+        let place = Place {
+            directory: &self.parts.netns_dir,
+            mode: self.parts.capture.mode(),
+        };
+        let records = self.pods.values().map(|pod| &pod.record);
+        for record in self.lookout.look(&cluster, records, place, regular).await {
+            let (key, netns) = (record.pod.clone(), record.netns.display().to_string());
+            match self.keep(record).await {
+                Ok(()) => tracing::info!(pod = %key, netns, "found by its addresses: nobody had told the agent of it"),
+                Err(error) => tracing::warn!(pod = %key, error, "cannot take in a pod that was found"),
+            }
+        }
+    }
+
+    /// What is told goes before what was found: the API may have had a pod with the addresses of one that has them now.
+    pub(super) async fn make_way(&mut self, told: &PodRecord) {
+        let is_rival = |pod: &Pod| {
+            let found = &pod.record;
+            let shares = found.netns == told.netns || found.addresses.iter().any(|ip| told.addresses.contains(ip));
+            found.found && found.pod != told.pod && shares
+        };
+        for key in self.which(is_rival) {
+            tracing::warn!(pod = %key, told = %told.pod, "its addresses are another pod's, as the container runtime says");
+            self.drop_pod(&key).await;
+        }
     }
 }
 
