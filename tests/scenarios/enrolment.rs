@@ -133,12 +133,9 @@ fn a_pod_of_a_namespace_that_the_plugin_leaves_out_connects(mesh: &Mesh) -> Resu
         Ok(left_out.client(&["echo", &address, "8001"])?["same"] == true)
     })?;
     let known = |pod: &admin::PodStatus| pod.namespace == "kube-system" && pod.name == "left-out";
-    let status = mesh.node("node-1").status()?;
-    let pod = status
-        .pods
-        .into_iter()
-        .find(known)
-        .context("the agent does not know it")?;
+    let pod = wait::until("the agent knows it", || {
+        Ok(mesh.node("node-1").status()?.pods.into_iter().find(known))
+    })?;
     ensure!(!pod.captured, "it is captured");
     kubectl.says(&["delete", "pod", "-n", "kube-system", "left-out"])?;
     wait::until_true("the agent has forgotten it", || {

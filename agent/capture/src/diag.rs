@@ -30,8 +30,10 @@ pub(crate) mod state {
     pub(crate) const SYN_SENT: u32 = 1 << 2;
     pub(crate) const CLOSE_WAIT: u32 = 1 << 8;
     pub(crate) const LISTEN: u32 = 1 << 10;
-    /// ESTABLISHED, SYN_RECV (whose other end may be connected already), FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
-    pub(crate) const CONNECTED: u32 = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
+    /// A handshake from the other end under way; whose listener it came to, the kernel does not say.
+    pub(crate) const SYN_RECV: u32 = 1 << 3;
+    /// ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
+    pub(crate) const CONNECTED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 }
 
 /// A TCP socket.

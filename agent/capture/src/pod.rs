@@ -8,7 +8,9 @@
 
 use std::{collections::HashSet, fs, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
-use abi::{Address, CAPTURE_PORTS, DNS, Endpoint, Flow, ListenerKey, ListenerKind, REROUTES, Restore};
+use abi::{
+    Address, CAPTURE_PORTS, DNS, Endpoint, Flow, HBONE_PORT, INBOUND_PORT, ListenerKey, ListenerKind, REROUTES, Restore,
+};
 use model::{PodSettings, WorkloadUid};
 use socket2::SockRef;
 
@@ -183,14 +185,17 @@ impl Inner {
                 repaired.push("proof");
             }
         }
+        let guarded = |(index, _): &(u32, _)| Hook::Guard.pin(&directory, *index).exists();
+        let was_captured = plan.interfaces.iter().any(guarded);
+        if !was_captured {
+            self.keep_handshakes(netns, plan)?;
+        }
         if attach_steer(&directory, netns, &self.programs)? {
             repaired.push("steer");
         }
         let reroutes = self.reroutes(cookie);
         let captured = self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref());
         let known = captured.is_some_and(|captured| captured.settings == *settings);
-        let guarded = |(index, _): &(u32, _)| Hook::Guard.pin(&directory, *index).exists();
-        let was_captured = plan.interfaces.iter().any(guarded);
         // What is older than the capture is not a former exclusion.
         if self.set_pod_and_exclusions(cookie, &plan.pod, settings, known)? && was_captured {
             self.end_former_exclusions(netns, plan, settings)?;
@@ -355,6 +360,26 @@ impl Inner {
         Ok(())
     }
 
+    /// Records the handshakes from outside that are under way, before anything is steered: they come to the application, and
+    /// their other ends may be connected already.
+    fn keep_handshakes(&mut self, netns: &Netns, plan: &PodPlan) -> Result<(), CaptureError> {
+        let begun = netns
+            .enter(|| diag::list(diag::state::SYN_RECV))
+            .and_then(|result| result)
+            .tried(|| "listing handshakes in a pod".into())?;
+        let agents = [CAPTURE_PORTS[0], INBOUND_PORT, HBONE_PORT];
+        for socket in &begun {
+            let own = addresses(&plan.pod).any(|address| address == socket.local.address);
+            if own && !socket.is_local() && !agents.contains(&socket.local.port) {
+                self.maps.keep_flow(Flow {
+                    pod: socket.local,
+                    remote: socket.remote,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes what belongs to interfaces that the pod no longer has.
     fn drop_former_interfaces(&mut self, directory: &Path, cookie: u64, plan: &PodPlan) -> Result<(), CaptureError> {
         let keep: Vec<u32> = plan.interfaces.iter().map(|(index, _)| *index).collect();
@@ -491,7 +516,7 @@ impl Inner {
         plan.pod.flags |= self.dns_flag(&spec.uid, netns.cookie());
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         let alive = netns
-            .enter(|| diag::list(diag::state::CONNECTED))
+            .enter(|| diag::list(diag::state::CONNECTED | diag::state::SYN_RECV))
             .and_then(|result| result)
             .tried(|| "listing the pod's connections".into())?;
         self.maps.remove_flows(&plan.pod, |flow| {

@@ -319,6 +319,7 @@ async fn annotations_follow_what_is_so() {
     let wishes = |wish, complete| Wishes {
         pods: [(web(), (uid.clone(), wish))].into(),
         complete,
+        ..Wishes::default()
     };
     let says = |name: &'static str, expected: Option<&'static str>| {
         move |cluster: &Cluster| cluster.redirection(&NamespacedName::new("shop", name)).as_deref() == expected

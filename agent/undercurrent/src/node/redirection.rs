@@ -75,6 +75,8 @@ pub struct Wishes {
     pub pods: BTreeMap<NamespacedName, (String, Wish)>,
     /// Whether these are all pods of the node: no other is captured.
     pub complete: bool,
+    /// Pods that nobody told of, and that were looked for in vain.
+    pub missed: BTreeSet<NamespacedName>,
 }
 
 /// Where the reconciler writes its wishes.
@@ -145,9 +147,10 @@ fn complaint(pod: &ListedPod, enablement: Enablement, wishes: &Wishes) -> Option
     }
     match enablement {
         // Long past the plugin's call: it was started without it.
-        Enablement::Captured if pod.running && wishes.complete && !wishes.pods.contains_key(&name_of(pod)) => Some((
+        Enablement::Captured if pod.running && wishes.complete && wishes.missed.contains(&name_of(pod)) => Some((
             "StartedWithoutMesh",
-            "asked to be in the mesh, but it was started before the CNI plugin was there: restart it",
+            "asked to be in the mesh, but it was started before the CNI plugin was there, and its network namespace was not \
+             found (--netns-dir): restart it",
         )),
         other => left_out(other),
     }
@@ -336,6 +339,7 @@ mod tests {
         Wishes {
             pods: BTreeMap::from([(NamespacedName::new("shop", "a"), ("u1".to_owned(), wish))]),
             complete,
+            missed: BTreeSet::from([NamespacedName::new("shop", "b")]),
         }
     }
 
@@ -387,6 +391,12 @@ mod tests {
             reason(&listed, Enablement::Captured, &wishes(false, Wish::Enabled)),
             None
         );
+        // It is about to be found.
+        let looking = Wishes {
+            missed: BTreeSet::new(),
+            ..complete.clone()
+        };
+        assert_eq!(reason(&listed, Enablement::Captured, &looking), None);
         listed.metadata.deletion_timestamp = Some("2026-01-01T00:00:00Z".to_owned());
         assert_eq!(reason(&listed, Enablement::Captured, &complete), None);
         listed.metadata.deletion_timestamp = None;

@@ -324,7 +324,9 @@ impl Machine {
             Role::Joining(Some(granted)) => Some(granted + SERVE_WITHIN),
             Role::Yielding(since) => Some(since + YIELD_WITHIN),
             Role::Yielded(since) => Some(since + TAKEN_WITHIN),
-            Role::Retired(since) if self.worker != Worker::Ended => Some(since + self.drain + DRAIN_LATE),
+            Role::Retired(since) if self.worker != Worker::Ended || self.predecessor => {
+                Some(since + self.drain + DRAIN_LATE)
+            }
             _ => None,
         };
         let worker = match self.worker {
@@ -358,7 +360,12 @@ impl Machine {
             Role::Yielded(since) if since + TAKEN_WITHIN <= now => self.give_up_successor(now),
             Role::Retired(since) if since + self.drain + DRAIN_LATE <= now => {
                 self.role = Role::Retired(now);
-                vec![Action::KillWorker]
+                if self.worker != Worker::Ended {
+                    return vec![Action::KillWorker];
+                }
+                // It had as long as this one, and began before it.
+                self.predecessor = false;
+                self.finished()
             }
             Role::InCharge | Role::Yielding(_) | Role::Yielded(_)
                 if self.successor && self.ending.is_some_and(|since| since + END_WITHIN <= now) =>

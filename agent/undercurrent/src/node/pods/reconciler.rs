@@ -216,7 +216,9 @@ impl Reconciler {
             Event::Removed(pod, container_id, answer) => {
                 let successor = self.pods.get(&pod).is_some_and(|known| {
                     let other = &known.record.container_id;
-                    !container_id.is_empty() && !other.is_empty() && *other != container_id
+                    let another = !container_id.is_empty() && !other.is_empty() && *other != container_id;
+                    // Of one that was found the sandbox is not known; this may be an earlier one of its name.
+                    another || (known.record.found && known.record.netns.exists())
                 });
                 let outcome = if successor { Ok(()) } else { self.remove(&pod).await };
                 self.show();
@@ -415,8 +417,8 @@ impl Reconciler {
             self.reconcile(&key).await;
         }
         self.send_tunnels_away();
-        // One that was found ran without this agent: it does not hold up the others.
-        let waiting = |pod: &Pod| pod.trouble.is_some() && !pod.record.found;
+        // One that is found now ran without any agent: it does not hold up the others.
+        let waiting = |pod: &Pod| pod.trouble.is_some() && (pod.restored || !pod.record.found);
         let settled = self.parts.knowledge.snapshot().ready() && !self.pods.values().any(waiting);
         if settled && !self.view.settled() {
             // Whoever sees the agent ready sees its pods.
@@ -560,6 +562,7 @@ impl Reconciler {
         let wishes = Wishes {
             pods: self.pods.values().filter_map(wish).collect(),
             complete: state.settled,
+            missed: self.lookout.missed(),
         };
         drop(state);
         self.parts.board.put(wishes);

@@ -12,7 +12,7 @@
 //! (`after_a_boot_only_what_the_api_goes_on_saying_counts`). Nothing is looked for while every pod has a record.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -84,6 +84,11 @@ impl Lookout {
     pub fn ended(&mut self, pod: &NamespacedName) {
         self.gone.retain(|_, since| since.elapsed() < STALE);
         self.gone.insert(pod.clone(), Instant::now());
+    }
+
+    /// Those that were looked for in vain.
+    pub fn missed(&self) -> BTreeSet<NamespacedName> {
+        self.missed.keys().cloned().collect()
     }
 
     /// The records of those that are found. Between the regular looks only for pods that are new and run: one that starts is
