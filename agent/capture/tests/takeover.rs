@@ -10,7 +10,7 @@ use std::{
 };
 
 use capture::{CaptureError, IptablesNode, Node};
-use lab::{Actor, Lab, OUTSIDE4, accept, captured, until};
+use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, accept, captured, until};
 use model::{PeerAddr, PodSettings, canonical_socket};
 use socket2::SockRef;
 
@@ -178,8 +178,16 @@ fn from_ebpf_to_iptables() {
         app.must(&format!("older = socket.create_connection(('{OUTSIDE4}', 8080))"));
         echoes(&mut app, "older");
         let former = lab.node();
-        drop(captured(&former, &pod).await);
-        drop(former);
+        let (handle, _) = captured(&former, &pod).await;
+        // What the former agent carries into the pod, both ways silent until after the change.
+        let mut carried = Vec::new();
+        for (client, own, name) in [(OUTSIDE4, pod.ip4(), "c4"), (OUTSIDE6, pod.ip6(), "c6")] {
+            let target = SocketAddr::new(own, 9090);
+            let socket = handle.inbound_socket(target, client.parse().unwrap()).unwrap();
+            carried.push((lab::connect(socket, target).unwrap(), name));
+            app.must(&format!("{name}, _ = l.accept()"));
+        }
+        drop((former, handle));
         app.must(HAMMER);
         app.must("h.start()");
         until("it hammers", || (app.must("tries") != "0").then_some(()));
@@ -206,6 +214,15 @@ fn from_ebpf_to_iptables() {
         assert_eq!(lab.links(), Vec::<std::path::PathBuf>::new());
 
         echoes(&mut app, "older");
+        let [(over4, _), (over6, _)] = &mut carried[..] else {
+            panic!("of each version one");
+        };
+        app.must("c4.sendall(b'pong')");
+        over4.read_exact(&mut [0; 4]).unwrap();
+        over4.write_all(b"ping").unwrap();
+        assert_eq!(app.must("c4.recv(4).decode()"), "ping");
+        assert!(over6.read(&mut [0; 4]).is_err());
+        assert!(app.tell("c6.recv(4)").unwrap_err().starts_with("ECONNRESET"));
         app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
         let (stream, _) = accept(&listeners.outbound[0]);
         let original = handle.original_destination(SockRef::from(&stream), stream.local_addr().unwrap());

@@ -1,5 +1,5 @@
 //! Asks conntrack where a datagram was going before it was redirected (`nfnetlink_conntrack.h`): there is no
-//! `SO_ORIGINAL_DST` for UDP.
+//! `SO_ORIGINAL_DST` for UDP. And tells it of connections that are older than it, with a mark.
 //!
 //! Needs `nf_conntrack_netlink` in the kernel. Without it a pod's queries are not redirected, and it is said why.
 
@@ -16,10 +16,30 @@ const GET: u16 = 1 << 8 | 1;
 const NEW: u16 = 1 << 8;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLM_F_EXCL: u16 = 0x200;
+const NLM_F_CREATE: u16 = 0x400;
 const NESTED: u16 = 0x8000;
 
 const TUPLE_ORIG: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
+const STATUS: u16 = 3;
+const PROTOCOL: u16 = 4;
+const TIMEOUT: u16 = 7;
+const MARK: u16 = 8;
+const TCP: u16 = 1;
+const TCP_STATE: u16 = 1;
+const TCP_FLAGS_ORIG: u16 = 4;
+const TCP_FLAGS_REPLY: u16 = 5;
+
+/// IPS_SEEN_REPLY, IPS_ASSURED, IPS_CONFIRMED.
+const STANDS: u32 = 2 | 4 | 8;
+const ESTABLISHED: u8 = 3;
+/// IP_CT_TCP_FLAG_BE_LIBERAL: its sequence numbers are not known. Flags, and which of them are meant.
+const LIBERAL: [u8; 2] = [8, 8];
+/// Seconds; conntrack's own for a connection that stands.
+const LASTS: u32 = 432_000;
+
 const TUPLE_IP: u16 = 1;
 const TUPLE_PROTO: u16 = 2;
 const PROTO_NUM: u16 = 1;
@@ -47,6 +67,42 @@ pub(crate) fn original(client: SocketAddr, redirected: SocketAddr) -> io::Result
     }
 }
 
+/// Tells of a TCP connection that stands, in the namespace that the thread is in. Of one that is known already nothing is
+/// changed.
+pub(crate) fn tell(client: SocketAddr, server: SocketAddr, mark: u32) -> io::Result<()> {
+    let tcp = [
+        attribute(TCP_STATE, &[ESTABLISHED]),
+        attribute(TCP_FLAGS_ORIG, &LIBERAL),
+        attribute(TCP_FLAGS_REPLY, &LIBERAL),
+    ]
+    .concat();
+    let body = [
+        attribute(TUPLE_ORIG | NESTED, &tuple(client, server, libc::IPPROTO_TCP as u8)),
+        attribute(TUPLE_REPLY | NESTED, &tuple(server, client, libc::IPPROTO_TCP as u8)),
+        attribute(STATUS, &STANDS.to_be_bytes()),
+        attribute(PROTOCOL | NESTED, &attribute(TCP | NESTED, &tcp)),
+        attribute(TIMEOUT, &LASTS.to_be_bytes()),
+        attribute(MARK, &mark.to_be_bytes()),
+    ]
+    .concat();
+    let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    let socket = netlink::connect(NETLINK_NETFILTER)?;
+    socket.send(&message(NEW, flags, family(server), &body), 0)?;
+    let (datagram, _) = socket.recv_from_full()?;
+    let answer = netlink::messages(&datagram).next().unwrap_or_default();
+    match acknowledged(answer) {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        told => told,
+    }
+}
+
+fn acknowledged(message: &[u8]) -> io::Result<()> {
+    match message.get(HEADER..).and_then(|rest| rest.first_chunk::<4>()) {
+        Some([0, 0, 0, 0]) => Ok(()),
+        _ => Err(error(message)),
+    }
+}
+
 /// Whether conntrack can be asked here.
 pub(crate) fn is_there() -> io::Result<()> {
     let nobody = SocketAddr::from(([127, 0, 0, 1], 1));
@@ -67,30 +123,45 @@ fn error(message: &[u8]) -> io::Error {
 }
 
 fn request(client: SocketAddr, redirected: SocketAddr) -> Vec<u8> {
-    let (source, target, family, first) = match (redirected.ip(), client.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => (from.octets().to_vec(), to.octets().to_vec(), libc::AF_INET, 1),
-        (from, to) => (octets(from), octets(to), libc::AF_INET6, 3),
+    let tuple = tuple(redirected, client, libc::IPPROTO_UDP as u8);
+    let body = attribute(TUPLE_REPLY | NESTED, &tuple);
+    message(GET, NLM_F_REQUEST, family(redirected), &body)
+}
+
+fn family(address: SocketAddr) -> u8 {
+    match address {
+        SocketAddr::V4(_) => libc::AF_INET as u8,
+        SocketAddr::V6(_) => libc::AF_INET6 as u8,
+    }
+}
+
+fn tuple(source: SocketAddr, target: SocketAddr, protocol: u8) -> Vec<u8> {
+    let (from, to, first) = match (source.ip(), target.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => (from.octets().to_vec(), to.octets().to_vec(), 1),
+        (from, to) => (octets(from), octets(to), 3),
     };
-    let ip = [attribute(first, &source), attribute(first + 1, &target)].concat();
+    let ip = [attribute(first, &from), attribute(first + 1, &to)].concat();
     let proto = [
-        attribute(PROTO_NUM, &[libc::IPPROTO_UDP as u8]),
-        attribute(PROTO_SRC_PORT, &redirected.port().to_be_bytes()),
-        attribute(PROTO_DST_PORT, &client.port().to_be_bytes()),
+        attribute(PROTO_NUM, &[protocol]),
+        attribute(PROTO_SRC_PORT, &source.port().to_be_bytes()),
+        attribute(PROTO_DST_PORT, &target.port().to_be_bytes()),
     ]
     .concat();
-    let tuple = [
+    [
         attribute(TUPLE_IP | NESTED, &ip),
         attribute(TUPLE_PROTO | NESTED, &proto),
     ]
-    .concat();
-    let body = attribute(TUPLE_REPLY | NESTED, &tuple);
+    .concat()
+}
+
+fn message(kind: u16, flags: u16, family: u8, body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER + FAMILY + body.len());
     bytes.extend(((HEADER + FAMILY + body.len()) as u32).to_ne_bytes());
-    bytes.extend(GET.to_ne_bytes());
-    bytes.extend(NLM_F_REQUEST.to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(flags.to_ne_bytes());
     // Sequence and port: one request, one answer.
     bytes.extend([0; 8]);
-    bytes.extend([family as u8, 0, 0, 0]);
+    bytes.extend([family, 0, 0, 0]);
     bytes.extend(body);
     bytes
 }

@@ -7,7 +7,7 @@
 //! ```
 //! At every moment one of the two captures what the pod opens; while both stand eBPF comes first, since it rewrites
 //! before the rules see a packet. What meets the step between two is refused, or served, but never let past.
-//! Connections that do not pass the agent live on, as do those that an agent of the former way still carries.
+//! Connections that do not pass the agent live on, as do those that an agent of the former way still carries (see `FormerHooks::end_of`).
 //!
 //! Under failure: a pod that can't be captured the new way stays captured the old way, and is tried again; the old way's
 //! pins go when no pod is in trouble. Pins of another layout can't be taken over: refused, `undercurrent uninstall` helps.
@@ -19,16 +19,19 @@ use aya::maps::{HashMap, Map, MapData};
 use model::PodSettings;
 
 use super::{
+    conntrack,
     node::{clean, families, redirected, routed},
     plan::{Family, Rules},
     program::Iptables,
 };
 use crate::{
+    diag,
     error::{CaptureError, Tried, map_error},
     netns::Netns,
     pins::{self, Pins},
     plan::Addresses,
     pod::put_back,
+    routes::CONNECTION_MARK,
     uninstall,
 };
 
@@ -123,6 +126,28 @@ impl FormerRules {
     }
 }
 
+/// Tells conntrack of the connections that an agent has into the pod from clients' addresses. In the pod's namespace.
+fn tell_of_carried(pod: &Pod) -> std::io::Result<()> {
+    let own = [pod.ip4, pod.ip6];
+    for socket in diag::list(diag::state::CONNECTED)? {
+        let is_carried = own.contains(&socket.remote.address) && !own.contains(&socket.local.address);
+        if !is_carried || socket.is_local() {
+            continue;
+        }
+        let (client, server) = (socket.local.to_socket(), socket.remote.to_socket());
+        if server.is_ipv4() {
+            // Without it those that speak go on all the same.
+            if let Err(error) = conntrack::tell(client, server, CONNECTION_MARK) {
+                tracing::warn!(%client, %server, %error, "conntrack cannot be told of a connection that an agent carries");
+            }
+        } else {
+            // It may have ended by itself meanwhile.
+            let _ = diag::destroy(&socket);
+        }
+    }
+    Ok(())
+}
+
 /// What a capture by eBPF left, for the capture by iptables.
 pub(crate) struct FormerHooks {
     pins: Pins,
@@ -150,6 +175,11 @@ impl FormerHooks {
     }
 
     /// Ends the capture of a pod, which rules capture by now or nothing should. Its connects pass the hooks first.
+    ///
+    /// What the former agent carries into the pod goes on over IPv4: the application's answers find back by the mark of the
+    /// socket until now, and by the connection's from here on. Of one that does not speak conntrack knows nothing, so it is
+    /// told. Over IPv6 the agent's own socket is of the loopback device, and has no way there without the rule that goes: these
+    /// are reset, which both ends hear of.
     pub(crate) fn end_of(&mut self, netns: &Netns, pod: &Pod) -> Result<(), CaptureError> {
         let cookie = netns.cookie();
         self.pods.insert(cookie, pod, 0).map_err(map_error("PODS"))?;
@@ -161,6 +191,10 @@ impl FormerHooks {
         }
         pins::detach_all(&directory).tried(|| format!("detaching all of {}", directory.display()))?;
         if let Ok(restore) = self.restore.get(&cookie, 0) {
+            netns
+                .enter(|| tell_of_carried(pod))
+                .and_then(|result| result)
+                .tried(|| "telling conntrack of connections that are carried into a pod".into())?;
             put_back(netns, &restore)?;
             let _ = self.restore.remove(&cookie);
         }
