@@ -253,7 +253,7 @@ impl Inner {
         if !is_draining {
             self.remove_from(&netns, &spec.addresses)?;
         }
-        self.end_former(spec, &netns)?;
+        self.end_former(spec, &netns, false)?;
         let state = PodState {
             spec: spec.clone(),
             netns,
@@ -283,7 +283,7 @@ impl Inner {
         self.probed.extend(&addresses);
         self.apply_to_node()?;
         let mut repaired = self.apply(spec, &netns, settings)?;
-        if self.end_former(spec, &netns)? {
+        if self.end_former(spec, &netns, true)? {
             repaired.extend(self.apply(spec, &netns, settings)?);
         }
         let before = self.pods.get_mut(&spec.uid).and_then(|pod| pod.captured.take());
@@ -306,11 +306,11 @@ impl Inner {
     }
 
     /// Ends what an agent left in a pod that captured by eBPF; whether one did.
-    fn end_former(&mut self, spec: &PodSpec, netns: &Netns) -> Result<bool, CaptureError> {
+    fn end_former(&mut self, spec: &PodSpec, netns: &Netns, ruled: bool) -> Result<bool, CaptureError> {
         let Some(former) = &mut self.former else {
             return Ok(false);
         };
-        former.end_of(netns, &Addresses::of(spec)?.entry(0, 0))?;
+        former.end_of(netns, &Addresses::of(spec)?.entry(0, 0), ruled)?;
         Ok(true)
     }
 

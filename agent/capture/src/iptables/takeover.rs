@@ -126,8 +126,9 @@ impl FormerRules {
     }
 }
 
-/// Tells conntrack of the connections that an agent has into the pod from clients' addresses. In the pod's namespace.
-fn tell_of_carried(pod: &Pod) -> std::io::Result<()> {
+/// Tells conntrack of the connections that an agent has into the pod from clients' addresses, or ends them. In the pod's
+/// namespace.
+fn tell_of_carried(pod: &Pod, ruled: bool) -> std::io::Result<()> {
     let own = [pod.ip4, pod.ip6];
     for socket in diag::list(diag::state::CONNECTED)? {
         let is_carried = own.contains(&socket.remote.address) && !own.contains(&socket.local.address);
@@ -135,7 +136,7 @@ fn tell_of_carried(pod: &Pod) -> std::io::Result<()> {
             continue;
         }
         let (client, server) = (socket.local.to_socket(), socket.remote.to_socket());
-        if server.is_ipv4() {
+        if ruled && server.is_ipv4() {
             // Without it those that speak go on all the same.
             if let Err(error) = conntrack::tell(client, server, CONNECTION_MARK) {
                 tracing::warn!(%client, %server, %error, "conntrack cannot be told of a connection that an agent carries");
@@ -180,7 +181,8 @@ impl FormerHooks {
     /// socket until now, and by the connection's from here on. Of one that does not speak conntrack knows nothing, so it is
     /// told. Over IPv6 the agent's own socket is of the loopback device, and has no way there without the rule that goes: these
     /// are reset, which both ends hear of.
-    pub(crate) fn end_of(&mut self, netns: &Netns, pod: &Pod) -> Result<(), CaptureError> {
+    /// So they are where no rules follow, `ruled` being false: their answers would leave the pod in plaintext.
+    pub(crate) fn end_of(&mut self, netns: &Netns, pod: &Pod, ruled: bool) -> Result<(), CaptureError> {
         let cookie = netns.cookie();
         self.pods.insert(cookie, pod, 0).map_err(map_error("PODS"))?;
         let directory = self.pins.pod(cookie);
@@ -192,7 +194,7 @@ impl FormerHooks {
         pins::detach_all(&directory).tried(|| format!("detaching all of {}", directory.display()))?;
         if let Ok(restore) = self.restore.get(&cookie, 0) {
             netns
-                .enter(|| tell_of_carried(pod))
+                .enter(|| tell_of_carried(pod, ruled))
                 .and_then(|result| result)
                 .tried(|| "telling conntrack of connections that are carried into a pod".into())?;
             put_back(netns, &restore)?;
