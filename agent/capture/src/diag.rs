@@ -8,7 +8,11 @@ use std::{
 use abi::{Address, Endpoint};
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 
-use crate::netlink;
+use crate::{
+    error::{CaptureError, Tried},
+    netlink,
+    netns::Netns,
+};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -75,6 +79,14 @@ pub(crate) fn list(states: u32) -> io::Result<Vec<TcpSocket>> {
         exchange(&socket, &request, |message| found.extend(parse(message)))?;
     }
     Ok(found)
+}
+
+/// The sockets in one of the states, in a pod's namespace.
+pub(crate) fn list_in(netns: &Netns, states: u32) -> Result<Vec<TcpSocket>, CaptureError> {
+    netns
+        .enter(|| list(states))
+        .and_then(|result| result)
+        .tried(|| "listing the pod's connections".into())
 }
 
 /// Aborts a socket: its owner gets ECONNABORTED.

@@ -17,13 +17,7 @@ use abi::{
 use ipnet::IpNet;
 use model::PodSettings;
 
-use crate::{
-    diag,
-    error::{CaptureError, Tried},
-    netns::Netns,
-    node::Inner,
-    plan::PodPlan,
-};
+use crate::{diag, error::CaptureError, netns::Netns, node::Inner, plan::PodPlan};
 
 /// All flags that are about exclusions.
 const FLAGS: u32 =
@@ -144,14 +138,8 @@ impl Inner {
         plan: &PodPlan,
         settings: &PodSettings,
     ) -> Result<(), CaptureError> {
-        let list = |states| {
-            netns
-                .enter(|| diag::list(states))
-                .and_then(|result| result)
-                .tried(|| "listing the pod's connections".into())
-        };
-        let connected = list(diag::state::CONNECTED)?;
-        let served: HashSet<u16> = list(diag::state::LISTEN)?
+        let connected = diag::list_in(netns, diag::state::CONNECTED)?;
+        let served: HashSet<u16> = diag::list_in(netns, diag::state::LISTEN)?
             .iter()
             .map(|socket| socket.local.port)
             .collect();

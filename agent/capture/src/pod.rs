@@ -113,10 +113,7 @@ impl Inner {
             .map(|(_, listener)| SockRef::from(listener).cookie())
             .collect();
         let cookies = cookies.tried(|| "asking for the cookies of listeners".into())?;
-        let listening = netns
-            .enter(|| diag::list(diag::state::LISTEN))
-            .and_then(|result| result)
-            .tried(|| "listing listeners in a pod".into())?;
+        let listening = diag::list_in(netns, diag::state::LISTEN)?;
         let opened = listening.iter().filter(|socket| cookies.contains(&socket.cookie()));
         for id in opened.filter_map(|socket| socket.cgroup) {
             if !self.maps.is_agents(id) {
@@ -325,13 +322,7 @@ impl Inner {
     /// Of a pod that rules captured, what they redirected is not let out: nor what may have been, and has lost its other
     /// end.
     fn keep_connections(&mut self, netns: &Netns, plan: &PodPlan, had_rules: bool) -> Result<(), CaptureError> {
-        let list = |states| {
-            netns
-                .enter(|| diag::list(states))
-                .and_then(|result| result)
-                .tried(|| "listing the pod's connections".into())
-        };
-        let begun = list(diag::state::SYN_SENT)?;
+        let begun = diag::list_in(netns, diag::state::SYN_SENT)?;
         for socket in begun.iter().filter(|socket| self.is_the_pods(socket)) {
             if let Err(error) = netns.enter(|| diag::destroy(socket)).and_then(|result| result) {
                 tracing::debug!(%error, "aborting an attempt to connect");
@@ -342,7 +333,7 @@ impl Inner {
         } else {
             diag::state::CONNECTED
         };
-        let connected = list(states)?;
+        let connected = diag::list_in(netns, states)?;
         let ends = connected.iter().filter(|_| had_rules);
         let redirected: HashSet<Endpoint> = ends
             .filter(|socket| socket.local.port == CAPTURE_PORTS[0])
@@ -363,10 +354,7 @@ impl Inner {
     /// Records the handshakes from outside that are under way, before anything is steered: they come to the application, and
     /// their other ends may be connected already.
     fn keep_handshakes(&mut self, netns: &Netns, plan: &PodPlan) -> Result<(), CaptureError> {
-        let begun = netns
-            .enter(|| diag::list(diag::state::SYN_RECV))
-            .and_then(|result| result)
-            .tried(|| "listing handshakes in a pod".into())?;
+        let begun = diag::list_in(netns, diag::state::SYN_RECV)?;
         let agents = [CAPTURE_PORTS[0], INBOUND_PORT, HBONE_PORT];
         for socket in &begun {
             let own = addresses(&plan.pod).any(|address| address == socket.local.address);
@@ -462,10 +450,7 @@ impl Inner {
         let Some(restore) = self.maps.restore(netns.cookie()) else {
             return Ok(());
         };
-        let carried = netns
-            .enter(|| diag::list(diag::state::CONNECTED | diag::state::SYN_SENT))
-            .and_then(|result| result)
-            .tried(|| "listing the agent's connections in a pod".into())?;
+        let carried = diag::list_in(netns, diag::state::CONNECTED | diag::state::SYN_SENT)?;
         if carried.iter().any(|socket| self.is_an_agents(socket)) {
             return Ok(());
         }
@@ -515,10 +500,7 @@ impl Inner {
         let mut plan = plan::plan(spec, netns.cookie(), &network, settings)?;
         plan.pod.flags |= self.dns_flag(&spec.uid, netns.cookie());
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
-        let alive = netns
-            .enter(|| diag::list(diag::state::CONNECTED | diag::state::SYN_RECV))
-            .and_then(|result| result)
-            .tried(|| "listing the pod's connections".into())?;
+        let alive = diag::list_in(&netns, diag::state::CONNECTED | diag::state::SYN_RECV)?;
         self.maps.remove_flows(&plan.pod, |flow| {
             alive
                 .iter()

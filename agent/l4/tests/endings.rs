@@ -14,18 +14,23 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
+/// A proxy that drains, once its listener here is closed.
+async fn draining(proxy: l4::Proxy, hbone: SocketAddr) -> tokio::task::JoinHandle<()> {
+    let drained = tokio::spawn(async move { proxy.drain(Duration::from_secs(600)).await });
+    eventually("the listeners are closed", async || {
+        TcpStream::connect(hbone).await.is_err()
+    })
+    .await;
+    drained
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn draining_waits_for_what_lives_and_takes_nothing_new() {
     let two = two();
     echo(two.server.listen(8080).await);
     let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
     expect_echo(&mut live, b"hello").await;
-    let far = two.far;
-    let far = tokio::spawn(async move { far.drain(Duration::from_secs(600)).await });
-    eventually("the listeners are closed", async || {
-        TcpStream::connect(two.server.at(15008)).await.is_err()
-    })
-    .await;
+    let far = draining(two.far, two.server.at(15008)).await;
     expect_echo(&mut live, b"still here").await;
     assert!(!far.is_finished());
     live.shutdown().await.unwrap();
@@ -41,12 +46,7 @@ async fn what_is_forbidden_while_a_proxy_drains_is_closed() {
     echo(two.server.listen(8080).await);
     let mut live = two.client.dial(two.server.at(8080)).await.unwrap();
     expect_echo(&mut live, b"hello").await;
-    let far = two.far;
-    let far = tokio::spawn(async move { far.drain(Duration::from_secs(600)).await });
-    eventually("the listeners are closed", async || {
-        TcpStream::connect(two.server.at(15008)).await.is_err()
-    })
-    .await;
+    let far = draining(two.far, two.server.at(15008)).await;
     two.lab.publish();
     expect_echo(&mut live, b"still here").await;
     two.lab.contents.policies.push(policy(

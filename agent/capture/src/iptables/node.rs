@@ -532,10 +532,7 @@ pub(super) fn redirected(home: &Netns, netns: &Netns) -> Result<Vec<TcpSocket>, 
     let own: Vec<Address> = interfaces
         .flat_map(|interface| interface.addresses.iter().copied().map(Address::from_ip))
         .collect();
-    let mut sockets = netns
-        .enter(|| diag::list(diag::state::CONNECTED))
-        .and_then(|result| result)
-        .tried(|| "listing the pod's connections".into())?;
+    let mut sockets = diag::list_in(netns, diag::state::CONNECTED)?;
     sockets.retain(|socket| {
         let redirected = [CAPTURE_PORTS[0], INBOUND_PORT].contains(&socket.local.port);
         let from_client = !own.contains(&socket.local.address) && own.contains(&socket.remote.address);

@@ -7,7 +7,8 @@
 //! ```
 //! At every moment one of the two captures what the pod opens; while both stand eBPF comes first, since it rewrites
 //! before the rules see a packet. What meets the step between two is refused, or served, but never let past.
-//! Connections that do not pass the agent live on, as do those that an agent of the former way still carries (see `FormerHooks::end_of`).
+//! Connections that do not pass the agent live on, as do those that an agent of the former way still carries (see
+//! [`FormerHooks::end_of`]).
 //!
 //! Under failure: a pod that can't be captured the new way stays captured the old way, and is tried again; the old way's
 //! pins go when no pod is in trouble. Pins of another layout can't be taken over: refused, `undercurrent uninstall` helps.
