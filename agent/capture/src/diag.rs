@@ -29,6 +29,9 @@ const MESSAGE: usize = 4 + ID + 5 * 4;
 const ID: usize = 48;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 
+/// The loopback device is the first of every namespace.
+pub(crate) const LO: u32 = 1;
+
 /// TCP states, as bits of a request.
 pub(crate) mod state {
     pub(crate) const SYN_SENT: u32 = 1 << 2;
@@ -56,6 +59,11 @@ impl TcpSocket {
     pub(crate) fn cookie(&self) -> u64 {
         let half = |at: usize| u64::from(u32_at(&self.id, at).unwrap_or_default());
         half(40) | half(44) << 32
+    }
+
+    /// Whether it is bound to the loopback device.
+    pub(crate) fn is_of_loopback(&self) -> bool {
+        u32_at(&self.id, 36) == Some(LO)
     }
 
     /// Whether both ends are in the namespace itself, as far as the addresses tell.

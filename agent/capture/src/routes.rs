@@ -16,7 +16,7 @@ use netlink_packet_route::{
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
-use crate::netlink::Route;
+use crate::{diag::LO, netlink::Route};
 
 /// The connection mark of what the agent dials to an application where iptables captures; Istio's number.
 pub(crate) const CONNECTION_MARK: u32 = 0x111;
@@ -24,6 +24,8 @@ pub(crate) const CONNECTION_MARK: u32 = 0x111;
 /// Istio's numbers.
 const TABLE: u32 = 100;
 const PRIORITY: u32 = 32764;
+/// Another one than that: the kernel removes a rule by what is said of it alone.
+const PRIORITY_OF_CARRIED: u32 = PRIORITY - 1;
 
 const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
 
@@ -111,8 +113,26 @@ pub(crate) fn remove(before: Before) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes back what [`route_marked`] made, where it did. Inside the pod's namespace.
+/// Routes the agent's own sockets of the loopback device to where they are: those that dial an application over IPv6 where
+/// eBPF captures, and outlive that. IPv4 asks the local table without the device. Inside the pod's namespace.
+pub(crate) fn route_carried() -> io::Result<()> {
+    let request = RouteNetlinkMessage::NewRule(rule_of_carried());
+    created(Route::open()?.change(request, NLM_F_CREATE | NLM_F_EXCL)).map(drop)
+}
+
+/// Whether there is what [`route_carried`] made. Inside the pod's namespace.
+pub(crate) fn is_carried_routed() -> io::Result<bool> {
+    is_there(&mut Route::open()?, &rule_of_carried())
+}
+
+/// Takes back what [`route_carried`] made, where it did. Inside the pod's namespace.
+pub(crate) fn unroute_carried() -> io::Result<()> {
+    removed(Route::open()?.change(RouteNetlinkMessage::DelRule(rule_of_carried()), 0))
+}
+
+/// Takes back what [`route_marked`] and [`route_carried`] made, where they did. Inside the pod's namespace.
 pub(crate) fn unroute_marked(mark: u32) -> io::Result<()> {
+    unroute_carried()?;
     let mut route = Route::open()?;
     for family in FAMILIES {
         // The rule is made first and removed last: without it the route is somebody else's.
@@ -197,22 +217,38 @@ fn rule(family: AddressFamily, mark: u32) -> RuleMessage {
     message
 }
 
+/// Of what is bound to the loopback device alone. Everything else that has the mark goes its usual way: where iptables
+/// captures, what the agent dials to peers has it, too.
+fn rule_of_carried() -> RuleMessage {
+    let mut message = rule(AddressFamily::Inet6, MARK);
+    for attribute in &mut message.attributes {
+        if let RuleAttribute::Priority(priority) = attribute {
+            *priority = PRIORITY_OF_CARRIED;
+        }
+    }
+    message.attributes.push(RuleAttribute::Oifname("lo".to_owned()));
+    message
+}
+
 fn has_rule(route: &mut Route, family: AddressFamily, mark: u32) -> io::Result<bool> {
+    is_there(route, &rule(family, mark))
+}
+
+fn is_there(route: &mut Route, rule: &RuleMessage) -> io::Result<bool> {
     let mut request = RuleMessage::default();
-    request.header.family = family;
-    let wanted = rule(family, mark).attributes;
+    request.header.family = rule.header.family;
     let rules = route.dump(RouteNetlinkMessage::GetRule(request))?;
     Ok(rules.iter().any(|message| match message {
-        RouteNetlinkMessage::NewRule(found) => wanted.iter().all(|attribute| found.attributes.contains(attribute)),
+        RouteNetlinkMessage::NewRule(found) => {
+            let mut wanted = rule.attributes.iter();
+            wanted.all(|attribute| found.attributes.contains(attribute))
+        }
         _ => false,
     }))
 }
 
 /// `local default dev lo table 100`.
 fn local_route(family: AddressFamily) -> RouteMessage {
-    /// The loopback device is the first of every namespace.
-    const LO: u32 = 1;
-
     let mut message = RouteMessage::default();
     message.header.address_family = family;
     message.header.table = TABLE as u8;

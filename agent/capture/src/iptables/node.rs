@@ -500,7 +500,8 @@ impl Inner {
         }
         for (spec, netns, settings) in captured {
             let checked = self.check_addresses(&spec, &netns);
-            match checked.and_then(|()| self.apply(&spec, &netns, &settings)) {
+            let applied = checked.and_then(|()| self.apply(&spec, &netns, &settings));
+            match applied.and_then(|done| end_carried(&netns).map(|()| done)) {
                 Ok(done) => repaired.extend(done.into_iter().map(|what| format!("{}: {what}", spec.uid))),
                 Err(error) => tracing::warn!(%error, pod = %spec.uid, "reconciling"),
             }
@@ -513,6 +514,21 @@ impl Inner {
         }
         Ok(repaired)
     }
+}
+
+/// Removes what the connections of an agent that captured by eBPF need, once they have ended.
+fn end_carried(netns: &Netns) -> Result<(), CaptureError> {
+    let end = || {
+        let needs_it = |socket: &TcpSocket| socket.is_of_loopback() && !socket.remote.to_socket().is_ipv4();
+        if routes::is_carried_routed()? && !diag::list(diag::state::CONNECTED)?.iter().any(needs_it) {
+            routes::unroute_carried()?;
+        }
+        Ok(())
+    };
+    netns
+        .enter(end)
+        .and_then(|result: std::io::Result<()>| result)
+        .tried(|| format!("removing a route of {}", netns.path().display()))
 }
 
 /// Whether answers to the agent are routed back to it.

@@ -32,7 +32,7 @@ use crate::{
     pins::{self, Pins},
     plan::Addresses,
     pod::put_back,
-    routes::CONNECTION_MARK,
+    routes::{self, CONNECTION_MARK},
     uninstall,
 };
 
@@ -131,21 +131,32 @@ impl FormerRules {
 /// namespace.
 fn tell_of_carried(pod: &Pod, ruled: bool) -> std::io::Result<()> {
     let own = [pod.ip4, pod.ip6];
-    for socket in diag::list(diag::state::CONNECTED)? {
+    let mut sockets = diag::list(diag::state::CONNECTED)?;
+    sockets.retain(|socket| {
         let is_carried = own.contains(&socket.remote.address) && !own.contains(&socket.local.address);
-        if !is_carried || socket.is_local() {
-            continue;
-        }
-        let (client, server) = (socket.local.to_socket(), socket.remote.to_socket());
-        if ruled && server.is_ipv4() {
-            // Without it those that speak go on all the same.
-            if let Err(error) = conntrack::tell(client, server, CONNECTION_MARK) {
-                tracing::warn!(%client, %server, %error, "conntrack cannot be told of a connection that an agent carries");
-            }
-        } else {
+        is_carried && !socket.is_local()
+    });
+    if !ruled {
+        for socket in sockets {
             // It may have ended by itself meanwhile.
             let _ = diag::destroy(&socket);
         }
+        return Ok(());
+    }
+    if sockets.iter().any(|socket| !socket.remote.to_socket().is_ipv4()) {
+        routes::route_carried()?;
+    }
+    let tell = |socket: &diag::TcpSocket| {
+        let (client, server) = (socket.local.to_socket(), socket.remote.to_socket());
+        conntrack::tell(client, server, CONNECTION_MARK)
+    };
+    let untold: Vec<std::io::Error> = sockets.iter().filter_map(|socket| tell(socket).err()).collect();
+    if let Some(error) = untold.first() {
+        tracing::warn!(
+            connections = untold.len(),
+            %error,
+            "conntrack cannot be told of connections that an agent carries into a pod: those whose client is silent now break"
+        );
     }
     Ok(())
 }
@@ -178,11 +189,12 @@ impl FormerHooks {
 
     /// Ends the capture of a pod, which rules capture by now or nothing should. Its connects pass the hooks first.
     ///
-    /// What the former agent carries into the pod goes on over IPv4: the application's answers find back by the mark of the
+    /// What the former agent carries into the pod goes on: the application's answers find back by the mark of the
     /// socket until now, and by the connection's from here on. Of one that does not speak conntrack knows nothing, so it is
-    /// told. Over IPv6 the agent's own socket is of the loopback device, and has no way there without the rule that goes: these
-    /// are reset, which both ends hear of.
-    /// So they are where no rules follow, `ruled` being false: their answers would leave the pod in plaintext.
+    /// told. Over IPv6 the agent's own socket, which is of the loopback device, has its way there by a rule that goes, and
+    /// gets one of its own (`routes::route_carried`).
+    /// Where no rules follow, `ruled` being false, they are reset, which both ends hear of: their answers would leave the pod
+    /// in plaintext.
     pub(crate) fn end_of(&mut self, netns: &Netns, pod: &Pod, ruled: bool) -> Result<(), CaptureError> {
         let cookie = netns.cookie();
         self.pods.insert(cookie, pod, 0).map_err(map_error("PODS"))?;
