@@ -103,7 +103,7 @@ impl Board {
                     let record = state.touch(seen.object, generation);
                     record.seen = Some(found);
                 }
-                None => state.forget(&seen.object),
+                None => state.gone(&seen.object),
             }
         }
         for (object, findings) in findings {
@@ -178,6 +178,14 @@ impl State {
         record
     }
 
+    /// What was found of it stays until it is said that nothing is: it may come again in the same step.
+    fn gone(&mut self, object: &ObjectRef) {
+        match self.records.get_mut(object) {
+            Some(record) if !record.findings.is_empty() => record.seen = None,
+            _ => self.forget(object),
+        }
+    }
+
     fn forget(&mut self, object: &ObjectRef) {
         self.records.remove(object);
         self.open.remove(object);
@@ -213,6 +221,30 @@ mod tests {
             3,
         );
         assert!(board.open().is_empty());
+    }
+
+    #[test]
+    fn what_is_made_anew_at_once_keeps_its_findings() {
+        let board = Board::default();
+        let name = Kind::AuthorizationPolicy.object("a", "b");
+        let seen = |uid: Option<&str>| {
+            let object = uid.map(|uid| json!({"apiVersion": "v1", "metadata": {"uid": uid, "generation": 1}}));
+            Seen::of(Kind::AuthorizationPolicy, "a", "b", object.as_ref()).unwrap()
+        };
+        let finding = Finding {
+            place: Place::default(),
+            object: name.clone(),
+            field: String::new(),
+            problem: Problem::NotActedUpon,
+            effect: Effect::Closed,
+        };
+        board.note(vec![seen(Some("1"))], vec![(name.clone(), vec![finding])], 1);
+        // What is found is as before, so that nothing is said of it.
+        board.note(vec![seen(None), seen(Some("2"))], Vec::new(), 2);
+        let (_, record) = board.open().remove(0);
+        assert_eq!((record.seen.unwrap().uid.as_str(), record.findings.len()), ("2", 1));
+        board.note(vec![seen(None)], vec![(name, Vec::new())], 3);
+        assert!(board.state().records.is_empty() && board.open().is_empty());
     }
 
     #[test]
