@@ -283,7 +283,7 @@ impl Parts {
                     "replica": replica,
                     "generation": states.snapshot().generation(),
                     "clients": clients(&acknowledged),
-                    "refusals": acknowledged.refusals().iter().map(refusal).collect::<Vec<_>>(),
+                    "refusals": acknowledged.refusals().iter().map(|it| refusal(it, &it.resources)).collect::<Vec<_>>(),
                     "certificateAuthority": broken.borrow().as_deref().unwrap_or("ok"),
                     "inputs": inputs(&trouble),
                     "watches": trouble.troubles(),
@@ -326,23 +326,25 @@ fn inputs(health: &Health) -> Value {
 fn clients(acknowledged: &xds::Acknowledged) -> Vec<Value> {
     let clients = acknowledged.clients();
     let told = clients.iter().map(|client| {
+        let refused = client.refused.iter().flatten();
+        let refused = refused.map(|(name, it)| refusal(it, std::slice::from_ref(name)));
         json!({
             "node": client.node,
             "caller": client.caller,
             "peer": client.peer.map(|peer| peer.to_string()),
             "acknowledged": client.acknowledged,
-            "refused": client.refused.iter().flatten().map(refusal).collect::<Vec<_>>(),
+            "refused": refused.collect::<Vec<_>>(),
         })
     });
     told.collect()
 }
 
-fn refusal(refusal: &xds::Refusal) -> Value {
+fn refusal(refusal: &xds::Refusal, resources: &[Arc<str>]) -> Value {
     json!({
         "node": refusal.node,
         "type": refusal.view.url(),
         "generation": refusal.generation,
-        "resources": refusal.resources,
+        "resources": resources,
         "message": refusal.message,
     })
 }

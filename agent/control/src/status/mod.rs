@@ -15,7 +15,7 @@ mod board;
 mod condition;
 mod event;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::StreamExt;
 use k8s::{ObjectRef, live::Kind};
@@ -46,6 +46,9 @@ const RETRY: Duration = Duration::from_secs(2);
 /// How long the API may take for one object.
 const PATIENCE: Duration = Duration::from_secs(10);
 const MANAGER: &str = "undercurrent-control";
+
+/// By the names of resources.
+type Refused = BTreeMap<Arc<str>, Arc<xds::Refusal>>;
 
 /// How telling one object ended.
 enum Told {
@@ -96,31 +99,27 @@ impl Reporter {
                 () = tokio::time::sleep(RETRY), if later => {}
             }
             let generation = *in_force.borrow_and_update();
-            let refused = self.refusals().into_iter().flat_map(|refusal| refusal.resources);
-            self.board.reopen(refused);
+            self.board.reopen(self.refused().into_keys());
             if *leads.borrow() {
                 later = self.tell(generation).await;
             }
         }
     }
 
-    fn refusals(&self) -> Vec<xds::Refusal> {
-        let clients = self.acknowledged.clients().into_iter();
-        let refusals = clients.flat_map(|client| client.refused.into_iter().flatten());
-        refusals
-            .filter(|refusal| refusal.view == xds::View::Authorization)
-            .collect()
+    /// The policies that agents refuse, by the names of their resources.
+    fn refused(&self) -> Refused {
+        self.acknowledged.refused(xds::View::Authorization)
     }
 
     /// Whether something is left.
     async fn tell(&self, in_force: u64) -> bool {
-        let refusals = self.refusals();
+        let refused = self.refused();
         let told = futures_util::stream::iter(self.board.open()).map(|(object, record)| {
-            let refusals = &refusals;
+            let refused = &refused;
             async move {
                 let told = async {
                     match &record.seen {
-                        Some(seen) => self.condition(&object, &record, seen, in_force, refusals).await,
+                        Some(seen) => self.condition(&object, &record, seen, in_force, refused).await,
                         None => event::write(&self.client, &self.replica, &object, &record.findings).await,
                     }
                 };
@@ -146,9 +145,9 @@ impl Reporter {
         record: &Record,
         seen: &SeenState,
         in_force: u64,
-        refusals: &[xds::Refusal],
+        refused: &Refused,
     ) -> Result<Told, kube::Error> {
-        let progress = self.progress(object, record, in_force, refusals);
+        let progress = self.progress(object, record, in_force, refused);
         let waiting = matches!(progress, Progress::Waiting(..));
         if waiting && record.since.elapsed() < condition::PATIENCE {
             return Ok(Told::Later);
@@ -166,12 +165,10 @@ impl Reporter {
         }
     }
 
-    fn progress(&self, object: &ObjectRef, record: &Record, in_force: u64, refusals: &[xds::Refusal]) -> Progress {
+    fn progress(&self, object: &ObjectRef, record: &Record, in_force: u64, refused: &Refused) -> Progress {
         let name = format!("{}/{}", object.namespace, object.name);
         // They are of policies, and what a ServiceEntry is called a policy may be, too.
-        let mut refusals = refusals.iter().filter(|_| condition::is_policy(object));
-        let refusal = refusals.find(|refusal| refusal.resources.iter().any(|resource| **resource == *name));
-        if let Some(refusal) = refusal {
+        if let Some(refusal) = refused.get(&*name).filter(|_| condition::is_policy(object)) {
             return Progress::Rejected {
                 node: refusal.node.clone(),
                 message: refusal.message.clone(),

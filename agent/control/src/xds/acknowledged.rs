@@ -3,7 +3,8 @@
 //!
 //! A client that has not been synchronised yet counts as having acknowledged nothing, one that is not connected does not
 //! count. A refused state counts as acknowledged (it is as much in force as it will be) and the refusal is kept, the last
-//! [`REFUSALS`] of them. Invariant: `a_state_is_in_force_when_the_last_has_acknowledged_it`.
+//! [`REFUSALS`] of them; and for each resource until its client takes it, is told that it is gone, or goes. Invariants:
+//! `a_state_is_in_force_when_the_last_has_acknowledged_it`, `a_resource_is_refused_until_it_is_taken_or_gone`.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -17,7 +18,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{View, session};
+use super::{View, push::Chunk, session};
 
 /// How many refusals are remembered.
 pub const REFUSALS: usize = 256;
@@ -27,6 +28,7 @@ pub const REFUSALS: usize = 256;
 pub struct Acknowledged {
     state: Mutex<State>,
     in_force: watch::Sender<u64>,
+    refusing: watch::Sender<u64>,
     /// What was counted.
     pub counters: Counters,
 }
@@ -61,7 +63,7 @@ struct State {
     clients: BTreeMap<u64, Client>,
     /// How many clients are at each generation.
     generations: BTreeMap<u64, usize>,
-    refusals: VecDeque<Refusal>,
+    refusals: VecDeque<Arc<Refusal>>,
 }
 
 /// A client that is connected.
@@ -77,8 +79,8 @@ pub struct Client {
     pub since: SystemTime,
     /// The generation that it has acknowledged; 0 until its first synchronisation is done.
     pub acknowledged: u64,
-    /// What it last refused of each view and has not been sent anew since.
-    pub refused: [Option<Refusal>; View::ALL.len()],
+    /// What it refused of each view and has not taken since, by the resource's name.
+    pub refused: [BTreeMap<Arc<str>, Arc<Refusal>>; View::ALL.len()],
 }
 
 /// A response that a client refused.
@@ -103,6 +105,7 @@ impl Default for Acknowledged {
         Self {
             state: Mutex::default(),
             in_force: watch::Sender::new(u64::MAX),
+            refusing: watch::Sender::new(0),
             counters: Counters::default(),
         }
     }
@@ -133,8 +136,22 @@ impl Acknowledged {
     }
 
     /// The last refusals, newest last.
-    pub fn refusals(&self) -> Vec<Refusal> {
+    pub fn refusals(&self) -> Vec<Arc<Refusal>> {
         self.state().refusals.iter().cloned().collect()
+    }
+
+    /// The resources that some client refuses now, each with a refusal.
+    pub fn refused(&self, view: View) -> BTreeMap<Arc<str>, Arc<Refusal>> {
+        let state = self.state();
+        let refused = state.clients.values().flat_map(|client| &client.refused[view as usize]);
+        refused
+            .map(|(name, refusal)| (Arc::clone(name), Arc::clone(refusal)))
+            .collect()
+    }
+
+    /// Changes with what clients refuse.
+    pub fn refusing(&self) -> watch::Receiver<u64> {
+        self.refusing.subscribe()
     }
 
     /// The generation that every client has acknowledged; `u64::MAX` while there is none.
@@ -215,9 +232,18 @@ impl Connected {
     }
 
     /// It took a response of this view.
-    pub(super) fn accepted(&self, view: View) {
-        if let Some(client) = self.acknowledged.state().clients.get_mut(&self.stream) {
-            client.refused[view as usize] = None;
+    pub(super) fn accepted(&self, view: View, chunk: &Chunk) {
+        let mut state = self.acknowledged.state();
+        let Some(client) = state.clients.get_mut(&self.stream) else {
+            return;
+        };
+        let refused = &mut client.refused[view as usize];
+        let before = refused.len();
+        if before > 0 {
+            chunk.names().for_each(|name| drop(refused.remove(name)));
+        }
+        if refused.len() < before {
+            self.acknowledged.refusing.send_modify(|changes| *changes += 1);
         }
     }
 
@@ -227,19 +253,21 @@ impl Connected {
         let Some(client) = state.clients.get_mut(&self.stream) else {
             return;
         };
-        let refusal = Refusal {
+        let refusal = Arc::new(Refusal {
             node: client.node.clone(),
             view: refusal.view,
             generation,
             message: refusal.message,
             resources: refusal.resources,
             at: SystemTime::now(),
-        };
-        client.refused[refusal.view as usize] = Some(refusal.clone());
+        });
+        let names = refusal.resources.iter().cloned();
+        client.refused[refusal.view as usize].extend(names.map(|name| (name, Arc::clone(&refusal))));
         if state.refusals.len() == REFUSALS {
             state.refusals.pop_front();
         }
         state.refusals.push_back(refusal);
+        self.acknowledged.refusing.send_modify(|changes| *changes += 1);
     }
 }
 
@@ -248,6 +276,9 @@ impl Drop for Connected {
         let mut state = self.acknowledged.state();
         if let Some(client) = state.clients.remove(&self.stream) {
             state.leave(client.acknowledged);
+            if client.refused.iter().any(|refused| !refused.is_empty()) {
+                self.acknowledged.refusing.send_modify(|changes| *changes += 1);
+            }
         }
         self.acknowledged.publish(&state);
     }
@@ -257,7 +288,10 @@ impl Drop for Connected {
 mod tests {
     use futures_util::FutureExt as _;
 
-    use super::*;
+    use super::{
+        super::{entry::Entry, push::chunks, testing::policy},
+        *,
+    };
 
     #[tokio::test]
     async fn a_state_is_in_force_when_the_last_has_acknowledged_it() {
@@ -299,8 +333,47 @@ mod tests {
             (REFUSALS, REFUSALS as u64 + 9)
         );
         assert_eq!(refusals[0].node, "ztunnel~10.0.0.1");
-        assert!(all.clients()[0].refused[View::Authorization as usize].is_some());
-        client.accepted(View::Authorization);
-        assert!(all.clients()[0].refused[View::Authorization as usize].is_none());
+    }
+
+    #[test]
+    fn a_resource_is_refused_until_it_is_taken_or_gone() {
+        const VIEW: View = View::Authorization;
+        let puts = |names: &[&str]| -> Vec<_> {
+            let entries = names.iter().map(|name| Arc::new(Entry::new(&policy(name, 0))));
+            entries.collect()
+        };
+        let taken = |names: &[&str]| Chunk::Encoded(chunks(VIEW, &puts(names), &[], 1 << 20).remove(0));
+        let all = Arc::new(Acknowledged::default());
+        let mut changes = all.refusing();
+        let client = all.connect(1, "sa".to_owned(), None);
+        let refused = |changes: &mut watch::Receiver<u64>| {
+            changes.borrow_and_update();
+            let names: Vec<_> = all.refused(VIEW).into_keys().collect();
+            names.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        for name in ["ns/a", "ns/b", "ns/c"] {
+            client.refused(
+                session::Refusal {
+                    view: VIEW,
+                    message: "no".to_owned(),
+                    resources: vec![name.into()],
+                },
+                1,
+            );
+        }
+        assert!(changes.has_changed().unwrap());
+        assert_eq!(refused(&mut changes), ["ns/a", "ns/b", "ns/c"]);
+        client.accepted(VIEW, &taken(&["ns/other"]));
+        client.accepted(View::Address, &taken(&["ns/a"]));
+        assert!(!changes.has_changed().unwrap());
+        client.accepted(VIEW, &taken(&["ns/a", "ns/other"]));
+        assert!(changes.has_changed().unwrap());
+        assert_eq!(refused(&mut changes), ["ns/b", "ns/c"]);
+        let gone = Chunk::Encoded(chunks(VIEW, &[], &["ns/b".into()], 1 << 20).remove(0));
+        client.accepted(VIEW, &gone);
+        assert_eq!(refused(&mut changes), ["ns/c"]);
+        drop(client);
+        assert!(changes.has_changed().unwrap());
+        assert!(refused(&mut changes).is_empty());
     }
 }

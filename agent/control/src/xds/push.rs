@@ -65,6 +65,17 @@ impl Chunk {
         }
     }
 
+    /// The names of its resources, and of those that are gone.
+    pub(super) fn names(&self) -> Box<dyn Iterator<Item = &Arc<str>> + '_> {
+        match self {
+            Self::Pages(pages) => Box::new(pages.iter().flat_map(|page| page.entries()).map(|entry| &entry.name)),
+            Self::Encoded(encoded) => {
+                let puts = encoded.puts.iter().map(|entry| &entry.name);
+                Box::new(puts.chain(&encoded.removed))
+            }
+        }
+    }
+
     /// Those of its resources that a client's complaint names, or the first few if it names none.
     pub(super) fn named_in(&self, complaint: &str) -> Vec<Arc<str>> {
         const MOST: usize = 16;

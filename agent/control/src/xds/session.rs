@@ -67,8 +67,10 @@ pub(super) struct Refusal {
 /// What a request means for those who watch.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// A change of what is asked for, an acknowledgement, or nothing new.
+    /// A change of what is asked for, or nothing new.
     Understood,
+    /// A response was taken: what it carried is in force there.
+    Accepted(View, Chunk),
     /// A response was refused.
     Refused(Refusal),
     /// A type that is not served; it is not answered, as with istiod.
@@ -112,7 +114,12 @@ impl Session {
         subscription.change(&request);
         let names = subscription.names();
         match (verdict, refused) {
-            (Verdict::Accepted, _) => self.sent[view as usize] = None,
+            (Verdict::Accepted(chunk), _) => {
+                self.sent[view as usize] = None;
+                if names <= self.limits.names {
+                    return Event::Accepted(view, chunk);
+                }
+            }
             (Verdict::Refused(chunk), message) => {
                 self.sent[view as usize] = None;
                 let message = message.unwrap_or_default();

@@ -352,10 +352,22 @@ fn a_refused_response_is_reported_and_not_sent_again_until_it_changes() {
         (View::Authorization, &["ns/q".into()][..])
     );
     assert_eq!(refusal.message, "ns/q: no such action");
+    let Event::Understood = client.say(request(View::Authorization)) else {
+        panic!("nothing was taken")
+    };
     assert!(client.settle(&cache).is_empty());
     assert_eq!(client.session.acknowledged(), 2, "it is known there, if not liked");
     cache.apply(vec![Change::Put(policy("ns/q", 1))]);
-    assert_eq!(sent(&client.settle(&cache)), ["ns/q"]);
+    client.receive(&cache);
+    let (_, nonce) = client.waiting.pop().unwrap();
+    let answer = Request {
+        nonce,
+        ..request(View::Authorization)
+    };
+    let Event::Accepted(View::Authorization, taken) = client.say(answer) else {
+        panic!("it is taken")
+    };
+    assert_eq!(taken.names().map(|name| &**name).collect::<Vec<_>>(), ["ns/q"]);
 }
 
 #[test]

@@ -132,14 +132,9 @@ impl Stream {
                 tracing::info!("xds: {} is connected", self.label);
             }
         }
-        let view = View::from_url(&request.type_url);
-        let accepts = !request.nonce.is_empty() && request.error.is_none();
         match self.session.request(request, Instant::now()) {
-            Event::Understood => {
-                if let (Some(view), true) = (view, accepts) {
-                    self.connected.accepted(view);
-                }
-            }
+            Event::Understood => {}
+            Event::Accepted(view, chunk) => self.connected.accepted(view, &chunk),
             Event::Refused(refusal) => {
                 let names = refusal.resources.join(", ");
                 tracing::warn!("xds: {} refuses {names}: {}", self.label, refusal.message);

@@ -86,7 +86,7 @@ struct Plan {
 #[derive(Debug)]
 pub(super) enum Verdict {
     /// It is in force there.
-    Accepted,
+    Accepted(Chunk),
     /// It is not.
     Refused(Chunk),
     /// It was not about the response that is in flight.
@@ -203,7 +203,7 @@ impl Subscription {
                 self.rest();
                 match refused {
                     true => Verdict::Refused(chunk),
-                    false => Verdict::Accepted,
+                    false => Verdict::Accepted(chunk),
                 }
             }
         }
