@@ -1,7 +1,7 @@
 //! What an object's author is told: findings and agents' answers to a condition, or to an Event. Pure.
 //!
-//! The condition is Istio's `ZtunnelAccepted`: True once the object is in force at every agent that is connected, False
-//! when it does not hold as written, with the field and what to do.
+//! The condition is Istio's `ZtunnelAccepted`: True once the object is in force at every agent that is connected to
+//! this replica, False when it does not hold as written, with the field and what to do.
 
 use std::time::Duration;
 
@@ -61,13 +61,15 @@ pub fn condition(findings: &[Finding], progress: &Progress) -> Condition {
         Progress::Waiting(waiting, all) => told(
             "Unknown",
             "Pending",
-            format!("{waiting} of {all} connected agents have not confirmed it yet; see /debug/syncz on port 15014"),
+            format!(
+                "{waiting} of {all} agents connected to this replica have not confirmed it yet; see /debug/syncz on port 15014"
+            ),
         ),
         Progress::InForce(agents) => {
             let mut message = match agents {
-                0 => "accepted; no agent is connected to this control plane".to_owned(),
-                1 => "in force at the agent that is connected".to_owned(),
-                agents => format!("in force at all {agents} agents that are connected"),
+                0 => "accepted; no agent is connected to this replica of the control plane".to_owned(),
+                1 => "in force at the agent connected to this replica of the control plane".to_owned(),
+                agents => format!("in force at all {agents} agents connected to this replica of the control plane"),
             };
             if !findings.is_empty() {
                 message = format!("{message}; {}", describe(findings));
@@ -194,6 +196,15 @@ mod tests {
     fn a_policy_is_accepted_once_it_is_in_force() {
         let of = |progress| condition(&[], &progress).status;
         assert_eq!(of(Progress::InForce(3)), "True");
+        for progress in [
+            Progress::InForce(0),
+            Progress::InForce(1),
+            Progress::InForce(3),
+            Progress::Waiting(1, 3),
+        ] {
+            let message = condition(&[], &progress).message;
+            assert!(message.contains("connected to this replica"), "{message}");
+        }
         assert_eq!(of(Progress::Waiting(1, 3)), "Unknown");
         let rejected = Progress::Rejected {
             node: "n1".into(),

@@ -8,7 +8,8 @@
 //! A condition is written when it differs from the one that stands there, with the version that was read, and with the
 //! conditions of others as they were: Istio's CRDs have no list keys, so a server-side apply of ours would take the whole
 //! list. Writes are a few at a time and spaced; an object that changes often is told of once, as it is then, and one that can't be told
-//! yet holds up no other (`what_can_not_be_told_yet_holds_up_nothing`). With the API
+//! yet holds up no other (`what_can_not_be_told_yet_holds_up_nothing`). What an agent refused is told anew when it does no
+//! more, or is gone (`what_no_agent_refuses_any_more_is_told`). With the API
 //! away, what is open stays open. Drain ends the task at once: conditions are for people, and the next leader looks at all.
 
 mod board;
@@ -84,12 +85,15 @@ impl Reporter {
     /// Runs until drained.
     pub async fn run(self, mut leads: watch::Receiver<bool>, mut drain: DrainSignal) {
         let mut in_force = self.acknowledged.in_force();
+        let mut refusing = self.acknowledged.refusing();
+        let mut refused = Refused::new();
         let mut later = false;
         loop {
             tokio::select! {
                 _ = drain.reached(DrainMode::Graceful) => return,
                 () = self.board.changed() => {}
                 changed = in_force.changed() => if changed.is_err() { return },
+                changed = refusing.changed() => if changed.is_err() { return },
                 changed = leads.changed() => {
                     if changed.is_err() {
                         return;
@@ -99,7 +103,9 @@ impl Reporter {
                 () = tokio::time::sleep(RETRY), if later => {}
             }
             let generation = *in_force.borrow_and_update();
-            self.board.reopen(self.refused().into_keys());
+            refusing.mark_unchanged();
+            let before = std::mem::replace(&mut refused, self.refused());
+            self.board.reopen(before.into_keys().chain(refused.keys().cloned()));
             if *leads.borrow() {
                 later = self.tell(generation).await;
             }
@@ -233,9 +239,11 @@ mod tests {
     use std::sync::Mutex;
 
     use http::{Request, Response};
+    use http_body_util::BodyExt as _;
     use k8s::{Effect, Finding, Place, Problem};
     use kube::client::Body;
     use serde_json::Value;
+    use tokio::sync::mpsc;
 
     use super::*;
 
@@ -302,6 +310,54 @@ mod tests {
         assert!(left.len() == 20 && !left.contains(&"good".to_owned()), "{left:?}");
         let path = "PATCH /apis/security.istio.io/v1/namespaces/shop/authorizationpolicies/good/status";
         assert_eq!(*asked.lock().unwrap(), [path]);
+    }
+
+    /// The condition that the API was asked for next.
+    async fn asked_for(patches: &mut mpsc::UnboundedReceiver<Value>) -> (String, String) {
+        let patch = tokio::time::timeout(Duration::from_secs(60), patches.recv()).await;
+        let patch = patch.expect("a condition is written").unwrap();
+        let condition = &patch["status"]["conditions"][0];
+        let text = |key: &str| condition[key].as_str().unwrap().to_owned();
+        (text("reason"), text("message"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_no_agent_refuses_any_more_is_told() {
+        let kind = Kind::AuthorizationPolicy;
+        let (to, mut patches) = mpsc::unbounded_channel();
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let to = to.clone();
+            async move {
+                if request.method() == "PATCH" {
+                    let patch = request.into_body().collect().await.unwrap().to_bytes();
+                    to.send(serde_json::from_slice(&patch).unwrap()).unwrap();
+                }
+                let body = Body::from(object(kind, "p").to_string().into_bytes());
+                Ok::<_, std::convert::Infallible>(Response::new(body))
+            }
+        });
+        let reporter = Reporter {
+            client: Client::new(service, "default"),
+            board: Arc::default(),
+            acknowledged: Arc::default(),
+            replica: "r".into(),
+        };
+        let (board, acknowledged) = (reporter.board.clone(), reporter.acknowledged.clone());
+        let (_leads, leads) = watch::channel(true);
+        let (_drain, drain) = tasks::drain_channel();
+        let other = xds::testing::refusing(&acknowledged, 1, "shop/other");
+        let agent = xds::testing::refusing(&acknowledged, 2, "shop/p");
+        board.note(vec![seen(kind, "p")], Vec::new(), 1);
+        tokio::select! {
+            () = reporter.run(leads, drain) => panic!("it ended"),
+            () = async {
+                assert_eq!(asked_for(&mut patches).await.0, "Rejected");
+                drop(agent);
+                let (reason, message) = asked_for(&mut patches).await;
+                assert_eq!(reason, "Accepted", "{message}");
+                drop(other);
+            } => {}
+        }
     }
 
     #[tokio::test(start_paused = true)]

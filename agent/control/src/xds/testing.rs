@@ -1,6 +1,6 @@
 //! Resources for this room's own tests.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use proto::{
     Message,
@@ -8,6 +8,7 @@ use proto::{
     workload::*,
 };
 
+use super::{Acknowledged, View, session};
 use crate::resources::{Change, Resource, Type};
 
 /// A workload; `content` makes it another one.
@@ -65,6 +66,19 @@ fn resource(type_: Type, name: &str, address: Option<&str>, message: Vec<u8>) ->
             .collect(),
         message: message.into(),
     }
+}
+
+/// A client that is connected, and refuses a policy, until it is dropped.
+pub(crate) fn refusing(all: &Arc<Acknowledged>, stream: u64, name: &str) -> impl Drop {
+    let client = all.connect(stream, "sa".to_owned(), None);
+    let refusal = session::Refusal {
+        view: View::Authorization,
+        message: "no".to_owned(),
+        resources: vec![name.into()],
+    };
+    client.refused(refusal, 1);
+    client.acknowledged(1);
+    client
 }
 
 /// Its removal.
