@@ -12,7 +12,7 @@ use kube::{
     Api, Client,
     core::GroupVersionKind,
     discovery::ApiResource,
-    runtime::watcher::{self, watcher},
+    runtime::watcher::{self, Event, watcher},
 };
 use tasks::Backoff;
 
@@ -73,11 +73,28 @@ enum Ended {
     Absent,
 }
 
+/// How a kind is followed, from one watch to the next.
+struct Course {
+    known: Known,
+    /// The API does streaming lists, as far as is known.
+    streaming: bool,
+    backoff: Backoff,
+}
+
+impl Course {
+    async fn pause(&mut self) {
+        tokio::time::sleep(self.backoff.next((fraction() * 1024.0) as u64)).await;
+    }
+}
+
 /// Follows a kind until nobody listens. `mesh_config`: where the one ConfigMap of interest is.
 pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl Follow) {
-    let mut known = Known::default();
-    let (mut streaming, mut place) = (true, 0);
-    let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+    let mut course = Course {
+        known: Known::default(),
+        streaming: true,
+        backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
+    };
+    let mut place = 0;
     loop {
         let versions = versions(kind);
         let resource = resource(kind, versions[place % versions.len()]);
@@ -88,16 +105,15 @@ pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl 
             ),
             _ => (Api::all_with(client.clone(), &resource), watcher::Config::default()),
         };
-        let config = if streaming { config.streaming_lists() } else { config };
-        match watch(api, config, &mut streaming, &mut known, &mut backoff, &mut to).await {
+        match watch(api, config, &mut course, &mut to).await {
             Ended::Dropped => return,
             Ended::Again => {}
             Ended::Absent if place + 1 < versions.len() => place += 1,
             Ended::Absent => {
                 place = 0;
                 to.state(Some("the API does not have this kind".into()));
-                for step in known.clear() {
-                    if !to.step(step, known.tally()).await {
+                for step in course.known.clear() {
+                    if !to.step(step, course.known.tally()).await {
                         return;
                     }
                 }
@@ -107,22 +123,20 @@ pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl 
     }
 }
 
-async fn watch(
-    api: Api<Raw>,
-    config: watcher::Config,
-    streaming: &mut bool,
-    known: &mut Known,
-    backoff: &mut Backoff,
-    to: &mut impl Follow,
-) -> Ended {
+async fn watch(api: Api<Raw>, config: watcher::Config, course: &mut Course, to: &mut impl Follow) -> Ended {
+    let streams = course.streaming;
+    let config = if streams { config.streaming_lists() } else { config };
     let mut events = watcher(api, config).boxed();
     while let Some(event) = events.next().await {
         let error = match event {
             Ok(event) => {
-                backoff.reset();
-                to.state(None);
-                for step in known.take(event) {
-                    if !to.step(step, known.tally()).await {
+                // The others come before the API has answered, or before it has all.
+                if matches!(event, Event::InitDone | Event::Apply(_) | Event::Delete(_)) {
+                    course.backoff.reset();
+                    to.state(None);
+                }
+                for step in course.known.take(event) {
+                    if !to.step(step, course.known.tally()).await {
                         return Ended::Dropped;
                     }
                 }
@@ -130,19 +144,22 @@ async fn watch(
             }
             Err(error) => error,
         };
-        match code(&error) {
+        let forgotten = match code(&error) {
             Some(404) => return Ended::Absent,
             // The API does not do streaming lists.
-            Some(400 | 422) if *streaming => {
-                *streaming = false;
+            Some(400 | 422) if streams => {
+                course.streaming = false;
                 return Ended::Again;
             }
             // It has forgotten where we were.
-            Some(410) => return Ended::Again,
-            _ => {}
-        }
+            Some(410) => true,
+            _ => matches!(error, watcher::Error::NoResourceVersion),
+        };
         to.state(Some(error.to_string()));
-        tokio::time::sleep(backoff.next((fraction() * 1024.0) as u64)).await;
+        course.pause().await;
+        if forgotten {
+            return Ended::Again;
+        }
     }
     Ended::Again
 }
@@ -167,99 +184,5 @@ fn fraction() -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::{Arc, Mutex};
-
-    use http::{Request, Response};
-    use kube::client::Body;
-    use tokio::sync::mpsc;
-
-    use super::*;
-
-    /// Answers each request by its path and query, and remembers them.
-    fn api(answer: impl Fn(&str) -> (u16, &'static str) + Send + Sync + 'static) -> (Client, Arc<Mutex<Vec<String>>>) {
-        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
-        let (seen, answer) = (asked.clone(), Arc::new(answer));
-        let service = tower::service_fn(move |request: Request<Body>| {
-            let path = request.uri().to_string();
-            let (code, text) = answer(&path);
-            seen.lock().unwrap().push(path);
-            let response = Response::builder()
-                .status(code)
-                .body(Body::from(text.as_bytes().to_vec()));
-            async move { Ok::<_, std::convert::Infallible>(response.unwrap()) }
-        });
-        (Client::new(service, "default"), asked)
-    }
-
-    struct Tell(mpsc::UnboundedSender<String>);
-
-    impl Follow for Tell {
-        async fn step(&mut self, step: Step, _tally: Tally) -> bool {
-            let told = match step {
-                Step::Put(raw) => format!("+{}", raw.name()),
-                Step::Gone(_, name) => format!("-{name}"),
-                Step::Synced => "synced".into(),
-            };
-            self.0.send(told).is_ok()
-        }
-
-        fn state(&mut self, _: Option<String>) {}
-    }
-
-    const NO_STREAMS: &str =
-        r#"{"kind": "Status", "code": 422, "reason": "Invalid", "message": "", "status": "Failure"}"#;
-    const ABSENT: &str = r#"{"kind": "Status", "code": 404, "reason": "NotFound", "message": "", "status": "Failure"}"#;
-    const ONE: &str = r#"{"kind": "GatewayList", "apiVersion": "gateway.networking.k8s.io/v1beta1",
-        "metadata": {"resourceVersion": "5"},
-        "items": [{"metadata": {"name": "a", "namespace": "b", "uid": "u", "resourceVersion": "4"}}]}"#;
-
-    #[tokio::test(start_paused = true)]
-    async fn an_older_version_without_streaming_lists_is_found() {
-        let (client, asked) = api(|path| match path {
-            path if path.contains("/v1/") => (404, ABSENT),
-            path if path.contains("sendInitialEvents") => (422, NO_STREAMS),
-            path if path.contains("watch=") => (200, ""),
-            _ => (200, ONE),
-        });
-        let (tell, mut told) = mpsc::unbounded_channel();
-        let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-        tokio::select! {
-            () = follow => panic!("it ended"),
-            () = async {
-                assert_eq!(told.recv().await.unwrap(), "+a");
-                assert_eq!(told.recv().await.unwrap(), "synced");
-            } => {}
-        }
-        assert!(
-            asked
-                .lock()
-                .unwrap()
-                .iter()
-                .any(|path| path.contains("/v1beta1/gateways?"))
-        );
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_kind_that_is_not_there_is_empty_and_is_found_when_it_comes() {
-        let there = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let comes = there.clone();
-        let (client, asked) = api(move |path| match there.load(std::sync::atomic::Ordering::SeqCst) {
-            false => (404, ABSENT),
-            true if path.contains("sendInitialEvents") => (422, NO_STREAMS),
-            true if path.contains("watch=") => (200, ""),
-            true => (200, ONE),
-        });
-        let (tell, mut told) = mpsc::unbounded_channel();
-        let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-        tokio::select! {
-            () = follow => panic!("it ended"),
-            () = async {
-                assert_eq!(told.recv().await.unwrap(), "synced");
-                assert!(asked.lock().unwrap().len() <= 4, "it is not asked for without a pause");
-                comes.store(true, std::sync::atomic::Ordering::SeqCst);
-                assert_eq!(told.recv().await.unwrap(), "+a");
-            } => {}
-        }
-    }
-}
+#[path = "kind_tests.rs"]
+mod tests;

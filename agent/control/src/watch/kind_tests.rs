@@ -1,0 +1,126 @@
+//! One kind's watch against an API that answers as it is told to. Time is paused.
+
+use std::sync::{Arc, Mutex, atomic::Ordering};
+
+use http::{Request, Response};
+use kube::client::Body;
+use tokio::sync::mpsc;
+
+use super::*;
+
+/// Answers each request by its path and query, and remembers them.
+fn api(answer: impl Fn(&str) -> (u16, &'static str) + Send + Sync + 'static) -> (Client, Arc<Mutex<Vec<String>>>) {
+    let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+    let (seen, answer) = (asked.clone(), Arc::new(answer));
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let path = request.uri().to_string();
+        let (code, text) = answer(&path);
+        seen.lock().unwrap().push(path);
+        let response = Response::builder()
+            .status(code)
+            .body(Body::from(text.as_bytes().to_vec()));
+        async move { Ok::<_, std::convert::Infallible>(response.unwrap()) }
+    });
+    (Client::new(service, "default"), asked)
+}
+
+struct Tell(mpsc::UnboundedSender<String>);
+
+impl Follow for Tell {
+    async fn step(&mut self, step: Step, _tally: Tally) -> bool {
+        let told = match step {
+            Step::Put(raw) => format!("+{}", raw.name()),
+            Step::Gone(_, name) => format!("-{name}"),
+            Step::Synced => "synced".into(),
+        };
+        self.0.send(told).is_ok()
+    }
+
+    fn state(&mut self, _: Option<String>) {}
+}
+
+const NO_STREAMS: &str = r#"{"kind": "Status", "code": 422, "reason": "Invalid", "message": "", "status": "Failure"}"#;
+const ABSENT: &str = r#"{"kind": "Status", "code": 404, "reason": "NotFound", "message": "", "status": "Failure"}"#;
+const ONE: &str = r#"{"kind": "GatewayList", "apiVersion": "gateway.networking.k8s.io/v1beta1",
+    "metadata": {"resourceVersion": "5"},
+    "items": [{"metadata": {"name": "a", "namespace": "b", "uid": "u", "resourceVersion": "4"}}]}"#;
+
+const EXPIRED: &str = r#"{"kind": "Status", "code": 410, "reason": "Expired", "message": "", "status": "Failure"}"#;
+const BROKEN: &str =
+    r#"{"kind": "Status", "code": 500, "reason": "InternalError", "message": "", "status": "Failure"}"#;
+
+#[tokio::test(start_paused = true)]
+async fn an_older_version_without_streaming_lists_is_found() {
+    let (client, asked) = api(|path| match path {
+        path if path.contains("/v1/") => (404, ABSENT),
+        path if path.contains("sendInitialEvents") => (422, NO_STREAMS),
+        path if path.contains("watch=") => (200, ""),
+        _ => (200, ONE),
+    });
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
+    tokio::select! {
+        () = follow => panic!("it ended"),
+        () = async {
+            assert_eq!(told.recv().await.unwrap(), "+a");
+            assert_eq!(told.recv().await.unwrap(), "synced");
+        } => {}
+    }
+    assert!(
+        asked
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|path| path.contains("/v1beta1/gateways?"))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kind_that_is_not_there_is_empty_and_is_found_when_it_comes() {
+    let there = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let comes = there.clone();
+    let (client, asked) = api(move |path| match there.load(Ordering::SeqCst) {
+        false => (404, ABSENT),
+        true if path.contains("sendInitialEvents") => (422, NO_STREAMS),
+        true if path.contains("watch=") => (200, ""),
+        true => (200, ONE),
+    });
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
+    tokio::select! {
+        () = follow => panic!("it ended"),
+        () = async {
+            assert_eq!(told.recv().await.unwrap(), "synced");
+            assert!(asked.lock().unwrap().len() <= 4, "it is not asked for without a pause");
+            comes.store(true, Ordering::SeqCst);
+            assert_eq!(told.recv().await.unwrap(), "+a");
+        } => {}
+    }
+}
+
+/// How often it asks within so many minutes.
+async fn asks_within(
+    minutes: u64,
+    kind: Kind,
+    answer: impl Fn(&str) -> (u16, &'static str) + Send + Sync + 'static,
+) -> usize {
+    let (client, asked) = api(answer);
+    let (tell, _told) = mpsc::unbounded_channel();
+    let follow = follow(client, kind, "istio-system", Tell(tell));
+    let ended = tokio::time::timeout(Duration::from_secs(60 * minutes), follow).await;
+    assert!(ended.is_err(), "it goes on");
+    let asked = asked.lock().unwrap().len();
+    asked
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_fails_again_and_again_is_asked_for_more_and_more_rarely() {
+    let asks = asks_within(10, Kind::Pod, |path| match path.contains("sendInitialEvents") {
+        true => (422, NO_STREAMS),
+        false => (500, BROKEN),
+    });
+    let asks = asks.await;
+    assert!(asks < 50, "{asks}");
+    let asks = asks_within(10, Kind::Pod, |_| (410, EXPIRED)).await;
+    assert!(asks < 50, "{asks}");
+}
