@@ -1,8 +1,9 @@
 //! One kind: its watch, for as long as the process runs.
 //!
 //! Started again from where it was, with back-off, whenever it breaks; from a new listing when the API has forgotten that
-//! place. A kind that the API does not have is empty, is noted, and is looked for again every so often. Streaming lists
-//! where the API has them, else pages.
+//! place. The first listing is a streaming one where the API has them; later ones, and others, are the newest, in pages, so
+//! that nothing goes back in time (`what_is_listed_again_is_the_newest`).
+//! A kind that the API does not have is empty, is noted, and is looked for again every so often.
 
 use std::time::Duration;
 
@@ -124,7 +125,8 @@ pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl 
 }
 
 async fn watch(api: Api<Raw>, config: watcher::Config, course: &mut Course, to: &mut impl Follow) -> Ended {
-    let streams = course.streaming;
+    // They may be older than what is known, where the API is several.
+    let streams = course.streaming && !course.known.is_listed();
     let config = if streams { config.streaming_lists() } else { config };
     let mut events = watcher(api, config).boxed();
     while let Some(event) = events.next().await {

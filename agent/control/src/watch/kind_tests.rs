@@ -45,6 +45,12 @@ const ONE: &str = r#"{"kind": "GatewayList", "apiVersion": "gateway.networking.k
     "metadata": {"resourceVersion": "5"},
     "items": [{"metadata": {"name": "a", "namespace": "b", "uid": "u", "resourceVersion": "4"}}]}"#;
 
+const OTHER: &str = r#"{"kind": "GatewayList", "apiVersion": "gateway.networking.k8s.io/v1beta1",
+    "metadata": {"resourceVersion": "7"},
+    "items": [{"metadata": {"name": "b", "namespace": "b", "uid": "v", "resourceVersion": "6"}}]}"#;
+const STREAM: &str = r#"{"type": "ADDED", "object": {"metadata": {"name": "a", "namespace": "b", "uid": "u", "resourceVersion": "4"}}}
+{"type": "BOOKMARK", "object": {"kind": "Gateway", "apiVersion": "gateway.networking.k8s.io/v1", "metadata": {"resourceVersion": "5", "annotations": {"k8s.io/initial-events-end": "true"}}}}
+"#;
 const EXPIRED: &str = r#"{"kind": "Status", "code": 410, "reason": "Expired", "message": "", "status": "Failure"}"#;
 const BROKEN: &str =
     r#"{"kind": "Status", "code": 500, "reason": "InternalError", "message": "", "status": "Failure"}"#;
@@ -98,6 +104,12 @@ async fn a_kind_that_is_not_there_is_empty_and_is_found_when_it_comes() {
     }
 }
 
+/// What the test is told next.
+async fn next(told: &mut mpsc::UnboundedReceiver<String>) -> String {
+    let told = tokio::time::timeout(Duration::from_secs(3600), told.recv()).await;
+    told.expect("something is told").unwrap()
+}
+
 /// How often it asks within so many minutes.
 async fn asks_within(
     minutes: u64,
@@ -123,4 +135,28 @@ async fn what_fails_again_and_again_is_asked_for_more_and_more_rarely() {
     assert!(asks < 50, "{asks}");
     let asks = asks_within(10, Kind::Pod, |_| (410, EXPIRED)).await;
     assert!(asks < 50, "{asks}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_listed_again_is_the_newest() {
+    let (client, asked) = api(|path| match path {
+        path if path.contains("sendInitialEvents") => (200, STREAM),
+        path if path.contains("watch=") => (410, EXPIRED),
+        _ => (200, OTHER),
+    });
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
+    tokio::select! {
+        () = follow => panic!("it ended"),
+        () = async {
+            for expected in ["+a", "synced", "+b", "-a", "synced"] {
+                assert_eq!(next(&mut told).await, expected);
+            }
+        } => {}
+    }
+    let asked = asked.lock().unwrap();
+    let streams = asked.iter().filter(|path| path.contains("sendInitialEvents"));
+    assert_eq!(streams.count(), 1, "{asked:?}");
+    let lists: Vec<_> = asked.iter().filter(|path| !path.contains("watch=")).collect();
+    assert!(lists.iter().all(|path| !path.contains("resourceVersion=")), "{lists:?}");
 }

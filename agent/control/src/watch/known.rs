@@ -43,9 +43,15 @@ pub struct Known {
     objects: HashMap<Name, Entry>,
     listing: u32,
     revision: u64,
+    listed: bool,
 }
 
 impl Known {
+    /// Whether all that there is was told once.
+    pub fn is_listed(&self) -> bool {
+        self.listed
+    }
+
     /// How far this is.
     pub fn tally(&self) -> Tally {
         Tally {
@@ -93,6 +99,7 @@ impl Known {
     }
 
     fn sweep(&mut self) -> Vec<Step> {
+        self.listed = true;
         let listing = self.listing;
         let gone = self.objects.extract_if(|_, entry| entry.listing != listing);
         let mut steps: Vec<_> = gone.map(|((namespace, name), _)| Step::Gone(namespace, name)).collect();
