@@ -3,7 +3,14 @@
 //! Started again from where it was, with back-off, whenever it breaks; from a new listing when the API has forgotten that
 //! place. The first listing is a streaming one where the API has them; later ones, and others, are the newest, in pages, so
 //! that nothing goes back in time (`what_is_listed_again_is_the_newest`).
-//! A kind that the API does not have is empty, is noted, and is looked for again every so often.
+//!
+//! ```text
+//! 404 of a kind that is built in, or nobody says which kinds there are ─► as any other error: what is known stays
+//! 404 ─► the API has it in another version ─► followed in that one
+//! 404 ─► the API does not have it ─► nothing is known of it, or it says so for a minute ─► empty, looked for now and then
+//! ```
+//! So nobody who answers in the API's stead takes policies away (`what_is_not_found_for_a_while_is_kept`,
+//! `what_is_not_found_at_the_start_is_waited_for`, `what_the_api_goes_on_not_having_is_gone`).
 
 use std::time::Duration;
 
@@ -20,10 +27,14 @@ use tasks::Backoff;
 use super::{
     known::{Known, Step, Tally},
     object::Raw,
+    served::{Served, served},
 };
 
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// How often the API says that it does not have a kind of which something is known until that is believed.
+const CERTAIN: u32 = 4;
+const CERTAIN_WAIT: Duration = Duration::from_secs(20);
 /// How often a kind that is not there is looked for.
 const ABSENT_WAIT: Duration = Duration::from_secs(30);
 
@@ -42,6 +53,11 @@ fn versions(kind: Kind) -> &'static [&'static str] {
         Kind::PeerAuthentication | Kind::AuthorizationPolicy | Kind::Gateway | Kind::GatewayClass => &["v1", "v1beta1"],
         _ => &["v1"],
     }
+}
+
+/// Whether every API has it, in the one version.
+fn is_built_in(kind: Kind) -> bool {
+    matches!(kind.group(), "" | "discovery.k8s.io")
 }
 
 /// The kind as the API names it.
@@ -70,8 +86,8 @@ enum Ended {
     Dropped,
     /// Start from a new listing.
     Again,
-    /// The API does not have the kind in this version.
-    Absent,
+    /// There is no such kind, or so it was said.
+    NotFound(String),
 }
 
 /// How a kind is followed, from one watch to the next.
@@ -80,9 +96,17 @@ struct Course {
     /// The API does streaming lists, as far as is known.
     streaming: bool,
     backoff: Backoff,
+    /// How often the API said that it does not have the kind, since it last had it.
+    absences: u32,
 }
 
 impl Course {
+    /// It works.
+    fn works(&mut self) {
+        self.backoff.reset();
+        self.absences = 0;
+    }
+
     async fn pause(&mut self) {
         tokio::time::sleep(self.backoff.next((fraction() * 1024.0) as u64)).await;
     }
@@ -90,41 +114,72 @@ impl Course {
 
 /// Follows a kind until nobody listens. `mesh_config`: where the one ConfigMap of interest is.
 pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl Follow) {
+    let ways: Vec<_> = versions(kind).iter().map(|version| resource(kind, version)).collect();
     let mut course = Course {
         known: Known::default(),
         streaming: true,
         backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
+        absences: 0,
     };
     let mut place = 0;
     loop {
-        let versions = versions(kind);
-        let resource = resource(kind, versions[place % versions.len()]);
+        let way = &ways[place];
         let (api, config): (Api<Raw>, _) = match kind {
             Kind::ConfigMap => (
-                Api::namespaced_with(client.clone(), mesh_config, &resource),
+                Api::namespaced_with(client.clone(), mesh_config, way),
                 watcher::Config::default().fields("metadata.name=istio"),
             ),
-            _ => (Api::all_with(client.clone(), &resource), watcher::Config::default()),
+            _ => (Api::all_with(client.clone(), way), watcher::Config::default()),
         };
-        match watch(api, config, &mut course, &mut to).await {
+        let error = match watch(kind, api, config, &mut course, &mut to).await {
             Ended::Dropped => return,
-            Ended::Again => {}
-            Ended::Absent if place + 1 < versions.len() => place += 1,
-            Ended::Absent => {
-                place = 0;
-                to.state(Some("the API does not have this kind".into()));
-                for step in course.known.clear() {
-                    if !to.step(step, course.known.tally()).await {
-                        return;
-                    }
+            Ended::Again => continue,
+            Ended::NotFound(error) => error,
+        };
+        match served(&client, &ways).await {
+            Served::In(now) => {
+                course.absences = 0;
+                if std::mem::replace(&mut place, now) == now {
+                    to.state(Some(error));
                 }
-                tokio::time::sleep(ABSENT_WAIT.mul_f64(0.8 + 0.4 * fraction())).await;
+                course.pause().await;
+            }
+            Served::Unknown(why) => {
+                course.absences = 0;
+                to.state(Some(format!("{error}; {why}")));
+                course.pause().await;
+            }
+            Served::Nowhere => {
+                course.absences += 1;
+                if !absent(&mut course, &mut to).await {
+                    return;
+                }
             }
         }
     }
 }
 
-async fn watch(api: Api<Raw>, config: watcher::Config, course: &mut Course, to: &mut impl Follow) -> Ended {
+/// The API does not have the kind. False: nobody listens.
+async fn absent(course: &mut Course, to: &mut impl Follow) -> bool {
+    let known = &mut course.known;
+    if !known.is_empty() && course.absences < CERTAIN {
+        to.state(Some(
+            "the API does not have this kind any more, or not yet again".into(),
+        ));
+        tokio::time::sleep(CERTAIN_WAIT.mul_f64(0.8 + 0.4 * fraction())).await;
+        return true;
+    }
+    to.state(Some("the API does not have this kind".into()));
+    for step in known.clear() {
+        if !to.step(step, known.tally()).await {
+            return false;
+        }
+    }
+    tokio::time::sleep(ABSENT_WAIT.mul_f64(0.8 + 0.4 * fraction())).await;
+    true
+}
+
+async fn watch(kind: Kind, api: Api<Raw>, config: watcher::Config, course: &mut Course, to: &mut impl Follow) -> Ended {
     // They may be older than what is known, where the API is several.
     let streams = course.streaming && !course.known.is_listed();
     let config = if streams { config.streaming_lists() } else { config };
@@ -134,7 +189,7 @@ async fn watch(api: Api<Raw>, config: watcher::Config, course: &mut Course, to: 
             Ok(event) => {
                 // The others come before the API has answered, or before it has all.
                 if matches!(event, Event::InitDone | Event::Apply(_) | Event::Delete(_)) {
-                    course.backoff.reset();
+                    course.works();
                     to.state(None);
                 }
                 for step in course.known.take(event) {
@@ -147,7 +202,7 @@ async fn watch(api: Api<Raw>, config: watcher::Config, course: &mut Course, to: 
             Err(error) => error,
         };
         let forgotten = match code(&error) {
-            Some(404) => return Ended::Absent,
+            Some(404) if !is_built_in(kind) => return Ended::NotFound(error.to_string()),
             // The API does not do streaming lists.
             Some(400 | 422) if streams => {
                 course.streaming = false;

@@ -54,10 +54,26 @@ const STREAM: &str = r#"{"type": "ADDED", "object": {"metadata": {"name": "a", "
 const EXPIRED: &str = r#"{"kind": "Status", "code": 410, "reason": "Expired", "message": "", "status": "Failure"}"#;
 const BROKEN: &str =
     r#"{"kind": "Status", "code": 500, "reason": "InternalError", "message": "", "status": "Failure"}"#;
+const OTHERS: &str = r#"{"kind": "APIGroupList", "apiVersion": "v1", "groups": [
+    {"name": "discovery.k8s.io", "versions": [{"groupVersion": "discovery.k8s.io/v1", "version": "v1"}]}]}"#;
+const GROUPS: &str = r#"{"kind": "APIGroupList", "apiVersion": "v1", "groups": [
+    {"name": "discovery.k8s.io", "versions": [{"groupVersion": "discovery.k8s.io/v1", "version": "v1"}]},
+    {"name": "gateway.networking.k8s.io", "versions": [
+        {"groupVersion": "gateway.networking.k8s.io/v1", "version": "v1"},
+        {"groupVersion": "gateway.networking.k8s.io/v1beta1", "version": "v1beta1"}]}]}"#;
+const BETA: &str = r#"{"kind": "APIGroupList", "apiVersion": "v1", "groups": [
+    {"name": "discovery.k8s.io", "versions": [{"groupVersion": "discovery.k8s.io/v1", "version": "v1"}]},
+    {"name": "gateway.networking.k8s.io", "versions": [
+        {"groupVersion": "gateway.networking.k8s.io/v1beta1", "version": "v1beta1"}]}]}"#;
+const GATEWAYS: &str = r#"{"kind": "APIResourceList", "apiVersion": "v1",
+    "groupVersion": "gateway.networking.k8s.io/v1", "resources": [
+    {"name": "gateways", "singularName": "", "namespaced": true, "kind": "Gateway", "verbs": ["list"]}]}"#;
 
 #[tokio::test(start_paused = true)]
 async fn an_older_version_without_streaming_lists_is_found() {
     let (client, asked) = api(|path| match path {
+        path if path.ends_with("/apis") => (200, BETA),
+        path if path.ends_with("/apis/gateway.networking.k8s.io/v1beta1") => (200, GATEWAYS),
         path if path.contains("/v1/") => (404, ABSENT),
         path if path.contains("sendInitialEvents") => (422, NO_STREAMS),
         path if path.contains("watch=") => (200, ""),
@@ -86,6 +102,7 @@ async fn a_kind_that_is_not_there_is_empty_and_is_found_when_it_comes() {
     let there = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let comes = there.clone();
     let (client, asked) = api(move |path| match there.load(Ordering::SeqCst) {
+        false if path.ends_with("/apis") => (200, OTHERS),
         false => (404, ABSENT),
         true if path.contains("sendInitialEvents") => (422, NO_STREAMS),
         true if path.contains("watch=") => (200, ""),
@@ -159,4 +176,104 @@ async fn what_is_listed_again_is_the_newest() {
     assert_eq!(streams.count(), 1, "{asked:?}");
     let lists: Vec<_> = asked.iter().filter(|path| !path.contains("watch=")).collect();
     assert!(lists.iter().all(|path| !path.contains("resourceVersion=")), "{lists:?}");
+}
+
+/// An API that has `a`, then answers so for some requests, then has `b` in its stead.
+fn away(
+    requests: usize,
+    answer: fn(&str) -> (u16, &'static str),
+) -> impl Fn(&str) -> (u16, &'static str) + Send + Sync {
+    let listed = std::sync::atomic::AtomicUsize::new(0);
+    move |path| {
+        let seen = listed.load(Ordering::SeqCst);
+        match path {
+            path if path.contains("sendInitialEvents") => (422, NO_STREAMS),
+            _ if (1..=requests).contains(&seen) => {
+                listed.store(seen + 1, Ordering::SeqCst);
+                answer(path)
+            }
+            path if path.contains("watch=") => (410, EXPIRED),
+            _ if seen == 0 => {
+                listed.store(1, Ordering::SeqCst);
+                (200, ONE)
+            }
+            _ => (200, OTHER),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_found_for_a_while_is_kept() {
+    let other = |_: &str| (404, "404 page not found");
+    let html = |_: &str| (404, "<html>");
+    let status = |_: &str| (404, ABSENT);
+    // The API answers, and says that it has the kind.
+    let served = |path: &str| match path {
+        path if path.ends_with("/apis") => (200, GROUPS),
+        path if path.ends_with("/apis/gateway.networking.k8s.io/v1") => (200, GATEWAYS),
+        _ => (404, ABSENT),
+    };
+    // It is about to list it again.
+    let soon = |path: &str| match path.ends_with("/apis") {
+        true => (200, OTHERS),
+        false => (404, "404 page not found"),
+    };
+    let answers: [(usize, fn(&str) -> (u16, &'static str)); 5] =
+        [(30, other), (30, html), (30, status), (30, served), (4, soon)];
+    for kind in [Kind::Gateway, Kind::Pod, Kind::EndpointSlice] {
+        for (requests, answer) in answers {
+            let (client, _) = api(away(requests, answer));
+            let (tell, mut told) = mpsc::unbounded_channel();
+            let follow = follow(client, kind, "istio-system", Tell(tell));
+            tokio::select! {
+                () = follow => panic!("it ended"),
+                () = async {
+                    for expected in ["+a", "synced", "+b", "-a", "synced"] {
+                        assert_eq!(next(&mut told).await, expected);
+                    }
+                } => {}
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_found_at_the_start_is_waited_for() {
+    let requests = std::sync::atomic::AtomicUsize::new(0);
+    let (client, _) = api(move |path| match path {
+        _ if requests.fetch_add(1, Ordering::SeqCst) < 10 => (404, "404 page not found"),
+        path if path.contains("sendInitialEvents") => (422, NO_STREAMS),
+        path if path.contains("watch=") => (410, EXPIRED),
+        _ => (200, ONE),
+    });
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let follow = follow(client, Kind::AuthorizationPolicy, "istio-system", Tell(tell));
+    tokio::select! {
+        () = follow => panic!("it ended"),
+        () = async { assert_eq!(next(&mut told).await, "+a") } => {}
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_api_goes_on_not_having_is_gone() {
+    let (client, asked) = api(away(usize::MAX - 1, |path| match path.ends_with("/apis") {
+        true => (200, OTHERS),
+        false => (404, "404 page not found"),
+    }));
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
+    tokio::select! {
+        () = follow => panic!("it ended"),
+        () = async {
+            for expected in ["+a", "synced", "-a", "synced"] {
+                assert_eq!(next(&mut told).await, expected);
+            }
+        } => {}
+    }
+    let asked = asked.lock().unwrap();
+    assert_eq!(
+        asked.iter().filter(|path| path.ends_with("/apis")).count(),
+        4,
+        "{asked:?}"
+    );
 }

@@ -52,6 +52,11 @@ impl Known {
         self.listed
     }
 
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
     /// How far this is.
     pub fn tally(&self) -> Tally {
         Tally {

@@ -13,6 +13,7 @@ mod index;
 mod kind;
 mod known;
 mod object;
+mod served;
 
 use std::{
     collections::BTreeMap,
