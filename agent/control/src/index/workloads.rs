@@ -285,7 +285,7 @@ impl Tables {
                 namespace: name.namespace.clone(),
                 name: service.hostname.clone(),
             };
-            services.insert(key, endpoint_ports(&service.ports, Some(endpoint)));
+            services.insert(key, named_ports(&service.ports, endpoint));
         }
         self.add_selecting(name, &endpoint.labels, Some(endpoint), &mut services);
         services
@@ -347,13 +347,19 @@ pub(super) fn health(ready: bool) -> HealthStatus {
     }
 }
 
-/// The service's ports as an endpoint outside Kubernetes has them: by name, else the target port.
+/// A Service's ports as an endpoint outside Kubernetes has them: as with pods, by the target port's name, if it has one.
+fn named_ports(ports: &[ServicePort], endpoint: &Endpoint) -> BTreeMap<u16, u16> {
+    let target = |port: &ServicePort| match &port.target_name {
+        Some(name) => Some((port.port, endpoint.port(name)?)),
+        None => Some((port.port, Some(port.target).filter(|number| *number != 0)?)),
+    };
+    ports.iter().filter_map(target).collect()
+}
+
+/// A ServiceEntry's ports as an endpoint has them: by the port's own name, else the target port, which is a number.
 fn endpoint_ports(ports: &[ServicePort], endpoint: Option<&Endpoint>) -> BTreeMap<u16, u16> {
     let target = |port: &ServicePort| {
-        let named = endpoint.and_then(|endpoint| {
-            let by_target = || endpoint.port(port.target_name.as_deref()?);
-            endpoint.port(&port.name).or_else(by_target)
-        });
+        let named = endpoint.and_then(|endpoint| endpoint.port(&port.name));
         let number = named.or(Some(port.target).filter(|number| *number != 0))?;
         Some((port.port, number))
     };

@@ -116,6 +116,42 @@ fn nobody_is_hbone_without_redirection() {
 }
 
 #[test]
+fn a_workload_entry_has_the_ports_that_its_service_names() {
+    let ports = |endpoint: Value, of: Value| {
+        let ports = json!({"address": "172.16.0.1", "labels": {"app": "vm"}, "ports": endpoint});
+        let mesh = Mesh::with([of, object("WorkloadEntry", "shop", "vm", json!({"spec": ports}))]);
+        let found = mesh.workload("c/networking.istio.io/WorkloadEntry/shop/vm");
+        let services = found.services.into_values().next();
+        services.map(|ports| ports.ports.iter().map(|port| port.target_port).collect::<Vec<_>>())
+    };
+    let selector = json!({"app": "vm"});
+    let of_service = |target: Value| {
+        let ports = json!([{"name": "http", "port": 80, "targetPort": target}]);
+        service(
+            "shop",
+            "vm",
+            "10.96.0.1",
+            json!({"spec": {"selector": selector, "ports": ports}}),
+        )
+    };
+    // A Service names its target port, or numbers it; what its own port is called means nothing there.
+    let both = json!({"http": 81, "web": 82});
+    assert_eq!(ports(both.clone(), of_service(json!("web"))), Some(vec![82]));
+    assert_eq!(ports(both.clone(), of_service(json!(8080))), Some(vec![8080]));
+    assert_eq!(ports(both.clone(), of_service(Value::Null)), Some(vec![80]));
+    assert_eq!(ports(json!({"http": 81}), of_service(json!("web"))), Some(Vec::new()));
+    // A ServiceEntry has numbers only, and names are the ports' own.
+    let of_entry = |target: Value| {
+        let spec = json!({"hosts": ["vm.com"], "resolution": "STATIC", "workloadSelector": {"labels": selector},
+            "ports": [{"number": 80, "name": "http", "targetPort": target}]});
+        object("ServiceEntry", "shop", "vm", json!({"spec": spec}))
+    };
+    assert_eq!(ports(both, of_entry(json!(8080))), Some(vec![81]));
+    assert_eq!(ports(json!({"web": 82}), of_entry(json!(8080))), Some(vec![8080]));
+    assert_eq!(ports(json!({}), of_entry(Value::Null)), Some(vec![80]));
+}
+
+#[test]
 fn a_host_network_pod_has_no_alias() {
     let host = json!({"spec": {"hostNetwork": true}});
     let mesh = Mesh::with([
@@ -371,7 +407,8 @@ fn workload_entries() {
     let entry = |spec: Value| object("WorkloadEntry", "shop", "vm", json!({"spec": spec}));
     let spec = json!({"address": "172.16.0.1", "labels": {"app": "web"}, "ports": {"http": 9090}, "locality": "r/z",
         "weight": 3, "serviceAccount": "vm"});
-    let mut mesh = Mesh::with([service("shop", "web", "10.96.0.1", json!({})), entry(spec)]);
+    let ports = json!({"spec": {"ports": [{"name": "x", "port": 80, "targetPort": "http"}]}});
+    let mut mesh = Mesh::with([service("shop", "web", "10.96.0.1", ports), entry(spec)]);
     let uid = "c/networking.istio.io/WorkloadEntry/shop/vm";
     let found = mesh.workload(uid);
     assert_eq!(
