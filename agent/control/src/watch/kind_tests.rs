@@ -138,8 +138,7 @@ async fn asks_within(
     let follow = follow(client, kind, "istio-system", Tell(tell));
     let ended = tokio::time::timeout(Duration::from_secs(60 * minutes), follow).await;
     assert!(ended.is_err(), "it goes on");
-    let asked = asked.lock().unwrap().len();
-    asked
+    asked.lock().unwrap().len()
 }
 
 #[tokio::test(start_paused = true)]
@@ -178,11 +177,10 @@ async fn what_is_listed_again_is_the_newest() {
     assert!(lists.iter().all(|path| !path.contains("resourceVersion=")), "{lists:?}");
 }
 
+type Answer = fn(&str) -> (u16, &'static str);
+
 /// An API that has `a`, then answers so for some requests, then has `b` in its stead.
-fn away(
-    requests: usize,
-    answer: fn(&str) -> (u16, &'static str),
-) -> impl Fn(&str) -> (u16, &'static str) + Send + Sync {
+fn away(requests: usize, answer: Answer) -> impl Fn(&str) -> (u16, &'static str) + Send + Sync {
     let listed = std::sync::atomic::AtomicUsize::new(0);
     move |path| {
         let seen = listed.load(Ordering::SeqCst);
@@ -218,8 +216,7 @@ async fn what_is_not_found_for_a_while_is_kept() {
         true => (200, OTHERS),
         false => (404, "404 page not found"),
     };
-    let answers: [(usize, fn(&str) -> (u16, &'static str)); 5] =
-        [(30, other), (30, html), (30, status), (30, served), (4, soon)];
+    let answers: [(usize, Answer); 5] = [(30, other), (30, html), (30, status), (30, served), (4, soon)];
     for kind in [Kind::Gateway, Kind::Pod, Kind::EndpointSlice] {
         for (requests, answer) in answers {
             let (client, _) = api(away(requests, answer));
