@@ -160,6 +160,13 @@ async fn a_policy_that_an_agent_refuses_says_so() {
             assert!(message.contains("agent-1") && message.contains("I do not know this"), "{message}");
         }
     }
+    // Nobody refuses it any more when the agent is gone.
+    drop((requests, responses));
+    eventually("the condition is mended", || async {
+        let told = condition(&cluster, "bad", 1).await;
+        (told["reason"] == "Accepted").then_some(told)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
