@@ -62,6 +62,22 @@ pub(crate) const TURN: usize = 128 << 10;
 /// (see `relay`), so this only has to cover what one read of the socket can bring.
 pub(crate) const DATA_FRAME_BUDGET: usize = 64 << 20;
 
+/// h2's limits on resets are of a whole tunnel: beyond them it ends all streams of it, or takes late DATA of one stream
+/// for an attack. So they are above what connections that come and go bring about.
+///
+/// Streams that we reset are remembered, for DATA to them that was under way: for as long as a full connection window
+/// takes at 25 Mbit/s, and 800 in each second of that. About 350 bytes each.
+const RESETS_REMEMBERED: (usize, Duration) = (4096, Duration::from_secs(5));
+
+/// Frames of one tunnel, ever, that are answered with a reset of their own: those to streams that are forgotten
+/// nevertheless, and mistakes. A peer that makes them and doesn't read those resets has us hold them, so this is
+/// bounded: all together are about 16 MiB, as a connection window's DATA.
+const FRAMES_ANSWERED_WITH_RESETS: usize = 32 << 10;
+
+/// CONNECTs that the peer gave up before we saw them, in one read: those of as many streams as it may have open, a few
+/// times over while we stood still. More in one [`TURN`] are a flood (`a_flood_of_resets_ends_the_tunnel`).
+const CONNECTS_GIVEN_UP_UNSEEN: usize = 1024;
+
 impl Config {
     pub(crate) fn client(&self) -> h2::client::Builder {
         let mut builder = h2::client::Builder::new();
@@ -73,6 +89,9 @@ impl Config {
             .max_send_buffer_size(self.send_buffer)
             .initial_max_send_streams(self.streams_per_tunnel as usize)
             .data_frame_budget(DATA_FRAME_BUDGET)
+            .max_concurrent_reset_streams(RESETS_REMEMBERED.0)
+            .reset_stream_duration(RESETS_REMEMBERED.1)
+            .max_local_error_reset_streams(Some(FRAMES_ANSWERED_WITH_RESETS))
             .enable_push(false);
         builder
     }
@@ -86,7 +105,11 @@ impl Config {
             .max_header_list_size(self.max_header_list_size)
             .max_concurrent_streams(self.max_concurrent_streams)
             .max_send_buffer_size(self.send_buffer)
-            .data_frame_budget(DATA_FRAME_BUDGET);
+            .data_frame_budget(DATA_FRAME_BUDGET)
+            .max_concurrent_reset_streams(RESETS_REMEMBERED.0)
+            .reset_stream_duration(RESETS_REMEMBERED.1)
+            .max_local_error_reset_streams(Some(FRAMES_ANSWERED_WITH_RESETS))
+            .max_pending_accept_reset_streams(CONNECTS_GIVEN_UP_UNSEEN);
         builder
     }
 }

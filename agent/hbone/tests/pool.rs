@@ -6,7 +6,7 @@ mod common;
 
 use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};
 
-use common::{CLIENT, Pair, run, socket_pair, within};
+use common::{CLIENT, Pair, echo, run, socket_pair, within};
 use futures_util::future::join_all;
 use hbone::{Config, DrainMode, OpenError, Standing};
 use proptest::prelude::*;
@@ -14,20 +14,6 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-
-/// An application that echoes, for as long as the test runs.
-fn echo(application: TcpListener) {
-    tokio::task::spawn_local(async move {
-        loop {
-            let (mut socket, _) = application.accept().await.unwrap();
-            tokio::task::spawn_local(async move {
-                let (mut reads, mut writes) = socket.split();
-                let _ = tokio::io::copy(&mut reads, &mut writes).await;
-                let _ = writes.shutdown().await;
-            });
-        }
-    });
-}
 
 async fn with_echo(client: Config, server: Config) -> Pair {
     let mut pair = Pair::with(client, server).await;

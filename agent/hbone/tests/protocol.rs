@@ -1,4 +1,5 @@
-//! What a client that does not keep to the rules gets, with the `h2` crate or bare bytes as the client.
+//! What a client that does not keep to the rules gets, with the `h2` crate or bare bytes as the client; and what one that
+//! does gets through, though it looks like an attack.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -7,18 +8,18 @@ mod common;
 use std::{net::SocketAddr, rc::Rc};
 
 use bytes::Bytes;
-use common::{CLIENT, DialTarget, Mesh, Noise, SERVER, Seen, run, within};
+use common::{CLIENT, DialTarget, Mesh, Noise, Pair, SERVER, Seen, echo, run, socket_pair, within};
 use h2::client::SendRequest;
 use hbone::{Accepted, Config, TunnelError};
 use http::{Method, Request, Version};
 use rustls::pki_types::ServerName;
 use tasks::drain_channel;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 type Served = JoinHandle<Result<(), TunnelError>>;
 
@@ -155,24 +156,37 @@ fn headers(fields: &[(&str, &str)]) -> Vec<u8> {
     block
 }
 
-/// Frame types and the first four bytes of their payloads, until the server closes or is silent.
+/// Its type, stream and payload; `None` at the end.
+async fn read_frame(io: &mut (impl AsyncRead + Unpin)) -> Option<(u8, u32, Vec<u8>)> {
+    let mut head = [0; 9];
+    io.read_exact(&mut head).await.ok()?;
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    io.read_exact(&mut payload).await.ok()?;
+    let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+    Some((head[3], stream, payload))
+}
+
+/// The first frame of a type and stream.
+async fn until_frame(io: &mut (impl AsyncRead + Unpin), kind: u8, stream: u32) -> Vec<u8> {
+    within("a frame", async {
+        loop {
+            match read_frame(io).await {
+                Some((7, _, why)) => panic!("the tunnel was ended: {}", String::from_utf8_lossy(&why)),
+                Some((got, of, payload)) if (got, of) == (kind, stream) => return payload,
+                Some(_) => {}
+                None => panic!("the connection was closed"),
+            }
+        }
+    })
+    .await
+}
+
+/// All frames until the server closes or is silent.
 async fn answers(io: &mut DuplexStream) -> Vec<(u8, u32, Vec<u8>)> {
     let mut frames = Vec::new();
     let read = async {
-        loop {
-            let mut head = [0; 9];
-            if io.read_exact(&mut head).await.is_err() {
-                return;
-            }
-            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-            if io.read_exact(&mut payload).await.is_err() {
-                return;
-            }
-            frames.push((
-                head[3],
-                u32::from_be_bytes([head[5], head[6], head[7], head[8]]),
-                payload,
-            ));
+        while let Some(frame) = read_frame(io).await {
+            frames.push(frame);
         }
     };
     let _ = tokio::time::timeout(std::time::Duration::from_millis(200), read).await;
@@ -215,6 +229,122 @@ fn settings_are_those_of_a_ztunnel() {
             .find(|(kind, stream, _)| (*kind, *stream) == (8, 0))
             .unwrap();
         assert_eq!(window[..], 16_711_681u32.to_be_bytes());
+    });
+}
+
+fn connect_frame(stream: u32, target: SocketAddr) -> Vec<u8> {
+    let fields = [(":method", "CONNECT"), (":authority", &*target.to_string())];
+    frame(1, 4, stream, &headers(&fields))
+}
+
+/// A tunnel of bare bytes with one live stream, 1, to an application that echoes.
+async fn with_live_stream() -> (DuplexStream, Rc<Seen>, SocketAddr) {
+    let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let target = application.local_addr().unwrap();
+    echo(application);
+    let (mut io, _served, seen) = plain_server(Config::default());
+    io.write_all(&preface()).await.unwrap();
+    io.write_all(&connect_frame(1, target)).await.unwrap();
+    until_frame(&mut io, 1, 1).await;
+    (io, seen, target)
+}
+
+async fn expect_echo(io: &mut DuplexStream) {
+    io.write_all(&frame(0, 0, 1, b"ping")).await.unwrap();
+    assert_eq!(until_frame(io, 0, 1).await, b"ping");
+}
+
+#[test]
+fn connects_given_up_before_they_were_looked_at_do_not_end_the_tunnel() {
+    run(async {
+        let (mut io, _seen, target) = with_live_stream().await;
+        // The client gave up while the server stood still, which then reads all at once.
+        let mut bytes = Vec::new();
+        for n in 1..=200 {
+            bytes.extend(connect_frame(2 * n + 1, target));
+            bytes.extend(frame(3, 0, 2 * n + 1, &[0, 0, 0, 8]));
+        }
+        io.write_all(&bytes).await.unwrap();
+        expect_echo(&mut io).await;
+    });
+}
+
+/// The streams that the other end resets, in its order.
+async fn resets(io: &mut (impl AsyncRead + Unpin), count: usize) -> Vec<u32> {
+    let mut streams = Vec::new();
+    while streams.len() < count {
+        let (kind, stream, _) = within("a reset", read_frame(io)).await.unwrap();
+        if kind == 3 {
+            streams.push(stream);
+        }
+    }
+    streams
+}
+
+/// Sends DATA to streams that the other end has reset, frame by frame, as when it was under way.
+async fn send_late_data(io: &mut (impl AsyncRead + AsyncWrite + Unpin), streams: &[u32]) {
+    for _ in 0..110 {
+        for stream in streams {
+            io.write_all(&frame(0, 0, *stream, b"x")).await.unwrap();
+        }
+        io.write_all(&frame(6, 0, 0, b"received")).await.unwrap();
+        until_frame(io, 6, 0).await;
+    }
+}
+
+#[test]
+fn data_under_way_to_streams_that_the_server_cut_does_not_end_the_tunnel() {
+    run(async {
+        let (mut io, seen, target) = with_live_stream().await;
+        for n in 1..=60 {
+            io.write_all(&connect_frame(2 * n + 1, target)).await.unwrap();
+        }
+        seen.until("all streams", |seen| seen.lives.borrow().len() == 61).await;
+        for live in &seen.lives.borrow()[1..] {
+            live.cut();
+        }
+        let cut = resets(&mut io, 60).await;
+        send_late_data(&mut io, &cut[50..]).await;
+        expect_echo(&mut io).await;
+    });
+}
+
+#[test]
+fn data_under_way_to_streams_that_the_client_dropped_does_not_end_its_tunnel() {
+    run(async {
+        let mut pair = Pair::new().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        pair.key.address = listener.local_addr().unwrap();
+        let tls = TlsAcceptor::from(pair.mesh.credentials(SERVER).await.server_config());
+        // Grants each CONNECT until all were reset, but the first.
+        let server = tokio::task::spawn_local(async move {
+            let mut io = tls.accept(listener.accept().await.unwrap().0).await.unwrap();
+            io.read_exact(&mut [0; 24]).await.unwrap();
+            io.write_all(&frame(4, 0, 0, &[])).await.unwrap();
+            let mut reset = Vec::new();
+            while reset.len() < 60 {
+                match read_frame(&mut io).await.unwrap() {
+                    (1, stream, _) => io.write_all(&frame(1, 4, stream, &[0x88])).await.unwrap(),
+                    (3, stream, _) => reset.push(stream),
+                    _ => {}
+                }
+            }
+            send_late_data(&mut io, &reset[50..]).await;
+            io.write_all(&frame(0, 0, 1, b"still here")).await.unwrap();
+            io
+        });
+        let live = pair.open().await.unwrap();
+        let (mut client, captured) = socket_pair().await;
+        tokio::task::spawn_local(live.relay(captured));
+        let mut dropped = Vec::new();
+        for _ in 0..60 {
+            dropped.push(pair.open().await.unwrap());
+        }
+        drop(dropped);
+        let mut got = [0; 10];
+        within("the live stream", client.read_exact(&mut got)).await.unwrap();
+        assert_eq!(&got, b"still here");
+        server.abort();
     });
 }
 

@@ -20,6 +20,7 @@ use identity::{Authority as _, Clock, Credentials, LocalAuthority, generate_root
 use model::{Authority, Identity, TrustDomain};
 use tasks::{DrainMode, DrainTrigger, drain_channel};
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::{Notify, mpsc},
     task::LocalSet,
@@ -246,6 +247,20 @@ impl Pair {
     pub fn drain(&self, mode: DrainMode) {
         self.server.drain.drain(mode);
     }
+}
+
+/// An application that echoes, for as long as the test runs.
+pub fn echo(application: TcpListener) {
+    tokio::task::spawn_local(async move {
+        loop {
+            let (mut socket, _) = application.accept().await.unwrap();
+            tokio::task::spawn_local(async move {
+                let (mut reads, mut writes) = socket.split();
+                let _ = tokio::io::copy(&mut reads, &mut writes).await;
+                let _ = writes.shutdown().await;
+            });
+        }
+    });
 }
 
 pub async fn socket_pair() -> (TcpStream, TcpStream) {
