@@ -8,6 +8,7 @@
 //! an immediate one, or dropping [`serve`], ends them with resets. The streams' tasks belong to `serve` and end with it.
 
 use std::{
+    cell::OnceCell,
     future::poll_fn,
     io,
     net::SocketAddr,
@@ -98,7 +99,7 @@ pub trait Handler: Clone + 'static {
     /// Decides, and dials. Dropped when the peer gives the request up meanwhile.
     fn connect(&self, tunnel: &Accepted, request: IncomingRequest) -> impl Future<Output = Decision<Self::Context>>;
 
-    /// Called once for each accepted request, however it ended.
+    /// Called once for each accepted request, however it ended but by a panic: that drops its context.
     fn relayed(&self, context: Self::Context, end: RelayEnd);
 
     /// Whose turns the tunnel's streams take; by default nobody's.
@@ -194,6 +195,7 @@ async fn drive<T: AsyncRead + AsyncWrite + Unpin, H: Handler>(
         config,
         handler,
         streams: JoinSet::new(),
+        broke: Rc::default(),
         over: false,
     };
     let mut graceful = pin!(drain.clone_reached(DrainMode::Graceful));
@@ -207,7 +209,11 @@ async fn drive<T: AsyncRead + AsyncWrite + Unpin, H: Handler>(
             graceful_seen = true;
             server.connection.graceful_shutdown();
         }
-        server.poll(cx)
+        let polled = server.poll(cx);
+        if let Poll::Ready(Err(error)) = &polled {
+            let _ = server.broke.set(error.clone());
+        }
+        polled
     })
     .await
 }
@@ -224,6 +230,8 @@ impl CloneReached for DrainSignal {
     }
 }
 
+type Broke = Rc<OnceCell<TunnelError>>;
+
 struct Server<T, F, H> {
     group: Group,
     connection: Connection<T, Bytes>,
@@ -233,6 +241,8 @@ struct Server<T, F, H> {
     config: Rc<Config>,
     handler: H,
     streams: JoinSet<()>,
+    /// Why the connection failed; known to the streams, which are dropped with it.
+    broke: Broke,
     /// The connection has ended; streams may still have bytes for their applications.
     over: bool,
 }
@@ -269,7 +279,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin, F: Flush, H: Handler> Server<T, F, H> {
     }
 
     fn start(&mut self, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
-        let stream = serve_stream(self.handler.clone(), self.accepted.clone(), request, respond);
+        let broke = self.broke.clone();
+        let stream = serve_stream(self.handler.clone(), self.accepted.clone(), broke, request, respond);
         self.streams.spawn_local(self.group.fair(stream));
     }
 
@@ -287,6 +298,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin, F: Flush, H: Handler> Server<T, F, H> {
 async fn serve_stream<H: Handler>(
     handler: H,
     accepted: Rc<Accepted>,
+    broke: Broke,
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
 ) {
@@ -335,6 +347,7 @@ async fn serve_stream<H: Handler>(
             let ending = Ending {
                 handler,
                 context: Some(context),
+                broke,
                 live,
             };
             drop(accepted);
@@ -354,6 +367,7 @@ fn refuse(respond: &mut SendResponse<Bytes>, status: u16) {
 struct Ending<H: Handler> {
     handler: H,
     context: Option<H::Context>,
+    broke: Broke,
     live: Live,
 }
 
@@ -367,7 +381,11 @@ impl<H: Handler> Ending<H> {
 
 impl<H: Handler> Drop for Ending<H> {
     fn drop(&mut self) {
-        self.end(Err(RelayError::Cut));
+        if std::thread::panicking() {
+            return;
+        }
+        let why = self.broke.get().map(|error| error.to_string().into());
+        self.end(Err(why.map_or(RelayError::Cut, RelayError::TunnelClosed)));
     }
 }
 
@@ -396,4 +414,47 @@ fn accept<H: Handler>(
         };
         ending.end(outcome);
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, panic};
+
+    use super::*;
+
+    /// Counts what it hears of.
+    #[derive(Clone, Default)]
+    struct Counting(Rc<Cell<usize>>);
+
+    impl Handler for Counting {
+        type Context = Rc<()>;
+
+        async fn connect(&self, _: &Accepted, _: IncomingRequest) -> Decision<Rc<()>> {
+            Decision::Refuse { status: 503 }
+        }
+
+        fn relayed(&self, _: Rc<()>, _: RelayEnd) {
+            self.0.set(self.0.get() + 1);
+        }
+    }
+
+    #[test]
+    fn a_panic_is_not_reported_as_an_end() {
+        let (handler, context) = (Counting::default(), Rc::new(()));
+        let ending = || Ending {
+            handler: handler.clone(),
+            context: Some(context.clone()),
+            broke: Rc::default(),
+            live: Live::default(),
+        };
+        drop(ending());
+        assert_eq!(handler.0.get(), 1);
+        let dropped = ending();
+        let caught = panic::catch_unwind(panic::AssertUnwindSafe(move || {
+            let _dropped = dropped;
+            panic!("a bug");
+        }));
+        assert!(caught.is_err());
+        assert_eq!((handler.0.get(), Rc::strong_count(&context)), (1, 1));
+    }
 }

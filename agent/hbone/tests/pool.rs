@@ -6,9 +6,9 @@ mod common;
 
 use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};
 
-use common::{CLIENT, Pair, echo, run, socket_pair, within};
+use common::{CLIENT, Pair, Seen, echo, run, socket_pair, within};
 use futures_util::future::join_all;
-use hbone::{Config, DrainMode, OpenError, Standing};
+use hbone::{Config, DrainMode, OpenError, RelayError, Standing};
 use proptest::prelude::*;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -362,6 +362,7 @@ fn a_tampered_record_ends_the_tunnel() {
         seen.until("the server's end", |seen| !seen.tunnel_ends.borrow().is_empty())
             .await;
         assert!(seen.tunnel_ends.borrow()[0].is_err());
+        broke(seen, "the connection broke").await;
     });
 }
 
@@ -417,6 +418,33 @@ fn a_peer_that_vanishes_is_noticed_by_each_side() {
             .until("the server's end", |seen| !seen.tunnel_ends.borrow().is_empty())
             .await;
     });
+}
+
+#[test]
+fn a_stream_of_a_peer_that_vanished_ends_as_broken() {
+    run(async {
+        let impatient = Config {
+            ping_interval: Duration::from_millis(50),
+            ping_timeout: Duration::from_millis(100),
+            ..Config::default()
+        };
+        let mut pair = with_echo(Config::default(), impatient).await;
+        let mode = Rc::new(Cell::new(Middle::Pass));
+        pair.key.address = middle(pair.server.address, mode.clone()).await;
+        let _stream = pair.open().await.unwrap();
+        mode.set(Middle::Swallow);
+        broke(&pair.server.seen, "the peer did not answer a PING in 100ms").await;
+    });
+}
+
+/// The server's one stream ended with its tunnel, and says why.
+async fn broke(seen: &Seen, why: &str) {
+    seen.until("the stream's end", |seen| !seen.ends.borrow().is_empty())
+        .await;
+    match &seen.ends.borrow()[0].outcome {
+        Err(RelayError::TunnelClosed(reason)) => assert!(reason.contains(why), "{reason}"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
