@@ -6,7 +6,7 @@
 //! What the pod's settings exclude goes where it wants, and its socket is marked for the guard to let it out.
 //! A v4-mapped socket, as Java uses, comes only through `connect6`.
 
-use abi::{Address, CAPTURED, Dialled, Endpoint, Reason, capture_port};
+use abi::{Address, CAPTURED, Dialled, Endpoint, PAST_AGENT, Reason, capture_port};
 use aya_ebpf::{
     helpers::{bpf_get_netns_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
@@ -145,7 +145,7 @@ fn decide_for_pod(ctx: &SockAddrContext, destination: &Endpoint) -> Decision {
     }
     let mut dialled = Dialled {
         destination: *destination,
-        excluded: u32::from(excluded),
+        mark: if excluded { PAST_AGENT } else { 0 },
     };
     // SAFETY: the context is valid; a returned pointer is to the socket's own storage.
     let stored = unsafe { DIALLED.get_or_insert_ptr_mut(ctx, Some(&mut dialled)) };

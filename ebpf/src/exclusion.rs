@@ -9,7 +9,7 @@
 
 use abi::{
     Address, BYPASSES_INBOUND, Dialled, EXCLUDES_INBOUND, EXCLUDES_PORTS, EXCLUDES_RANGES, EXCLUDES_THE_REST, Endpoint,
-    ExcludedPort, ExcludedRange, HBONE_PORT, Interface, Pod,
+    ExcludedPort, ExcludedRange, HBONE_PORT, Interface, PAST_AGENT, Pod,
 };
 use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
@@ -60,7 +60,7 @@ pub fn lets_out(interface: &Interface, sk: *mut bpf_sock, segment: &Segment, unt
     if !is_own(interface, &pod.address) || is_own(interface, &remote.address) {
         return false;
     }
-    if untouched && is_marked(sk, remote) {
+    if untouched && is_marked(sk, remote, PAST_AGENT) {
         return true;
     }
     // SAFETY: only the presence matters.
@@ -69,9 +69,9 @@ pub fn lets_out(interface: &Interface, sk: *mut bpf_sock, segment: &Segment, unt
         && unsafe { EXCLUDED.get(&segment.flow).is_some() }
 }
 
-/// Whether a socket was connected to, or accepted from, exactly there, as excluded.
+/// Whether a socket was connected to, or accepted from, exactly there, and has the mark.
 #[inline(always)]
-fn is_marked(sk: *mut bpf_sock, remote: &Endpoint) -> bool {
+pub fn is_marked(sk: *mut bpf_sock, remote: &Endpoint, mark: u32) -> bool {
     if sk.is_null() {
         return false;
     }
@@ -79,7 +79,7 @@ fn is_marked(sk: *mut bpf_sock, remote: &Endpoint) -> bool {
     unsafe {
         let dialled = storage(sk, core::ptr::null_mut(), 0);
         !dialled.is_null()
-            && (*dialled).excluded == 1
+            && (*dialled).mark == mark
             && (*dialled).destination.port == remote.port
             && (*dialled).destination.address.same(&remote.address)
     }
@@ -96,15 +96,15 @@ pub unsafe fn storage(sk: *mut bpf_sock, value: *mut Dialled, flags: u32) -> *mu
     unsafe { bpf_sk_storage_get(map, sk.cast(), value.cast(), u64::from(flags)).cast() }
 }
 
-/// Marks an accepted socket, if its connection came by [`EXCLUDED`].
+/// Marks an accepted socket.
 ///
 /// # Safety
 /// The socket must not be null.
 #[inline(always)]
-pub unsafe fn mark_accepted(sk: *mut bpf_sock, remote: &Endpoint) -> bool {
+pub unsafe fn mark_accepted(sk: *mut bpf_sock, remote: &Endpoint, mark: u32) -> bool {
     let mut dialled = Dialled {
         destination: *remote,
-        excluded: 1,
+        mark,
     };
     // SAFETY: the caller's promise.
     unsafe { !storage(sk, &mut dialled, BPF_SK_STORAGE_GET_F_CREATE).is_null() }

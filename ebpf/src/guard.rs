@@ -10,13 +10,15 @@
 //!   excluded port of the pod (see `exclusion`);
 //! - the kernel sent it by itself: a bare RST for a closed port, the last ACK of a connection in TIME_WAIT.
 //!
-//! All other TCP is dropped and counted. What is not TCP passes unless the pod's setting forbids it.
+//! All other TCP is dropped and counted. What is not TCP passes unless the pod's setting forbids it; what the agent asks
+//! name servers from inside the pod passes then, too, and is remembered for the answer (`ASKED`).
 
 use abi::{
-    Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, INBOUND_PORT, Interface, Reason,
+    Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, FROM_HOST, INBOUND_PORT, Interface,
+    Reason,
 };
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
+    bindings::{BPF_ANY, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
     helpers::bpf_skb_cgroup_id,
     macros::classifier,
     programs::TcContext,
@@ -25,8 +27,8 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context,
-    exclusion::{is_own, lets_out},
-    maps::{FLOWS, INTERFACES, PROBES, count, is_agents_packet},
+    exclusion::{self, is_own, lets_out},
+    maps::{ASKED, FLOWS, INTERFACES, PROBES, count, is_agents_packet},
     packet::{ACK, Direction, FIN, Packet, RST, SYN, Segment, parse},
 };
 
@@ -70,8 +72,13 @@ fn judge(ctx: &TcContext, interface: &Interface) -> Result<(), Reason> {
     match parse(ctx, Direction::FromPod) {
         Packet::Tcp(segment) => judge_tcp(ctx, interface, &segment),
         Packet::Vital => Ok(()),
-        Packet::Other if interface.flags & FORBID_NON_TCP != 0 && !is_agents(ctx) => Err(Reason::NonTcpForbidden),
-        Packet::Other => Ok(()),
+        Packet::Udp(_) | Packet::Other if interface.flags & FORBID_NON_TCP == 0 => Ok(()),
+        Packet::Udp(flow) if is_agents(ctx) => {
+            let _ = ASKED.insert(&flow, &0, u64::from(BPF_ANY));
+            Ok(())
+        }
+        Packet::Other if is_agents(ctx) => Ok(()),
+        Packet::Udp(_) | Packet::Other => Err(Reason::NonTcpForbidden),
         Packet::Bad(reason) => Err(reason),
     }
 }
@@ -106,6 +113,9 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
     if !segment.opens() && is_recorded(segment) {
         return Ok(());
     }
+    if !segment.opens() && is_answer_to_host(interface, sk, segment) {
+        return Ok(());
+    }
     if interface.flags & (EXCLUDES_OUTBOUND | EXCLUDES_INBOUND | BYPASSES_INBOUND) != 0 {
         let untouched = !sk.is_null() && matches_socket(sk, segment);
         if lets_out(interface, sk, segment, untouched) {
@@ -138,6 +148,16 @@ fn is_recorded(segment: &Segment) -> bool {
     }
     // SAFETY: only the presence matters.
     unsafe { FLOWS.get(&segment.flow).is_some() }
+}
+
+/// What [`PROBES`] had once, and has no more: it holds so many. The socket that was accepted is marked.
+#[inline(always)]
+fn is_answer_to_host(interface: &Interface, sk: *mut bpf_sock, segment: &Segment) -> bool {
+    let (pod, remote) = (&segment.flow.pod, &segment.flow.remote);
+    !sk.is_null()
+        && is_own(interface, &pod.address)
+        && matches_socket(sk, segment)
+        && exclusion::is_marked(sk, remote, FROM_HOST)
 }
 
 /// Bare RSTs and ACKs that no process caused to be sent. A pod can't make one of these: its raw and packet sockets have

@@ -44,9 +44,13 @@ pub static ADMITTED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(32768,
 #[map]
 pub static PLAINTEXT: LruHashMap<PlaintextClient, u32> = LruHashMap::with_max_entries(8192, 0);
 
-/// Connections that processes of the host opened to a pod.
+/// Connections that processes of the host opened to a pod, until the application's socket has them in its storage.
 #[map]
 pub static PROBES: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(8192, 0);
+
+/// UDP of the agent's from inside pods that may have none: so that the answers reach it.
+#[map]
+pub static ASKED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(16384, 0);
 
 /// Connections from outside to an excluded port of a pod, until the application's socket has them in its storage.
 #[map]

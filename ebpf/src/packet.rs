@@ -11,7 +11,9 @@ const ETHERTYPE_IP: u16 = 0x0800;
 const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_IP6: u16 = 0x86dd;
 
+const ICMP: u8 = 1;
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 const ICMP6: u8 = 58;
 
 pub const FIN: u8 = 0x01;
@@ -46,7 +48,9 @@ impl Segment {
 /// A packet.
 pub enum Packet {
     Tcp(Segment),
-    /// What the network itself needs: ARP, neighbour discovery, multicast listener reports.
+    Udp(Flow),
+    /// What the network itself needs: ARP, neighbour discovery, multicast listener reports; towards the pod also the errors
+    /// that TCP learns by, such as that a packet was too big.
     Vital,
     /// Another protocol.
     Other,
@@ -119,6 +123,14 @@ fn parse_ip4(ctx: &TcContext, direction: Direction) -> Packet {
             };
             parse_tcp(ctx, direction, &transport)
         }
+        UDP if !fragment => {
+            let (source, destination) = (Address::v4(ip.source), Address::v4(ip.destination));
+            parse_udp(ctx, direction, source, destination, ETHERNET + header)
+        }
+        // Unreachable (also: too big), time exceeded, a parameter problem.
+        ICMP if direction == Direction::ToPod && matches!(ctx.load::<u8>(ETHERNET + header), Ok(3 | 11 | 12)) => {
+            Packet::Vital
+        }
         protocol if encapsulates(protocol) => Packet::Bad(Reason::Encapsulation),
         _ => Packet::Other,
     }
@@ -184,7 +196,11 @@ fn parse_ip6(ctx: &TcContext, direction: Direction) -> Packet {
                     _ => Packet::Other,
                 };
             }
-            ICMP6 => return parse_icmp6(ctx, offset),
+            UDP => {
+                let (source, destination) = (Address::v6(ip.source), Address::v6(ip.destination));
+                return parse_udp(ctx, direction, source, destination, offset);
+            }
+            ICMP6 => return parse_icmp6(ctx, direction, offset),
             NO_NEXT_HEADER => return Packet::Other,
             MOBILITY | 139 | 140 | 253 | 254 => return Packet::Bad(Reason::ExtensionHeaders),
             protocol if encapsulates(protocol) => return Packet::Bad(Reason::Encapsulation),
@@ -195,8 +211,10 @@ fn parse_ip6(ctx: &TcContext, direction: Direction) -> Packet {
 }
 
 #[inline(always)]
-fn parse_icmp6(ctx: &TcContext, offset: usize) -> Packet {
+fn parse_icmp6(ctx: &TcContext, direction: Direction, offset: usize) -> Packet {
     match ctx.load::<u8>(offset) {
+        // Errors, as above.
+        Ok(1..=4) if direction == Direction::ToPod => Packet::Vital,
         // Multicast listener queries and reports, neighbour discovery.
         Ok(130..=137 | 143) => Packet::Vital,
         Ok(_) => Packet::Other,
@@ -232,7 +250,28 @@ fn parse_tcp(ctx: &TcContext, direction: Direction, transport: &Transport) -> Pa
     };
     let source = Endpoint::new(transport.source, u16::from_be(tcp.source));
     let destination = Endpoint::new(transport.destination, u16::from_be(tcp.destination));
-    let flow = match direction {
+    Packet::Tcp(Segment {
+        flow: flow(direction, source, destination),
+        flags: tcp.flags & 0x3f,
+        empty: transport.length == usize::from(tcp.offset >> 4) * 4,
+    })
+}
+
+#[inline(always)]
+fn parse_udp(ctx: &TcContext, direction: Direction, source: Address, destination: Address, offset: usize) -> Packet {
+    let Ok([from, to]) = ctx.load::<[u16; 2]>(offset) else {
+        return Packet::Bad(Reason::Malformed);
+    };
+    let (source, destination) = (
+        Endpoint::new(source, u16::from_be(from)),
+        Endpoint::new(destination, u16::from_be(to)),
+    );
+    Packet::Udp(flow(direction, source, destination))
+}
+
+#[inline(always)]
+fn flow(direction: Direction, source: Endpoint, destination: Endpoint) -> Flow {
+    match direction {
         Direction::FromPod => Flow {
             pod: source,
             remote: destination,
@@ -241,10 +280,5 @@ fn parse_tcp(ctx: &TcContext, direction: Direction, transport: &Transport) -> Pa
             pod: destination,
             remote: source,
         },
-    };
-    Packet::Tcp(Segment {
-        flow,
-        flags: tcp.flags & 0x3f,
-        empty: transport.length == usize::from(tcp.offset >> 4) * 4,
-    })
+    }
 }

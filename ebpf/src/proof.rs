@@ -20,7 +20,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     exclusion::{begins_inbound, is_own},
-    maps::{ADMITTED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, count, is_agents_packet, pods_cgroup},
+    maps::{ADMITTED, ASKED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, count, is_agents_packet, pods_cgroup},
     packet::{Direction, Packet, Segment, parse},
 };
 
@@ -37,6 +37,10 @@ pub fn proof(ctx: TcContext) -> i32 {
     };
     let verdict = match parse(&ctx, Direction::ToPod) {
         Packet::Tcp(segment) => inspect(&ctx, interface, &segment),
+        // SAFETY: only the presence matters.
+        Packet::Udp(flow) if interface.flags & FORBID_NON_TCP != 0 && unsafe { ASKED.get(&flow).is_none() } => {
+            Err(Reason::NonTcpForbidden)
+        }
         Packet::Other if interface.flags & FORBID_NON_TCP != 0 => Err(Reason::NonTcpForbidden),
         _ => Ok(()),
     };

@@ -6,7 +6,8 @@
 //! through (`ADMITTED`).
 
 use abi::{
-    Address, BYPASSES_INBOUND, CAPTURED, EXCLUDES_INBOUND, Endpoint, Flow, OriginalKey, Reason, is_capture_port,
+    Address, BYPASSES_INBOUND, CAPTURED, EXCLUDES_INBOUND, Endpoint, FROM_HOST, Flow, OriginalKey, PAST_AGENT, Reason,
+    is_capture_port,
 };
 use aya_ebpf::{
     bindings::{
@@ -20,7 +21,7 @@ use aya_ebpf::{
 
 use crate::{
     context, exclusion,
-    maps::{ADMITTED, EXCLUDED, ORIGINAL, PODS, add},
+    maps::{ADMITTED, EXCLUDED, ORIGINAL, PODS, PROBES, add},
 };
 
 const AF_INET: u32 = 2;
@@ -56,7 +57,7 @@ fn remember(ops: *mut bpf_sock_ops) {
             return;
         }
         let value = (*dialled).destination;
-        if (*dialled).excluded == 1 {
+        if (*dialled).mark == PAST_AGENT {
             // Its bytes are counted when it ends.
             bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32);
             return;
@@ -69,7 +70,8 @@ fn remember(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A connection from outside that the application takes by itself, because its port is excluded: the socket is marked.
+/// A connection that the application takes by itself, because its port is excluded or a process of the host opened it: the
+/// socket is marked.
 #[inline(always)]
 fn accepted(ops: *mut bpf_sock_ops) {
     // SAFETY: the context is valid.
@@ -78,19 +80,25 @@ fn accepted(ops: *mut bpf_sock_ops) {
     let Some(pod) = (unsafe { PODS.get(&cookie) }) else {
         return;
     };
-    if pod.flags & (EXCLUDES_INBOUND | BYPASSES_INBOUND) == 0 {
+    if pod.flags & CAPTURED == 0 {
         return;
     }
     let (local, remote) = ends(ops);
     let flow = Flow { pod: local, remote };
+    let may_be_excluded = pod.flags & (EXCLUDES_INBOUND | BYPASSES_INBOUND) != 0;
     // SAFETY: only the presence matters.
-    if unsafe { EXCLUDED.get(&flow).is_none() } {
+    let mark = if unsafe { PROBES.get(&flow).is_some() } {
+        FROM_HOST
+    } else if may_be_excluded && unsafe { EXCLUDED.get(&flow).is_some() } {
+        PAST_AGENT
+    } else {
         return;
-    }
+    };
     // SAFETY: the context is valid; the socket is checked for null.
     unsafe {
         let sk = (*ops).__bindgen_anon_2.sk;
-        if !sk.is_null() && exclusion::mark_accepted(sk, &remote) {
+        if !sk.is_null() && exclusion::mark_accepted(sk, &remote, mark) && mark == PAST_AGENT {
+            // Its bytes are counted when it ends.
             bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32);
         }
     }
@@ -115,7 +123,7 @@ fn ended(ops: *mut bpf_sock_ops) {
     // SAFETY: not null.
     let dialled = unsafe { exclusion::storage(sk, core::ptr::null_mut(), 0) };
     // SAFETY: checked for null.
-    if dialled.is_null() || unsafe { (*dialled).excluded } != 1 {
+    if dialled.is_null() || unsafe { (*dialled).mark } != PAST_AGENT {
         return;
     }
     // SAFETY: the context is valid.

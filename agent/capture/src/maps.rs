@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::Path,
     sync::Arc,
 };
 
@@ -33,6 +34,7 @@ pub(crate) const PINNED: &[&str] = &[
     "ADMITTED",
     "PLAINTEXT",
     "PROBES",
+    "ASKED",
     "FLOWS",
     "EXCLUDED",
     "EXCLUDED_PORTS",
@@ -63,6 +65,26 @@ pub(crate) struct Maps {
     lookups: Lookups,
 }
 
+/// Of `bpf(2)`: only what is not there.
+const BPF_NOEXIST: u64 = 1;
+
+/// What is there already stays.
+fn copy<K: aya::Pod, V: aya::Pod>(
+    directory: &Path,
+    name: &str,
+    kind: fn(MapData) -> Map,
+    into: &mut HashMap<MapData, K, V>,
+) {
+    let found = MapData::from_pin(directory.join(name)).map(kind);
+    let Some(Ok(from)) = found.ok().map(HashMap::<MapData, K, V>::try_from) else {
+        tracing::info!(name, "what a map of another layout holds is not taken over");
+        return;
+    };
+    for (key, value) in from.iter().filter_map(Result::ok) {
+        let _ = into.insert(key, value, BPF_NOEXIST);
+    }
+}
+
 impl Maps {
     pub(crate) fn take(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
         fn map<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError> {
@@ -86,6 +108,16 @@ impl Maps {
             name_servers,
             lookups,
         })
+    }
+
+    /// Takes over what is to outlive a change of layouts, from the maps of another: whose sockets are an agent's, which
+    /// connections pass, what is to be put back. What itself has another layout stays behind.
+    pub(crate) fn take_over(&mut self, directory: &Path) {
+        copy(directory, "AGENTS", Map::HashMap, &mut self.agents);
+        copy(directory, "RESTORE", Map::HashMap, &mut self.restore);
+        copy(directory, "FLOWS", Map::HashMap, &mut self.flows);
+        copy(directory, "PROBES", Map::LruHashMap, &mut self.probes);
+        copy(directory, "EXCLUDED", Map::LruHashMap, &mut self.excluded);
     }
 
     pub(crate) fn lookups(&self) -> Lookups {
@@ -228,13 +260,13 @@ impl Maps {
         Ok(())
     }
 
-    /// Removes the recorded connections of a pod's addresses that are not wanted.
-    pub(crate) fn remove_flows(&mut self, pod: &Pod, keep: impl Fn(&Flow) -> bool) {
+    /// Removes the recorded connections of addresses that are not wanted.
+    pub(crate) fn remove_flows(&mut self, addresses: &[Address], keep: impl Fn(&Flow) -> bool) {
         let gone: Vec<Flow> = self
             .flows
             .keys()
             .filter_map(Result::ok)
-            .filter(|flow| (flow.pod.address == pod.ip4 || flow.pod.address == pod.ip6) && !keep(flow))
+            .filter(|flow| addresses.contains(&flow.pod.address) && !keep(flow))
             .collect();
         for flow in gone {
             let _ = self.flows.remove(&flow);

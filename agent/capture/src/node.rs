@@ -83,11 +83,17 @@ pub struct Node {
     kernel_log: Arc<Mutex<Option<KernelLog>>>,
 }
 
+/// What programs of the node are attached to.
+struct Cgroups {
+    pods: Cgroup,
+    agent: Cgroup,
+}
+
 /// What the operations work on.
 pub(crate) struct Inner {
     pub(crate) pins: Pins,
     pub(crate) home: Netns,
-    agent: AgentCgroup,
+    cgroups: Cgroups,
     pub(crate) programs: Programs,
     pub(crate) maps: Maps,
     pub(crate) pods: HashMap<WorkloadUid, PodState>,
@@ -136,21 +142,26 @@ impl Node {
         // Host-network pods are in the pods' cgroup and in the node's namespace.
         let nobody = Addresses { ip4: None, ip6: None };
         maps.set_pod(home.cookie(), &nobody.entry(0, 0))?;
+        let others = pins.other_versions();
+        for directory in &others {
+            tracing::info!(maps = %directory.display(), "an agent before this one had other layouts: what can be is taken over");
+            maps.take_over(directory);
+        }
         own.enter(&mut maps)?;
         agents::end_links(&pins, own, config.takes_over).tried(|| "looking for agents before this one".into())?;
-        attach_to_cgroups(&pins, &programs, &pods, &agent)?;
         let mut inner = Inner {
             pins,
             home,
-            agent: own,
+            cgroups: Cgroups { pods, agent },
             programs,
             maps,
             pods: HashMap::new(),
             former: FormerRules::default(),
             offered: HashMap::new(),
         };
+        inner.attach_to_cgroups()?;
         inner.adopt_pods()?;
-        inner.pins.remove_other_versions();
+        others.iter().for_each(|directory| pins::remove_tree(directory));
         sys::return_free_memory();
         tracing::info!(node = config.node, pins = %config.pin_dir.display(), "capture stands");
         Ok(Self {
@@ -213,7 +224,8 @@ impl Node {
     /// The agents before this one have ended: their connections to applications are not recorded any more.
     pub async fn forget_former(&self) -> Result<(), CaptureError> {
         self.run(|inner| {
-            agents::end_links(&inner.pins, inner.agent, false).tried(|| "forgetting the agents before this one".into())
+            agents::end_links(&inner.pins, AgentCgroup::of(&inner.cgroups.agent), false)
+                .tried(|| "forgetting the agents before this one".into())
         })
         .await
     }
@@ -264,31 +276,34 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
     inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Connects last: what they rewrite to must be recorded from the first one on.
-fn attach_to_cgroups(pins: &Pins, programs: &Programs, pods: &Cgroup, agent: &Cgroup) -> Result<(), CaptureError> {
-    let agents_link = AgentCgroup::of(agent).pin();
-    let links = [
-        ("sock_ops_pods", &programs.sock_ops_pods, AttachType::SockOps, pods),
-        (&*agents_link, &programs.sock_ops_agent, AttachType::SockOps, agent),
-        ("getpeername4", &programs.getpeername4, AttachType::GetPeerName4, pods),
-        ("getpeername6", &programs.getpeername6, AttachType::GetPeerName6, pods),
-        ("recvmsg4", &programs.recvmsg4, AttachType::RecvMsg4, pods),
-        ("recvmsg6", &programs.recvmsg6, AttachType::RecvMsg6, pods),
-        ("sendmsg4", &programs.sendmsg4, AttachType::SendMsg4, pods),
-        ("sendmsg6", &programs.sendmsg6, AttachType::SendMsg6, pods),
-        ("connect4", &programs.connect4, AttachType::Connect4, pods),
-        ("connect6", &programs.connect6, AttachType::Connect6, pods),
-    ];
-    for (name, program, kind, cgroup) in links {
-        let target = Target::File(std::os::fd::AsFd::as_fd(&cgroup.file));
-        let path: &Path = &pins.links().join(name);
-        pins::attach(path, program, target, kind, Attached::Cgroup(cgroup.id))
-            .tried(|| format!("attaching {name} to the cgroup {}", cgroup.path.display()))?;
-    }
-    Ok(())
-}
-
 impl Inner {
+    /// Connects last: what they rewrite to must be recorded from the first one on. Whether one was not there.
+    pub(crate) fn attach_to_cgroups(&self) -> Result<bool, CaptureError> {
+        let (pins, programs) = (&self.pins, &self.programs);
+        let Cgroups { pods, agent } = &self.cgroups;
+        let mut fresh = false;
+        let agents_link = AgentCgroup::of(agent).pin();
+        let links = [
+            ("sock_ops_pods", &programs.sock_ops_pods, AttachType::SockOps, pods),
+            (&*agents_link, &programs.sock_ops_agent, AttachType::SockOps, agent),
+            ("getpeername4", &programs.getpeername4, AttachType::GetPeerName4, pods),
+            ("getpeername6", &programs.getpeername6, AttachType::GetPeerName6, pods),
+            ("recvmsg4", &programs.recvmsg4, AttachType::RecvMsg4, pods),
+            ("recvmsg6", &programs.recvmsg6, AttachType::RecvMsg6, pods),
+            ("sendmsg4", &programs.sendmsg4, AttachType::SendMsg4, pods),
+            ("sendmsg6", &programs.sendmsg6, AttachType::SendMsg6, pods),
+            ("connect4", &programs.connect4, AttachType::Connect4, pods),
+            ("connect6", &programs.connect6, AttachType::Connect6, pods),
+        ];
+        for (name, program, kind, cgroup) in links {
+            let target = Target::File(std::os::fd::AsFd::as_fd(&cgroup.file));
+            let path: &Path = &pins.links().join(name);
+            fresh |= pins::attach(path, program, target, kind, Attached::Cgroup(cgroup.id))
+                .tried(|| format!("attaching {name} to the cgroup {}", cgroup.path.display()))?;
+        }
+        Ok(fresh)
+    }
+
     fn know(&mut self, spec: &PodSpec) -> Result<(), CaptureError> {
         let netns = self.open_netns(spec)?;
         self.refuse_taken_addresses(spec)?;

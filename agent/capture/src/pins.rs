@@ -84,12 +84,13 @@ impl Pins {
             .collect()
     }
 
-    /// Removes the maps of other versions.
-    pub(crate) fn remove_other_versions(&self) {
+    /// Where the maps of other versions are.
+    pub(crate) fn other_versions(&self) -> Vec<PathBuf> {
         let current = maps_directory();
-        for name in names(&self.root).filter(|name| name.starts_with("maps-v") && *name != current) {
-            remove_tree(&self.root.join(name));
-        }
+        names(&self.root)
+            .filter(|name| name.starts_with("maps-v") && *name != current)
+            .map(|name| self.root.join(name))
+            .collect()
     }
 }
 

@@ -426,17 +426,24 @@ impl Inner {
             self.maps.set_pod(cookie, entry)?;
         }
         pins::detach_all(&directory).tried(|| format!("detaching all of {}", directory.display()))?;
-        if let Some(pod) = before {
-            self.maps.remove_flows(&pod, |_| false);
+        // One that is not captured may have gone unheard, and another have its address by now.
+        let anothers: Vec<Address> = self
+            .pods
+            .values()
+            .filter(|pod| pod.is_captured() && pod.netns.cookie() != cookie)
+            .flat_map(|pod| pod.spec.addresses.iter().copied().map(Address::from_ip))
+            .collect();
+        let mut own: Vec<Address> = before.iter().flat_map(addresses).collect();
+        own.retain(|address| !anothers.contains(address));
+        self.maps.remove_flows(&own, |_| false);
+        for address in own {
             for kind in [
                 ListenerKind::Outbound,
                 ListenerKind::Inbound,
                 ListenerKind::Hbone,
                 ListenerKind::Rerouted,
             ] {
-                for address in addresses(&pod) {
-                    self.maps.remove_listener(&listener_key(address, kind));
-                }
+                self.maps.remove_listener(&listener_key(address, kind));
             }
         }
         self.maps.remove_interfaces(cookie, &[]);
@@ -466,6 +473,12 @@ impl Inner {
             .filter_map(|pod| Some((pod.spec.clone(), pod.captured.as_ref()?.settings.clone())))
             .collect();
         let mut repaired = Vec::new();
+        // Another agent, which has gone again, may have given them its own programs.
+        match self.attach_to_cgroups() {
+            Ok(true) => repaired.push("the programs of the pods' cgroup".to_owned()),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "attaching programs to cgroups"),
+        }
         self.former.drain(&self.home);
         let released: Vec<Netns> = self
             .pods
@@ -501,7 +514,8 @@ impl Inner {
         plan.pod.flags |= self.dns_flag(&spec.uid, netns.cookie());
         let repaired = self.apply(spec, &netns, &plan, settings, &listeners)?;
         let alive = diag::list_in(&netns, diag::state::CONNECTED | diag::state::SYN_RECV)?;
-        self.maps.remove_flows(&plan.pod, |flow| {
+        let own: Vec<Address> = addresses(&plan.pod).collect();
+        self.maps.remove_flows(&own, |flow| {
             alive
                 .iter()
                 .any(|socket| socket.local == flow.pod && socket.remote == flow.remote)

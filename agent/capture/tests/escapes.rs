@@ -437,7 +437,7 @@ fn what_is_not_tcp_passes_until_it_is_forbidden() {
         let node = lab.node();
         let pod = lab.pod("a", 2);
         let mut app = lab.in_pod(&pod);
-        captured(&node, &pod).await;
+        let (handle, _) = captured(&node, &pod).await;
         let mut outside = lab.outside();
         outside.must("u = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); u.bind(('::', 9))");
         app.must("u4 = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u6 = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)");
@@ -461,6 +461,25 @@ fn what_is_not_tcp_passes_until_it_is_forbidden() {
             });
             assert!(!has_ping || ping(&mut app, there) != "0");
         }
+        // What the agent asks name servers is answered, as are no others.
+        outside.must("u.settimeout(5)");
+        for there in [OUTSIDE4, OUTSIDE6] {
+            let target = std::net::SocketAddr::new(there.parse().unwrap(), 9);
+            let asking: std::net::UdpSocket = handle.datagram_socket(target).unwrap().into();
+            asking.set_nonblocking(false).unwrap();
+            asking.set_read_timeout(Some(lab::PATIENCE)).unwrap();
+            asking.connect(target).unwrap();
+            asking.send(b"where").unwrap();
+            outside.must("question, who = u.recvfrom(99); u.sendto(b'there', who)");
+            let mut answer = [0; 9];
+            assert_eq!(asking.recv(&mut answer).unwrap(), 5, "{there}");
+            assert_eq!(&answer[..5], b"there");
+        }
+        let before = node.counters().of_pod(pod.uid(), Reason::NonTcpForbidden);
+        outside.must(&format!("u.sendto(b'hello', ('::ffff:{}', 53))", pod.ip4()));
+        until("what nobody asked for is dropped", || {
+            (node.counters().of_pod(pod.uid(), Reason::NonTcpForbidden) > before).then_some(())
+        });
         // Addresses are still found.
         lab.run(None, "ip neigh flush dev v-a");
         let mut kubelet = lab.kubelet();

@@ -24,8 +24,7 @@ fn start(lab: &Lab) -> IptablesNode {
 async fn captured(node: &IptablesNode, pod: &TestPod) -> (IptablesPodHandle, PodListeners) {
     let handle = node.capture(pod.spec.clone(), PodSettings::default()).await;
     let handle = handle.unwrap_or_else(|error| panic!("{error}"));
-    let listeners = handle.listeners().unwrap();
-    (handle, listeners)
+    (handle.clone(), handle.listeners().unwrap())
 }
 
 /// The rules of a namespace, without tables, policies and counters.
@@ -313,6 +312,19 @@ fn a_process_of_the_node_reaches_the_application_as_a_probe() {
             assert!(app.tell("l.accept()").is_err());
         },
     );
+}
+
+#[test]
+fn a_pod_that_went_unheard_takes_no_probes_along() {
+    lab::test("a_pod_that_went_unheard_takes_no_probes_along", |lab| async move {
+        let (node, pod) = (start(&lab), lab.pod("a", 2));
+        let mut gone = lab.pod("b", 3).spec;
+        gone.addresses = pod.spec.addresses.clone();
+        assert!(node.know(gone.clone()).await.is_ok());
+        captured(&node, &pod).await;
+        node.forget(&gone.uid).await;
+        assert!(rules(&lab, None).contains("10.77.1.2"));
+    });
 }
 
 #[test]

@@ -372,6 +372,28 @@ fn mix_ups_are_refused() {
 }
 
 #[test]
+fn a_pod_that_went_unheard_takes_nothing_from_who_has_its_address_now() {
+    lab::test(
+        "a_pod_that_went_unheard_takes_nothing_from_who_has_its_address_now",
+        |lab| async move {
+            let node = lab.node();
+            let (gone, mut pod) = (lab.pod("a", 2), lab.pod("b", 3));
+            node.know(gone.spec.clone()).await.unwrap();
+            lab.run(Some("b"), "ip addr add 10.77.1.2/32 dev eth0");
+            lab.run(None, "ip route replace 10.77.1.2/32 dev v-b");
+            pod.spec.addresses = vec![gone.ip4()];
+            let (_handle, listeners) = captured(&node, &pod).await;
+            node.forget(gone.uid()).await;
+            let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+            app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
+            accept(&listeners.outbound[0]);
+            outside.must(&format!("s = socket.create_connection(('{}', 8080))", gone.ip4()));
+            accept(&listeners.inbound[0]);
+        },
+    );
+}
+
+#[test]
 fn ordinary_traffic_of_the_agent_is_not_dropped() {
     lab::test("ordinary_traffic_of_the_agent_is_not_dropped", |lab| async move {
         let node = lab.node();

@@ -45,6 +45,31 @@ fn a_probe_of_the_host_reaches_the_application_from_its_real_address() {
 }
 
 #[test]
+fn a_connection_of_the_host_outlives_many_others() {
+    lab::test("a_connection_of_the_host_outlives_many_others", |lab| async move {
+        let (node, pod, mut app, _listeners) = strict_pod(&lab).await;
+        let mut host = lab.kubelet();
+        let own = [pod.ip4(), pod.ip6()];
+        for (index, own) in own.iter().enumerate() {
+            host.must(&format!("idle{index} = socket.create_connection(('{own}', 8080))"));
+            app.must(&format!("c{index}, _ = l.accept()"));
+        }
+        // More than are remembered.
+        app.must("threading.Thread(target=lambda: [l.accept()[0].close() for _ in range(25000)], daemon=True).start()");
+        host.must(&format!(
+            "for i in range(25000):\n s = socket.create_connection(('{}', 8080))\n \
+             s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); s.close()",
+            pod.ip4()
+        ));
+        for index in 0..own.len() {
+            app.must(&format!("c{index}.sendall(b'pong')"));
+            assert_eq!(host.must(&format!("idle{index}.recv(4).decode()")), "pong");
+        }
+        assert_eq!(node.counters().get(Reason::ForeignSocket), 0);
+    });
+}
+
+#[test]
 fn nobody_else_is_taken_for_the_host() {
     lab::test("nobody_else_is_taken_for_the_host", |lab| async move {
         let (node, pod, mut app, listeners) = strict_pod(&lab).await;

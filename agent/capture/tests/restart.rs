@@ -146,9 +146,12 @@ fn an_agent_with_other_layouts_replaces_the_maps_and_lets_nothing_past() {
         "an_agent_with_other_layouts_replaces_the_maps_and_lets_nothing_past",
         |lab| async move {
             let pod = lab.pod("a", 2);
+            let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+            outside.must(SERVE);
+            app.must(&format!("older = socket.create_connection(('{OUTSIDE4}', 8080))"));
+            outside.must("c, _ = l.accept()");
             let node = lab.node();
-            captured(&node, &pod).await;
-            drop(node);
+            let (_, listeners) = captured(&node, &pod).await;
             let current = std::fs::read_dir(lab.pin_dir())
                 .unwrap()
                 .map(|entry| entry.unwrap().path());
@@ -158,14 +161,32 @@ fn an_agent_with_other_layouts_replaces_the_maps_and_lets_nothing_past() {
                 .unwrap();
             let other = lab.pin_dir().join("maps-v0");
             std::fs::rename(&maps, &other).unwrap();
-            let node = lab.node();
+            let newer = lab.node();
             assert!(maps.exists() && !other.exists());
-            let mut app = lab.in_pod(&pod);
             let dial = format!("s = socket.create_connection(('{OUTSIDE4}', 8080))");
             assert!(app.tell(&dial).unwrap_err().starts_with("EPERM"));
+            // It ends half way: the one before goes on.
+            drop(newer);
+            node.reconcile().await.unwrap();
+            app.must(&dial);
+            accept(&listeners.outbound[0]);
+            drop((node, listeners));
+            std::fs::rename(&maps, &other).unwrap();
+            let node = lab.node();
             let (_, listeners) = captured(&node, &pod).await;
             app.must(&dial);
             accept(&listeners.outbound[0]);
+            app.must("older.sendall(b'ping')");
+            assert_eq!(outside.must("c.recv(4).decode()"), "ping");
+            app.must("s.close(); older.close()");
+            drop(listeners);
+            node.release(pod.uid()).await.unwrap();
+            let fwmark_accept = || lab.run(Some("a"), "sysctl -n net.ipv4.tcp_fwmark_accept");
+            let deadline = std::time::Instant::now() + lab::PATIENCE;
+            while fwmark_accept().trim() != "0" {
+                assert!(std::time::Instant::now() < deadline);
+                node.reconcile().await.unwrap();
+            }
         },
     );
 }

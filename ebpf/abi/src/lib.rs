@@ -175,9 +175,15 @@ pub struct Interface {
 pub struct Dialled {
     /// Where to.
     pub destination: Endpoint,
-    /// 1: the connection goes there by itself, past the agent. 0: it is captured.
-    pub excluded: u32,
+    /// 0: the connection is captured. Else [`PAST_AGENT`] or [`FROM_HOST`].
+    pub mark: u32,
 }
+
+/// [`Dialled::mark`]: the connection goes there, or came from there, by itself, past the agent.
+pub const PAST_AGENT: u32 = 1;
+
+/// [`Dialled::mark`]: the socket was accepted from there, where a process of the host opened the connection.
+pub const FROM_HOST: u32 = 2;
 
 /// A port that is not captured, in the map `EXCLUDED_PORTS`.
 #[repr(C)]

@@ -475,7 +475,14 @@ impl Inner {
         }
         clean(&self.iptables, netns)?;
         let before = self.probed.len();
-        self.probed.retain(|address| !addresses.contains(address));
+        // One that is not captured may have gone unheard, and another have its address by now.
+        let captured = self.pods.values().filter(|pod| pod.captured.is_some());
+        let others: Vec<&IpAddr> = captured
+            .filter(|pod| pod.netns.cookie() != netns.cookie())
+            .flat_map(|pod| &pod.spec.addresses)
+            .collect();
+        self.probed
+            .retain(|address| !addresses.contains(address) || others.contains(&address));
         if self.probed.len() != before {
             self.apply_to_node()?;
         }

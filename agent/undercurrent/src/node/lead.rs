@@ -175,6 +175,9 @@ async fn live(
             end = in_charge(args, agent, &endpoints, orders) => end?,
         };
         if matches!(end, End::Drain) {
+            // A successor that comes while this one drains is in charge at once.
+            agent.pods.pause().await;
+            agent.source.keep(false);
             break;
         }
         tracing::info!("another agent takes over: serving on until it does");
