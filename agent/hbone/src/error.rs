@@ -307,11 +307,11 @@ impl OpenError {
     }
 }
 
-/// Why a relay ended other than by both sides' clean end. Either way both sides saw a reset.
+/// Why a relay ended other than by both sides' clean end. Both sides saw a reset, but where it says otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RelayError {
-    /// The application reset its connection.
+    /// The application reset its connection. If it had closed before, the peer may have had a clean end all the same.
     #[error("the application reset the connection")]
     ApplicationReset,
     /// The application's socket failed otherwise.

@@ -15,7 +15,9 @@
 //! `one_poll_copies_no_more_than_a_turn_to_the_application`).
 //!
 //! Whatever ends it but two clean ends, being dropped included, is a reset of both sides: RST_STREAM(CONNECT_ERROR) to
-//! the peer, a TCP reset to the application.
+//! the peer, a TCP reset to the application. But an application that had closed before it reset what still came for it
+//! (EPIPE) has said all it would: that is passed on to its end, however slowly the peer takes it, and what comes for it
+//! is thrown away (`the_last_words_of_an_application_that_is_gone_arrive`).
 
 use std::{
     cell::{Cell, RefCell},
@@ -46,6 +48,9 @@ const LARGEST_READ: usize = 64 << 10;
 const BATCH: usize = 16;
 /// So many spilled pieces are made into one, if together they are no more than [`LARGEST_READ`].
 const CROWD: usize = 64;
+/// Bytes thrown away after the application's end was passed on, which the peer may have sent before it saw it. After
+/// more it is told by a reset.
+const LATE: usize = 4 << 20;
 
 /// What a relay moved, and how it ended.
 #[derive(Clone, Debug)]
@@ -188,6 +193,10 @@ struct Pump {
     spill: VecDeque<Bytes>,
     uncrowded: usize,
     read_size: usize,
+    /// The application has closed, and reset what came for it later.
+    gone: bool,
+    /// Bytes thrown away since, and since its end was passed on.
+    late: usize,
     finished: bool,
 }
 
@@ -212,6 +221,8 @@ impl Pump {
             spill: VecDeque::new(),
             uncrowded: 0,
             read_size: SMALLEST_READ,
+            gone: false,
+            late: 0,
             finished: false,
         }
     }
@@ -233,20 +244,37 @@ impl Pump {
             return Poll::Ready(Err(error));
         }
         if self.to_peer == ToPeer::Closed && self.to_application == ToApplication::Closed {
-            return Poll::Ready(Ok(()));
-        }
-        if self.to_peer != ToPeer::Open && failed.poll(cx).is_ready() {
-            // Nobody reads the socket now, so nothing else would tell of its reset.
-            let error = application.take_error().ok().flatten();
-            let error = error.map_or(RelayError::ApplicationReset, |error| {
-                RelayError::from_application(&error)
+            // A reset would only discard what h2 still has to send.
+            self.finished = true;
+            return Poll::Ready(if self.gone {
+                Err(RelayError::ApplicationReset)
+            } else {
+                Ok(())
             });
-            return Poll::Ready(Err(error));
+        }
+        // Nobody reads the socket then, so nothing else would tell of its reset.
+        if self.to_peer != ToPeer::Open && !self.gone && failed.poll(cx).is_ready() {
+            self.take_failure(application)?;
+            if self.to_peer == ToPeer::Closed {
+                return Poll::Ready(Err(RelayError::ApplicationReset));
+            }
         }
         if self.to_application == ToApplication::Closed {
             return self.poll_reset(cx);
         }
         Poll::Pending
+    }
+
+    /// Notes that the application is gone; or how it failed otherwise.
+    fn take_failure(&mut self, application: &TcpStream) -> Result<(), RelayError> {
+        match application.take_error() {
+            Ok(Some(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+                self.gone = true;
+                Ok(())
+            }
+            Ok(Some(error)) => Err(RelayError::from_application(&error)),
+            _ => Err(RelayError::ApplicationReset),
+        }
     }
 
     /// After the peer's end nothing more is read from it, so nothing else would tell that it no longer wants our data.
@@ -264,6 +292,9 @@ impl Pump {
     fn poll_to_application(&mut self, application: &TcpStream, live: &Live, cx: &mut Context<'_>) -> Polled {
         let turn_ends = live.from_peer() + TURN as u64;
         while self.to_application != ToApplication::Closed {
+            if self.gone {
+                return self.poll_throw_away(cx);
+            }
             if live.from_peer() >= turn_ends {
                 // h2 is to hold nothing meanwhile.
                 self.take_all(cx)?;
@@ -283,13 +314,47 @@ impl Pump {
                     Poll::Ready(ready) => ready.map_err(|error| RelayError::from_application(&error))?,
                 }
             } else if self.to_application == ToApplication::Ending && self.spill.is_empty() {
-                SockRef::from(application)
-                    .shutdown(Shutdown::Write)
-                    .map_err(|error| RelayError::from_application(&error))?;
+                match SockRef::from(application).shutdown(Shutdown::Write) {
+                    Err(error) if error.kind() == io::ErrorKind::NotConnected => self.take_failure(application)?,
+                    result => result.map_err(|error| RelayError::from_application(&error))?,
+                }
                 self.to_application = ToApplication::Closed;
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Takes what is for an application that is gone. Ready when the peer has ended.
+    fn poll_throw_away(&mut self, cx: &mut Context<'_>) -> Polled {
+        let spill = std::mem::take(&mut self.spill);
+        let mut bytes = spill.iter().map(Bytes::len).sum();
+        let ended = loop {
+            match self.poll_piece(cx)? {
+                Poll::Ready(Some(piece)) => bytes += piece.len(),
+                Poll::Ready(None) => break true,
+                Poll::Pending => break false,
+            }
+        };
+        self.release(bytes)?;
+        if self.to_peer == ToPeer::Closed {
+            self.late += bytes;
+        }
+        if ended {
+            self.to_application = ToApplication::Closed;
+            Poll::Ready(Ok(()))
+        } else if self.late > LATE {
+            Poll::Ready(Err(RelayError::ApplicationReset))
+        } else {
+            Poll::Pending
+        }
+    }
+
+    /// Lets the peer send so many more bytes.
+    fn release(&mut self, bytes: usize) -> Result<(), RelayError> {
+        self.recv
+            .flow_control()
+            .release_capacity(bytes)
+            .map_err(|error| RelayError::from_h2(&error))
     }
 
     /// Moves what waits into the batch, about a turn of it: the spill first, then what h2 has.
@@ -377,6 +442,10 @@ impl Pump {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => blocked = true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe && self.to_peer != ToPeer::Closed => {
+                    self.gone = true;
+                    break;
+                }
                 Err(error) => return Err(RelayError::from_application(&error)),
             }
         }
@@ -385,10 +454,7 @@ impl Pump {
         }
         if written > 0 {
             live.0.from_peer.set(live.from_peer() + written as u64);
-            self.recv
-                .flow_control()
-                .release_capacity(written)
-                .map_err(|error| RelayError::from_h2(&error))?;
+            self.release(written)?;
         }
         Ok(!blocked)
     }

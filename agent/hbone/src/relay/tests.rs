@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
-    task::JoinSet,
+    task::{JoinHandle, JoinSet},
 };
 
 use crate::wire::tests::Woken;
@@ -18,14 +18,16 @@ async fn pair() -> (TcpStream, TcpStream) {
     (dialled, listener.accept().await.unwrap().0)
 }
 
-/// The two ends of a stream, and what drives them until they are dropped. The peer's end reads nothing by itself.
-async fn stream() -> (SendStream<Bytes>, Pump, JoinSet<()>) {
-    let config = crate::Config {
-        send_buffer: 8 * TURN,
-        ..crate::Config::default()
-    };
+/// A stream between a client, the peer, and a server, and what drives them until they are dropped.
+struct Ends {
+    peer: (SendStream<Bytes>, RecvStream),
+    ours: (SendStream<Bytes>, RecvStream),
+    driving: JoinSet<()>,
+}
+
+async fn ends(peer: crate::Config, ours: crate::Config) -> Ends {
     let (near, far) = tokio::io::duplex(TURN);
-    let (client, server) = tokio::join!(config.client().handshake(near), config.server().handshake(far));
+    let (client, server) = tokio::join!(peer.client().handshake(near), ours.server().handshake(far));
     let ((mut requests, connection), mut server) = (client.unwrap(), server.unwrap());
     let mut driving = JoinSet::new();
     driving.spawn_local(async move { connection.await.unwrap() });
@@ -33,8 +35,22 @@ async fn stream() -> (SendStream<Bytes>, Pump, JoinSet<()>) {
     let (request, mut respond) = server.accept().await.unwrap().unwrap();
     let answered = respond.send_response(http::Response::new(()), false).unwrap();
     driving.spawn_local(async move { while server.accept().await.is_some() {} });
-    drop(answer.await.unwrap());
-    (send, Pump::new(answered, request.into_body()), driving)
+    Ends {
+        peer: (send, answer.await.unwrap().into_body()),
+        ours: (answered, request.into_body()),
+        driving,
+    }
+}
+
+/// The peer's end of a stream, and ours. The peer's reads nothing by itself.
+async fn stream() -> (SendStream<Bytes>, Pump, JoinSet<()>) {
+    let config = crate::Config {
+        send_buffer: 8 * TURN,
+        ..crate::Config::default()
+    };
+    let ends = ends(config.clone(), config).await;
+    let (send, recv) = ends.ours;
+    (ends.peer.0, Pump::new(send, recv), ends.driving)
 }
 
 /// One poll: whether it waits awake.
@@ -103,4 +119,99 @@ async fn a_read_that_fills_its_room_is_not_taken_for_the_last() {
     assert_eq!(read_some(&reader, &mut buffer, 64).unwrap(), room);
     let ready = poll_fn(|cx| Poll::Ready(reader.poll_read_ready(cx).is_ready())).await;
     assert!(ready, "the rest would wait for ever");
+}
+
+/// What an application said before it closed, and then reset what the peer still sent, while the peer reads nothing.
+struct Gone {
+    send: SendStream<Bytes>,
+    body: RecvStream,
+    relay: JoinHandle<Result<(), RelayError>>,
+    live: Live,
+    _driving: JoinSet<()>,
+}
+
+/// More than the peer's window, and less than a socket takes that nobody reads.
+const LAST_WORDS: usize = 48 << 10;
+
+async fn gone() -> Gone {
+    let window = 16 << 10;
+    let peer = crate::Config {
+        stream_window: window,
+        ..crate::Config::default()
+    };
+    let ends = ends(peer, crate::Config::default()).await;
+    let ((mut send, body), live) = (ends.peer, Live::default());
+    let (application, mut far) = pair().await;
+    let watched = SockRef::from(&application).try_clone().unwrap();
+    let watched = TcpStream::from_std(watched.into()).unwrap();
+    far.write_all(&vec![7; LAST_WORDS]).await.unwrap();
+    drop(far);
+    while !watched.ready(Interest::READABLE).await.unwrap().is_read_closed() {
+        tokio::task::yield_now().await;
+    }
+    send.send_data("x".into(), false).unwrap();
+    let (ours, seen) = (ends.ours, live.clone());
+    let relay = tokio::task::spawn_local(async move { relay(application, ours.0, ours.1, &seen).await });
+    while live.to_peer() < u64::from(window) {
+        tokio::task::yield_now().await;
+    }
+    watched.ready(Interest::ERROR).await.unwrap();
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(live.to_peer(), u64::from(window));
+    Gone {
+        send,
+        body,
+        relay,
+        live,
+        _driving: ends.driving,
+    }
+}
+
+impl Gone {
+    /// To its end, which is no reset.
+    async fn read_all(&mut self) -> usize {
+        let mut got = 0;
+        while let Some(data) = self.body.data().await {
+            let count = data.unwrap().len();
+            self.body.flow_control().release_capacity(count).unwrap();
+            got += count;
+        }
+        got
+    }
+}
+
+#[tokio::test(flavor = "local")]
+async fn the_last_words_of_an_application_that_is_gone_arrive() {
+    for (more, end) in [("", false), ("more", false), ("", true), ("more", true)] {
+        let mut gone = gone().await;
+        if !more.is_empty() || end {
+            gone.send.send_data(more.into(), end).unwrap();
+        }
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(gone.read_all().await, LAST_WORDS, "{more:?}, {end}");
+        if !end {
+            gone.send.send_data("for nobody".into(), true).unwrap();
+        }
+        assert_eq!(gone.relay.await.unwrap(), Err(RelayError::ApplicationReset));
+        assert_eq!(gone.live.from_peer(), 1);
+    }
+}
+
+#[tokio::test(flavor = "local")]
+async fn who_goes_on_sending_to_an_application_that_is_gone_is_told() {
+    let mut gone = gone().await;
+    assert_eq!(gone.read_all().await, LAST_WORDS);
+    let reset = loop {
+        gone.send.reserve_capacity(TURN);
+        match poll_fn(|cx| gone.send.poll_capacity(cx)).await {
+            Some(capacity) => gone.send.send_data(vec![7; capacity.unwrap()].into(), false).unwrap(),
+            None => break poll_fn(|cx| gone.send.poll_reset(cx)).await.unwrap(),
+        }
+    };
+    assert_eq!(reset, Reason::CONNECT_ERROR);
+    assert_eq!(gone.relay.await.unwrap(), Err(RelayError::ApplicationReset));
 }
