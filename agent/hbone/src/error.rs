@@ -227,14 +227,13 @@ pub enum OpenError {
         source: HandshakeError,
     },
     /// The peer answered with another status than 200.
-    #[error("the peer refused: {status}{}", status_hint(*.status))]
+    #[error("the peer refused: {status}{}", why_refused(*.status, .reason.as_deref()))]
     Refused {
         /// 400 bad target, 401 denied by policy, 503 no connection to the application.
         status: u16,
+        /// In the peer's words, which our own peers give where policy denied it.
+        reason: Option<Arc<str>>,
     },
-    /// The peer's policy denied it, and the peer said why.
-    #[error("the peer refused: 401 ({0})")]
-    Denied(Arc<str>),
     /// The peer reset the stream.
     #[error("the peer reset the request ({reason})")]
     Reset {
@@ -271,21 +270,23 @@ fn dial_hint(error: &io::Error) -> &'static str {
     }
 }
 
-fn status_hint(status: u16) -> &'static str {
-    match status {
-        400 => " (it does not serve this target)",
-        401 | 403 => " (denied by its policy)",
-        503 => " (it cannot reach the application)",
-        _ => "",
-    }
+fn why_refused(status: u16, reason: Option<&str>) -> String {
+    let why = match (reason, status) {
+        (Some(reason), _) => reason,
+        (None, 400) => "it does not serve this target",
+        (None, 401 | 403) => "denied by its policy",
+        (None, 503) => "it cannot reach the application",
+        (None, _) => return String::new(),
+    };
+    format!(" ({why})")
 }
 
 impl OpenError {
     /// Whether another endpoint, or the same one later, may do.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::Refused { status } => *status == 503,
-            Self::Denied(_) | Self::Socket(_) | Self::Request(_) | Self::Draining => false,
+            Self::Refused { status, .. } => *status == 503,
+            Self::Socket(_) | Self::Request(_) | Self::Draining => false,
             // Whoever answers there may not be who is meant.
             Self::Handshake { source, .. } => source.culprit() != Culprit::Us,
             Self::Dial { .. }
@@ -299,7 +300,7 @@ impl OpenError {
     /// Whose doing it is.
     pub fn culprit(&self) -> Culprit {
         match self {
-            Self::Refused { .. } | Self::Denied(_) | Self::Reset { .. } | Self::ResponseTimeout(_) => Culprit::Peer,
+            Self::Refused { .. } | Self::Reset { .. } | Self::ResponseTimeout(_) => Culprit::Peer,
             Self::Dial { .. } | Self::ConnectTimeout { .. } | Self::TunnelClosed { .. } => Culprit::Network,
             Self::Handshake { source, .. } => source.culprit(),
             Self::Socket(_) | Self::Request(_) | Self::Draining => Culprit::Us,

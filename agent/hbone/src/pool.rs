@@ -278,11 +278,10 @@ impl Pool {
         let (head, recv) = response.map_err(|error| failed(&error))?.into_parts();
         if head.status != StatusCode::OK {
             let reason = head.headers.get(reason::HEADER).and_then(reason::from_header);
-            if let Some(reason) = reason.filter(|_| head.status == StatusCode::UNAUTHORIZED) {
-                return Err(OpenError::Denied(reason.into()));
-            }
-            let status = head.status.as_u16();
-            return Err(OpenError::Refused { status });
+            return Err(OpenError::Refused {
+                status: head.status.as_u16(),
+                reason: reason.map(Arc::from),
+            });
         }
         Ok(ClientStream {
             headers: head.headers,

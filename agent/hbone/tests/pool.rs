@@ -528,7 +528,7 @@ async fn play(steps: Vec<Step>) {
                     .pool
                     .open(&pair.key, &pair.credentials, common::dial, refused)
                     .await;
-                assert!(matches!(opened, Err(OpenError::Refused { status: 401 })));
+                assert!(matches!(opened, Err(OpenError::Refused { status: 401, .. })));
             }
             Step::Finish(index) if !open.is_empty() => {
                 let stream = open.swap_remove(index % open.len());

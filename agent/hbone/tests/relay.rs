@@ -324,14 +324,14 @@ fn a_refused_connection_is_an_answer_not_a_stream() {
             .unwrap();
         assert!(matches!(
             pair.open_to(closed).await,
-            Err(OpenError::Refused { status: 503 })
+            Err(OpenError::Refused { status: 503, .. })
         ));
         let denied = hbone::ConnectRequest {
             authority: "host:401".parse().unwrap(),
             headers: vec![],
         };
         let opened = pair.pool.open(&pair.key, &pair.credentials, common::dial, denied).await;
-        assert!(matches!(opened, Err(OpenError::Refused { status: 401 })));
+        assert!(matches!(opened, Err(OpenError::Refused { status: 401, .. })));
         assert_eq!(pair.streams(), 0);
     });
 }

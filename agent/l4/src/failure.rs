@@ -223,7 +223,7 @@ impl Failure {
             }
             Self::Open(hbone::OpenError::ConnectTimeout { .. }) => ResponseFlag::NetworkPolicy,
             Self::Open(hbone::OpenError::Handshake { source, .. }) => flag_of_handshake(source),
-            Self::Open(hbone::OpenError::Refused { status: 401 | 403 }) => ResponseFlag::Deny,
+            Self::Open(hbone::OpenError::Refused { status: 401 | 403, .. }) => ResponseFlag::Deny,
             Self::Open(_) => ResponseFlag::Connect,
             Self::Tunnel(hbone::TunnelError::Handshake(source)) => flag_of_handshake(source),
             Self::GivenUp => ResponseFlag::DownstreamTermination,

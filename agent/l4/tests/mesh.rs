@@ -138,6 +138,8 @@ async fn a_denied_client_is_reset_and_the_application_never_dialled() {
         "inbound",
         "rule=\"denied by AuthorizationPolicy shop/no-client (rules[0]): the peer is spiffe://cluster.local/ns/shop/sa/client",
     ]);
+    two.lab
+        .line(&["outbound", "the peer refused: 401", "response_flags=\"DENY\""]);
     assert_eq!(two.near.counters().failed(FailureKind::Tunnel), 1);
     assert_eq!(two.far.counters().failed(FailureKind::Denied), 1);
     let nobody = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
@@ -436,8 +438,7 @@ async fn status_of(lab: &Lab, pod: &LabPod, authority: &str) -> u16 {
     };
     match pool.open(&key, &credentials, dial, request).await {
         Ok(_) => 200,
-        Err(hbone::OpenError::Refused { status }) => status,
-        Err(hbone::OpenError::Denied(_)) => 401,
+        Err(hbone::OpenError::Refused { status, .. }) => status,
         Err(error) => panic!("{error}"),
     }
 }

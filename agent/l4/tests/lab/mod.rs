@@ -425,7 +425,6 @@ pub fn connect_by_hand(
         {
             Ok(_) => 200,
             Err(hbone::OpenError::Refused { status, .. }) => status,
-            Err(hbone::OpenError::Denied(_)) => 401,
             Err(error) => panic!("{error}"),
         }
     };
