@@ -53,7 +53,10 @@ impl Handler for Dial {
 
     async fn connect(&self, _: &Accepted, request: IncomingRequest) -> Decision<()> {
         let Ok(Authority::Address(address)) = request.authority else {
-            return Decision::Refuse { status: 400 };
+            return Decision::Refuse {
+                status: 400,
+                reason: None,
+            };
         };
         match TcpStream::connect(address).await {
             Ok(application) => {
@@ -65,7 +68,10 @@ impl Handler for Dial {
                     live: Live::default(),
                 }
             }
-            Err(_) => Decision::Refuse { status: 503 },
+            Err(_) => Decision::Refuse {
+                status: 503,
+                reason: None,
+            },
         }
     }
 

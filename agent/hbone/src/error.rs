@@ -229,9 +229,9 @@ pub enum OpenError {
     /// The peer answered with another status than 200.
     #[error("the peer refused: {status}{}", why_refused(*.status, .reason.as_deref()))]
     Refused {
-        /// 400 bad target, 401 denied by policy, 503 no connection to the application.
+        /// 400 bad target, 401 denied by policy, 503 no connection to the application, or not known whether it may be.
         status: u16,
-        /// In the peer's words, which our own peers give where policy denied it.
+        /// In the peer's words, which our own peers give where it was not allowed.
         reason: Option<Arc<str>>,
     },
     /// The peer reset the stream.

@@ -1,6 +1,6 @@
 //! Why a CONNECT was denied, from the agent that denied it to the log of the one that asked.
 //!
-//! A header of ours on a 401: other peers neither send nor read it. It goes to a peer that proved who it is, and from there
+//! A header of ours on a refusal: other peers neither send nor read it. It goes to a peer that proved who it is, and from there
 //! into a log, never to an application. What comes is not believed to be more than text: it is short and printable, or left out
 //! (`only_short_printable_text_passes`).
 

@@ -79,15 +79,12 @@ pub enum Decision<C> {
         /// The relay's counters, and the means to cut it; `Live::default()` where nobody looks.
         live: Live,
     },
-    /// Answered with 401 and why, for the peer's log; and over.
-    Deny {
-        /// In words. What is longer than [`crate::LONGEST_REASON`], or not printable ASCII, is left out.
-        reason: String,
-    },
     /// Answered with this status, and over.
     Refuse {
-        /// 400 bad target, 401 denied by policy, 503 no connection to the application.
+        /// 400 bad target, 401 denied by policy, 503 no connection to the application, or not known whether it may be.
         status: u16,
+        /// Why, for the peer's log. What is longer than [`crate::LONGEST_REASON`], or not printable ASCII, is left out.
+        reason: Option<String>,
     },
 }
 
@@ -305,7 +302,7 @@ async fn serve_stream<H: Handler>(
     let (head, recv) = request.into_parts();
     if head.method != Method::CONNECT {
         tracing::debug!(peer = %accepted.peer, method = %head.method, "refused: not a CONNECT");
-        return refuse(&mut respond, 400);
+        return refuse(&mut respond, 400, None);
     }
     let authority = head
         .uri
@@ -328,16 +325,7 @@ async fn serve_stream<H: Handler>(
     drop(connect);
     match decision {
         None => {}
-        Some(Decision::Deny { reason }) => {
-            let mut response = Response::new(());
-            *response.status_mut() = StatusCode::UNAUTHORIZED;
-            if let Some(reason) = reason::to_header(&reason) {
-                response.headers_mut().insert(reason::HEADER, reason);
-            }
-            // Fails only when the peer has given the request up.
-            let _ = respond.send_response(response, true);
-        }
-        Some(Decision::Refuse { status }) => refuse(&mut respond, status),
+        Some(Decision::Refuse { status, reason }) => refuse(&mut respond, status, reason.as_deref()),
         Some(Decision::Accept {
             application,
             headers,
@@ -356,9 +344,12 @@ async fn serve_stream<H: Handler>(
     }
 }
 
-fn refuse(respond: &mut SendResponse<Bytes>, status: u16) {
+fn refuse(respond: &mut SendResponse<Bytes>, status: u16, reason: Option<&str>) {
     let mut response = Response::new(());
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    if let Some(reason) = reason.and_then(reason::to_header) {
+        response.headers_mut().insert(reason::HEADER, reason);
+    }
     // Fails only when the peer has given the request up.
     let _ = respond.send_response(response, true);
 }

@@ -45,9 +45,11 @@ struct Endpoint {
 
 impl Endpoint {
     /// Whether it is to be passed over for this failure: that a waypoint can't reach what is behind it says nothing of
-    /// the waypoint, and that we have no port left for it says nothing of anybody else.
+    /// the waypoint (that its agent does not know yet who may, and says so, does), and that we have no port left for it
+    /// says nothing of anybody else.
     fn is_to_blame(&self, failure: &Failure) -> bool {
-        let is_behind = self.is_waypoint && matches!(failure, Failure::Open(hbone::OpenError::Refused { .. }));
+        let is_behind =
+            self.is_waypoint && matches!(failure, Failure::Open(hbone::OpenError::Refused { reason: None, .. }));
         !is_behind && !failure.is_exhaustion()
     }
 }

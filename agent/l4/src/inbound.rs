@@ -8,8 +8,8 @@
 //! (`without_knowledge_everything_is_refused`).
 //!
 //! Order and status codes of a CONNECT are ztunnel's: 400 for an authority that is malformed or somebody else's, 503 for
-//! a pod, service or port that is not known, 401 when policy denies, 503 when the application does not accept, and 200
-//! only once it has. Deviation: a host name must be that of a service that the pod is an endpoint of.
+//! a pod, service or port that is not known, 401 when policy denies, 503 where the policies are not known (yet) or the
+//! application does not accept, and 200 only once it has. Deviation: a host name must be that of a service that the pod is an endpoint of.
 
 use std::{
     cell::Cell,
@@ -255,7 +255,10 @@ impl hbone::Handler for Handler {
             }
             None => {
                 connection.finish(None);
-                Decision::Refuse { status: 503 }
+                Decision::Refuse {
+                    status: 503,
+                    reason: None,
+                }
             }
         }
     }
@@ -348,15 +351,15 @@ fn target_of(
     }
 }
 
-/// What the peer is told: where policy denied it, by what.
+/// What the peer is told: where it may not, why.
 fn answer(failure: &Failure) -> Decision<Connection> {
-    match failure {
-        Failure::Denied(reason) => Decision::Deny {
-            reason: reason.to_string(),
-        },
-        failure => Decision::Refuse {
-            status: status_of(failure),
-        },
+    let reason = match failure {
+        Failure::Denied(reason) => Some(reason.to_string()),
+        _ => None,
+    };
+    Decision::Refuse {
+        status: status_of(failure),
+        reason,
     }
 }
 
@@ -364,6 +367,8 @@ fn answer(failure: &Failure) -> Decision<Connection> {
 fn status_of(failure: &Failure) -> u16 {
     match failure {
         Failure::BadRequest(_) | Failure::NotThisPod { .. } | Failure::NotBehind(_) | Failure::NoBinding(_) => 400,
+        // Another endpoint's agent may know more.
+        Failure::Denied(reason) if !reason.is_decided() => 503,
         Failure::Denied(_) | Failure::NoLongerAllowed(_) | Failure::NoLongerTrusted(_) => 401,
         _ => 503,
     }

@@ -70,6 +70,42 @@ async fn an_endpoint_whose_handshake_fails_is_passed_over() {
     assert!((1..10).contains(&failed_over), "{failed_over} of 21");
 }
 
+/// Its agent lags behind the control plane: it runs the pod, and has not been told of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_whose_agent_does_not_know_its_policies_yet_is_passed_over() {
+    let (mut lab, mut far_side) = (Lab::new(), Lab::new());
+    far_side.identities = lab.identities.clone();
+    let (near, far) = (lab.proxy(), far_side.proxy());
+    let client = lab.pod(&near, "client");
+    let (server, other) = (far_side.pod(&far, "server"), far_side.pod(&far, "other"));
+    lab.contents.workloads.extend(far_side.contents.workloads.clone());
+    let service = lab.service("web", 80, 8080, &["server", "other"]);
+    let alone = lab.service("alone", 80, 8080, &["server"]);
+    lab.publish();
+    far_side
+        .writer
+        .locals()
+        .set(vec![far_side.contents.workloads.remove(0)]);
+    far_side.publish();
+    let listener = server.listen(8080).await;
+    echo(other.listen(8080).await);
+    for _ in 0..20 {
+        expect_echo(&mut client.dial(service).await.unwrap(), b"hello").await;
+    }
+    assert!(near.counters().failed_over > 0);
+    // Where there is no other, the client is refused, and told why.
+    expect_refused(client.dial(alone).await).await;
+    let why = "denied: the control plane has not announced this pod yet";
+    far_side.line(&["inbound", why]);
+    lab.line(&[
+        "outbound",
+        &format!("the peer refused: 503 ({why}"),
+        "response_flags=\"CONNECT\"",
+    ]);
+    let nobody = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
+    assert!(nobody.is_err(), "the application was dialled");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn black_holes_cost_the_client_little_and_are_passed_over() {
     let mut lab = Lab::new();

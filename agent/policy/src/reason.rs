@@ -120,6 +120,20 @@ impl fmt::Display for Peer {
     }
 }
 
+impl Reason {
+    /// Whether it was decided. Otherwise too little is known (yet) to decide, and whoever asks may ask elsewhere, or again.
+    pub fn is_decided(&self) -> bool {
+        match self {
+            Self::NothingRestricts
+            | Self::AllowedBy(_)
+            | Self::DeniedBy(..)
+            | Self::NoneAllowed(..)
+            | Self::PastWaypoint(..) => true,
+            Self::UnknownPolicy(_) | Self::NoKnowledge | Self::NotAnnounced => false,
+        }
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

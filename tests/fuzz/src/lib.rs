@@ -111,7 +111,7 @@ impl Handler for Refuse {
 
     async fn connect(&self, _: &Accepted, request: IncomingRequest) -> Decision<()> {
         let status = if request.authority.is_ok() { 401 } else { 400 };
-        Decision::Refuse { status }
+        Decision::Refuse { status, reason: None }
     }
 
     fn relayed(&self, (): (), _: RelayEnd) {}

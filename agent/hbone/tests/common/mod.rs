@@ -91,6 +91,10 @@ pub struct DialTarget {
     pub stalls: Rc<Cell<bool>>,
 }
 
+fn refused(status: u16) -> Decision<()> {
+    Decision::Refuse { status, reason: None }
+}
+
 impl Handler for DialTarget {
     type Context = ();
 
@@ -101,8 +105,8 @@ impl Handler for DialTarget {
         }
         let target = match request.authority {
             Ok(Authority::Address(address)) => address,
-            Ok(Authority::Host(_, port)) => return Decision::Refuse { status: port },
-            Err(_) => return Decision::Refuse { status: 400 },
+            Ok(Authority::Host(_, port)) => return refused(port),
+            Err(_) => return refused(400),
         };
         match TcpStream::connect(target).await {
             Ok(application) => {
@@ -116,7 +120,7 @@ impl Handler for DialTarget {
                     live,
                 }
             }
-            Err(_) => Decision::Refuse { status: 503 },
+            Err(_) => refused(503),
         }
     }
 
