@@ -8,12 +8,15 @@
 //! Nothing of the client's bytes is read before an upstream is there, so nothing is sent twice; but an endpoint that was
 //! slow may see a connection that ends without a byte. What a client waits for at most: `patience` for each endpoint but
 //! the last, and then the time limits of connecting to one, whatever the others do
-//! (`black_holes_cost_the_client_little_and_are_passed_over`). The first failure is the one told.
+//! (`black_holes_cost_the_client_little_and_are_passed_over`). The first failure is the one told, unless a policy denies a
+//! later attempt. Each attempt has a [`Destination`] of its own: what is told is of one attempt, that which won or whose
+//! failure it is (`what_is_told_of_the_first_failure_is_that_endpoints`).
 //!
 //! Every failure, and every answer that is late, is remembered of the endpoint ([`crate::experience`]).
 
 use std::{
     cell::RefCell,
+    future::poll_fn,
     net::{Ipv4Addr, SocketAddr},
     pin::{Pin, pin},
     sync::Arc,
@@ -23,9 +26,10 @@ use std::{
 use futures_util::future::{Either, select};
 use mesh::Route;
 use model::{OriginalDst, Workload, WorkloadUid};
+use telemetry::ResponseFlag;
 
 use crate::{
-    connection::Connection,
+    connection::{Connection, Destination},
     counters::increment,
     egress,
     experience::Counted,
@@ -54,6 +58,26 @@ impl Endpoint {
     }
 }
 
+/// An attempt that failed.
+struct Failed {
+    failure: Box<Failure>,
+    /// Where it led.
+    destination: Box<Destination>,
+}
+
+impl Failed {
+    /// Of this failure and a later one that which is told: what a policy decided is more than that somebody else could not
+    /// be connected to.
+    fn or(self, later: Self) -> Self {
+        let is_denial = |failed: &Self| failed.failure.flag() == ResponseFlag::Deny;
+        if is_denial(&later) && !is_denial(&self) {
+            later
+        } else {
+            self
+        }
+    }
+}
+
 /// The attempts of one connection.
 struct Attempts<'a> {
     connection: &'a Connection,
@@ -61,7 +85,7 @@ struct Attempts<'a> {
     /// The endpoints that were tried, or are being tried.
     tried: RefCell<Vec<WorkloadUid>>,
     /// It tells more than that there is no other endpoint.
-    first_failure: RefCell<Option<Failure>>,
+    told: RefCell<Option<Failed>>,
 }
 
 /// Connects to what was dialled: where there is only one place to go, to that one.
@@ -71,31 +95,47 @@ pub(crate) async fn try_endpoints(connection: &Connection, dialled: OriginalDst)
         connection,
         dialled,
         tried: RefCell::default(),
-        first_failure: RefCell::default(),
+        told: RefCell::default(),
     };
-    let outcome = attempts.run(way).await;
-    outcome.map_err(|last| attempts.first_failure.take().unwrap_or(last))
+    attempts.run(way).await.map_err(|last| {
+        let Failed { failure, destination } = attempts.and_earlier(last);
+        connection.lead_to(*destination);
+        *failure
+    })
 }
 
 impl Attempts<'_> {
     /// Follows the way, and others where it leads nowhere.
-    async fn run(&self, mut way: Way) -> Result<Upstream, Failure> {
+    async fn run(&self, mut way: Way) -> Result<Upstream, Failed> {
         loop {
-            let failure = match self.follow(way).await {
+            let failed = match self.follow(way).await {
                 Ok(upstream) => return Ok(upstream),
-                Err((failure, false)) => return Err(*failure),
-                Err((failure, true)) => *failure,
+                Err((failed, false)) => return Err(failed),
+                Err((failed, true)) => failed,
             };
             way = match self.next_way().await {
                 Some(next) => next,
-                None => return Err(failure),
+                None => return Err(failed),
             };
-            self.first_failure.borrow_mut().get_or_insert(failure);
+            self.remember(failed);
+        }
+    }
+
+    fn remember(&self, failed: Failed) {
+        let told = self.and_earlier(failed);
+        self.told.replace(Some(told));
+    }
+
+    /// What is told, of this failure and those before.
+    fn and_earlier(&self, failed: Failed) -> Failed {
+        match self.told.take() {
+            Some(earlier) => earlier.or(failed),
+            None => failed,
         }
     }
 
     /// Follows one way, and when that takes long, others beside it. A failure, and whether to go on.
-    async fn follow(&self, (source, route): Way) -> Result<Upstream, (Box<Failure>, bool)> {
+    async fn follow(&self, (source, route): Way) -> Result<Upstream, (Failed, bool)> {
         let connection = self.connection;
         let shard = &connection.shard;
         let endpoint = endpoint_of_service(&route);
@@ -116,14 +156,18 @@ impl Attempts<'_> {
         self.judge(outcome, endpoint.as_ref(), counted)
     }
 
-    /// What came of an attempt.
+    /// What came of an attempt, whose destination the connection has.
     fn judge(
         &self,
         outcome: Result<Upstream, Failure>,
         endpoint: Option<&Endpoint>,
         counted: Option<Counted>,
-    ) -> Result<Upstream, (Box<Failure>, bool)> {
+    ) -> Result<Upstream, (Failed, bool)> {
         let experience = &self.connection.shard.experience;
+        let failed = |failure: Failure| Failed {
+            failure: failure.into(),
+            destination: self.connection.lead_to(Destination::dialled(self.dialled)).into(),
+        };
         match (outcome, endpoint) {
             (Ok(upstream), endpoint) => {
                 if let Some(endpoint) = endpoint {
@@ -139,43 +183,50 @@ impl Attempts<'_> {
                     false if failure.is_exhaustion() => {}
                     false => experience.succeeded(&endpoint.uid, endpoint.at),
                 }
-                Err((failure.into(), self.may_go_on()))
+                Err((failed(failure), self.may_go_on()))
             }
-            (Err(failure), _) => Err((failure.into(), false)),
+            (Err(failure), _) => Err((failed(failure), false)),
         }
     }
 
     /// An attempt that is late, and the next ones beside it.
     async fn beside(
         &self,
-        mut late: Pin<&mut impl Future<Output = Result<Upstream, Failure>>>,
+        late: Pin<&mut impl Future<Output = Result<Upstream, Failure>>>,
         endpoint: Option<Endpoint>,
         counted: Option<Counted>,
-    ) -> Result<Upstream, (Box<Failure>, bool)> {
+    ) -> Result<Upstream, (Failed, bool)> {
         if let Some(Endpoint { uid, at, .. }) = &endpoint {
             self.connection.shard.experience.failed(uid, *at, Instant::now());
         }
-        let known = self.connection.destination();
+        let destination = self.connection.lead_to(Destination::dialled(self.dialled));
+        let mut late = pin!(apart(self.connection, destination, late));
         let Some(next) = self.next_way().await else {
-            return self.judge(late.await, endpoint.as_ref(), counted);
+            let (outcome, destination) = late.await;
+            self.connection.lead_to(destination);
+            return self.judge(outcome, endpoint.as_ref(), counted);
         };
         let others: Pin<Box<dyn Future<Output = _> + '_>> = Box::pin(self.run(next));
         match select(late.as_mut(), others).await {
-            Either::Left((Err(failure), others)) if is_endpoints_fault(&failure) => {
-                self.first_failure.borrow_mut().get_or_insert(failure);
-                others.await.map_err(|failure| (failure.into(), false))
+            Either::Left(((Err(failure), destination), others)) if is_endpoints_fault(&failure) => {
+                self.remember(Failed {
+                    failure: failure.into(),
+                    destination: destination.into(),
+                });
+                others.await.map_err(|failed| (failed, false))
             }
-            Either::Left((outcome, others)) => {
+            Either::Left(((outcome, destination), others)) => {
                 drop(others);
-                self.connection.learn_again(known);
+                self.connection.lead_to(destination);
                 self.judge(outcome, endpoint.as_ref(), counted)
             }
             Either::Right((Ok(upstream), _)) => Ok(upstream),
-            Either::Right((Err(failure), _)) => {
-                self.first_failure.borrow_mut().get_or_insert(failure);
-                self.connection.learn_again(known);
-                let outcome = self.judge(late.await, endpoint.as_ref(), counted);
-                outcome.map_err(|(failure, _)| (failure, false))
+            Either::Right((Err(failed), late)) => {
+                self.remember(failed);
+                let (outcome, destination) = late.await;
+                self.connection.lead_to(destination);
+                let outcome = self.judge(outcome, endpoint.as_ref(), counted);
+                outcome.map_err(|(failed, _)| (failed, false))
             }
         }
     }
@@ -192,6 +243,21 @@ impl Attempts<'_> {
         increment(&self.connection.shard.counters.failed_over);
         Some(next)
     }
+}
+
+/// An attempt beside which there are others, with the destination that it has learned of and goes on learning of.
+async fn apart<O>(
+    connection: &Connection,
+    mut destination: Destination,
+    mut attempt: Pin<&mut impl Future<Output = O>>,
+) -> (O, Destination) {
+    let outcome = poll_fn(|cx| {
+        let others = connection.lead_to(std::mem::take(&mut destination));
+        let polled = attempt.as_mut().poll(cx);
+        destination = connection.lead_to(others);
+        polled
+    });
+    (outcome.await, destination)
 }
 
 /// The way, if the pod may take it.

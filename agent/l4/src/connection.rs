@@ -20,7 +20,7 @@ use std::{
 
 use identity::Proof;
 use mesh::Snapshot;
-use model::{Identity, Service, Workload, WorkloadUid, canonical_socket};
+use model::{Identity, OriginalDst, Service, Workload, WorkloadUid, canonical_socket};
 use policy::{Facts, Reason, Verdict};
 use telemetry::{AccessLog, ConnectionRecord, Direction, Party, ResponseFlag, TraceId};
 
@@ -79,13 +79,25 @@ pub(crate) struct Known {
     pub established: bool,
 }
 
-/// Where a connection leads, as far as [`Known`] has it.
+/// Where an attempt to connect leads, and all that its peer was told: what [`Known`] has of it.
+#[derive(Default)]
 pub(crate) struct Destination {
     address: Option<SocketAddr>,
     hbone_target: Option<SocketAddr>,
     workload: Option<Arc<Workload>>,
     service: Option<Arc<Service>>,
     peer: Option<Identity>,
+    trace: Option<TraceId>,
+}
+
+impl Destination {
+    /// Before anything is known of it but what the client dialled.
+    pub(crate) fn dialled(OriginalDst(address): OriginalDst) -> Self {
+        Self {
+            address: Some(address),
+            ..Self::default()
+        }
+    }
 }
 
 /// A connection, as its owner holds it.
@@ -139,26 +151,17 @@ impl Connection {
         self.counted.replace(counted);
     }
 
-    /// Where it leads by now.
-    pub(crate) fn destination(&self) -> Destination {
-        let known = self.known.borrow();
-        Destination {
-            address: known.destination,
-            hbone_target: known.hbone_target,
-            workload: known.destination_workload.clone(),
-            service: known.service.clone(),
-            peer: known.peer.clone(),
-        }
-    }
-
-    /// It leads there after all.
-    pub(crate) fn learn_again(&self, destination: Destination) {
+    /// It leads there; where it led until now.
+    pub(crate) fn lead_to(&self, destination: Destination) -> Destination {
         let mut known = self.known.borrow_mut();
-        known.destination = destination.address;
-        known.hbone_target = destination.hbone_target;
-        known.destination_workload = destination.workload;
-        known.service = destination.service;
-        known.peer = destination.peer;
+        Destination {
+            address: std::mem::replace(&mut known.destination, destination.address),
+            hbone_target: std::mem::replace(&mut known.hbone_target, destination.hbone_target),
+            workload: std::mem::replace(&mut known.destination_workload, destination.workload),
+            service: std::mem::replace(&mut known.service, destination.service),
+            peer: std::mem::replace(&mut known.peer, destination.peer),
+            trace: std::mem::replace(&mut known.trace, destination.trace),
+        }
     }
 
     /// Counts toward the shard's load, for as long as it lives.

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use l4::{Config, FailureKind};
 use lab::{
-    Lab, LabPod, echo, eventually, expect_echo, expect_refused, new_address,
+    Lab, LabPod, echo, eventually, expect_echo, expect_refused, new_address, policy,
     two::{Two, two},
+    value,
 };
-use model::{HealthStatus, TunnelProtocol, WorkloadUid};
+use model::{Action, HealthStatus, Match, StringMatch, TunnelProtocol, WorkloadUid};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
@@ -143,15 +144,22 @@ async fn an_endpoint_that_is_late_is_waited_for_where_there_is_no_better() {
     }
     eventually("the other endpoint was tried", async || near.counters().failed_over > 0).await;
     far.add_pod(late).unwrap();
+    let dialled = clients.len();
     for mut client in clients {
         expect_echo(&mut client, b"after all").await;
-        drop(client);
-        // The record has the endpoint that it was in the end.
-        let line = lab.line(&["outbound", "bytes_sent=9"]);
+    }
+    // The record has the endpoint that it was in the end, and the trace that this one was told.
+    let lines: Vec<String> = (0..2 * dialled).map(|_| lab.line(&["complete"])).collect();
+    let (near_lines, far_lines): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line.contains("outbound"));
+    assert_eq!(near_lines.len(), dialled, "{lines:#?}");
+    for line in near_lines {
         assert!(
             line.contains("dst.workload=\"server\"") && line.contains("sa/server"),
             "{line}"
         );
+        let trace = value(line, "trace_id");
+        let same = far_lines.iter().filter(|other| value(other, "trace_id") == trace);
+        assert_eq!(same.count(), 1, "{lines:#?}");
     }
 }
 
@@ -167,6 +175,60 @@ async fn where_no_endpoint_can_be_connected_to_the_first_failure_is_told() {
         two.lab.line(&["outbound", &format!("cannot connect to {dead}:15008")]);
     }
     assert_eq!(two.near.counters().failed_over, 0);
+}
+
+/// The line is of one attempt: the failure, and where it led.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_told_of_the_first_failure_is_that_endpoints() {
+    let mut two = two();
+    let both = ["one", "two"].map(|name| (name, two.lab.workload(name, TunnelProtocol::Hbone)));
+    let service = two.lab.service("web", 80, 8080, &["one", "two"]);
+    two.lab.publish();
+    expect_refused(two.client.dial(service).await).await;
+    let line = two.lab.line(&["outbound", "cannot connect to"]);
+    let (name, at) = both
+        .iter()
+        .find(|(_, at)| line.contains(&format!("cannot connect to {at}:15008")))
+        .unwrap();
+    for field in [
+        format!("dst.addr={at}:15008"),
+        format!("dst.hbone_addr={at}:8080"),
+        format!("dst.workload=\"{name}\""),
+        format!("dst.identity=\"spiffe://cluster.local/ns/shop/sa/{name}\""),
+    ] {
+        assert!(line.contains(&field), "{field}: {line}");
+    }
+    assert_eq!(two.near.counters().failed_over, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_policy_denies_that_is_told_whoever_could_not_be_connected_to_before() {
+    let mut two = two();
+    two.lab.workload("dead", TunnelProtocol::Hbone);
+    let service = two.lab.service("web", 80, 8080, &["server", "dead"]);
+    let everybody = Match {
+        principals: vec![StringMatch::Presence],
+        ..Match::default()
+    };
+    two.lab
+        .contents
+        .policies
+        .push(policy("nobody", Action::Deny, everybody));
+    two.lab.publish();
+    for _ in 0..20 {
+        expect_refused(two.client.dial(service).await).await;
+    }
+    for _ in 0..20 {
+        let line = two.lab.line(&["outbound"]);
+        for field in [
+            "the peer refused: 401 (denied by AuthorizationPolicy shop/nobody",
+            "response_flags=\"DENY\"",
+            "dst.workload=\"server\"",
+        ] {
+            assert!(line.contains(field), "{field}: {line}");
+        }
+    }
+    assert!(two.near.counters().failed_over > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

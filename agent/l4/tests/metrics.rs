@@ -7,7 +7,7 @@ mod lab;
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use l4::Config;
-use lab::{Lab, echo, expect_echo, new_address, policy};
+use lab::{Lab, echo, expect_echo, new_address, policy, value};
 use model::{Action, Match, StringMatch, TunnelProtocol};
 use prometheus_client::registry::Registry;
 use proptest::prelude::*;
@@ -51,14 +51,6 @@ fn fate() -> impl Strategy<Value = Fate> {
 
 /// Of each reporter and flag: how many, and bytes from client to server and back.
 type Sums = BTreeMap<(String, String), [u64; 3]>;
-
-fn value<'a>(line: &'a str, field: &str) -> Option<&'a str> {
-    let rest = &line[line.find(&format!(" {field}="))? + field.len() + 2..];
-    Some(match rest.strip_prefix('"') {
-        Some(quoted) => quoted.split('"').next()?,
-        None => rest.split_whitespace().next()?,
-    })
-}
 
 fn logged(lines: &[String]) -> Sums {
     let mut sums = Sums::new();

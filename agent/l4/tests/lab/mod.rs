@@ -329,6 +329,15 @@ fn workload(name: &str, ip: IpAddr) -> Workload {
     }
 }
 
+/// A field of an access-log line.
+pub fn value<'a>(line: &'a str, field: &str) -> Option<&'a str> {
+    let rest = &line[line.find(&format!(" {field}="))? + field.len() + 2..];
+    Some(match rest.strip_prefix('"') {
+        Some(quoted) => quoted.split('"').next()?,
+        None => rest.split_whitespace().next()?,
+    })
+}
+
 /// A policy of namespace `shop`.
 pub fn policy(name: &str, action: model::Action, one: model::Match) -> Policy {
     Policy {
