@@ -44,6 +44,7 @@ impl Demanded {
         let (name, ip) = match wanted {
             Wanted::Address(address) => (alias(address), Some(canonical_ip(address.address))),
             Wanted::Workload(uid) => (uid.to_string(), None),
+            Wanted::Service(name) => (name.to_string(), None),
         };
         let demand = self.names.entry(name.clone()).or_insert(Demand {
             ip,

@@ -8,7 +8,7 @@ use std::{net::SocketAddr, path::Path, time::Duration};
 use discovery::{Client, Config, Handle, Limits, Mode, NodeId, Source};
 use fake::{Fake, policy, state, workload};
 use identity::Upstream;
-use mesh::{Knowledge, Route};
+use mesh::{Knowledge, Route, Wanted};
 use model::{MeshSettings, OriginalDst, Workload};
 use proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
@@ -318,7 +318,8 @@ async fn on_demand_what_is_met_is_fetched() {
     };
     for last in [1, 9] {
         assert!(matches!(route(last), Route::Unknown { .. }));
-        knowledge.want([10, 0, 0, last].into()).await;
+        let address = model::NetworkAddress::new("", [10, 0, 0, last].into());
+        knowledge.want(Wanted::Address(address)).await;
         assert_eq!(
             stream.request().await.resource_names_subscribe,
             [format!("/10.0.0.{last}")]

@@ -16,9 +16,10 @@ use std::{
 
 use mesh::Snapshot;
 use model::{ApplicationTunnel, ApplicationTunnelProtocol, Authority, Workload};
+use policy::Facts;
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use crate::{connection::Connection, failure::Failure, pod::is_own_port, socket};
+use crate::{ask, connection::Connection, failure::Failure, pod::is_own_port, socket};
 
 /// Waits until it is known that what is asked for is this workload's business, if it can come to be so.
 pub(crate) async fn wait_until_behind(connection: &Connection, own: IpAddr, asked: &Authority) -> Result<(), Failure> {
@@ -26,8 +27,6 @@ pub(crate) async fn wait_until_behind(connection: &Connection, own: IpAddr, aske
     let Authority::Address(address) = asked else {
         return Ok(());
     };
-    let mut changed = knowledge.changed();
-    changed.mark_unchanged();
     let is_known = |snapshot: &Snapshot| {
         // Who is not (or no longer) such a waypoint has nothing to wait for, and is refused by what it is.
         let workload = snapshot.workload(&connection.pod.uid);
@@ -37,19 +36,34 @@ pub(crate) async fn wait_until_behind(connection: &Connection, own: IpAddr, aske
     if address.ip() == own || is_known(&knowledge.snapshot()) {
         return Ok(());
     }
-    let waiting = async {
-        if knowledge.snapshot().has_to_be_asked_for(address.ip()) {
-            knowledge.want(address.ip()).await;
-        }
-        while !is_known(&knowledge.snapshot()) {
-            if changed.changed().await.is_err() {
-                // Nobody will tell any more: the wait ends by time.
-                std::future::pending::<()>().await;
-            }
+    let look = || {
+        let snapshot = knowledge.snapshot();
+        match is_known(&snapshot) {
+            true => Ok(()),
+            false => Err(snapshot.to_ask_behind(asked)),
         }
     };
-    let waited = tokio::time::timeout(connection.shard.config.discovery_timeout, Box::pin(waiting)).await;
-    waited.map_err(|_elapsed| Failure::NotBehind(asked.clone()))
+    let known = ask::until_known(connection, look).await;
+    known.ok_or_else(|| Failure::NotBehind(asked.clone()))
+}
+
+/// On demand: waits until it is known whether this peer is a waypoint of the workload, where that matters to the verdict,
+/// which is made in any case: who has not turned out to be one by then is none.
+pub(crate) async fn wait_for_waypoints(connection: &Connection, facts: &Facts) {
+    let lacking = || {
+        let snapshot = connection.shard.knowledge.snapshot();
+        let workload = snapshot.workload(&connection.pod.uid);
+        workload.map_or(Vec::new(), |workload| snapshot.to_ask_before(facts, workload))
+    };
+    if lacking().is_empty() {
+        return;
+    }
+    let look = || {
+        Some(lacking())
+            .filter(|lacking| !lacking.is_empty())
+            .map_or(Ok(()), Err)
+    };
+    ask::until_known(connection, look).await;
 }
 
 /// Dials the application of such a waypoint for a request that was allowed.

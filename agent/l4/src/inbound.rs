@@ -287,6 +287,14 @@ impl Handler {
         let authority = authority.map_err(|error| Failure::BadRequest(error.to_string()))?;
         let own = canonical_socket(tunnel.local_address);
         handed::wait_until_behind(connection, own.ip(), &authority).await?;
+        let trust = connection.shard.identities.trust();
+        let mut facts = Facts {
+            identity: Some(trust.normalize(tunnel.peer.clone())),
+            aliases: trust.aliases(),
+            source: connection.client.ip(),
+            destination: own,
+        };
+        handed::wait_for_waypoints(connection, &facts).await;
         let snapshot = connection.shard.knowledge.snapshot();
         let workload = own_workload(connection, &snapshot)?.clone();
         connection.learn_source(&snapshot);
@@ -300,13 +308,7 @@ impl Handler {
             tunnel.peer.clone()
         })?;
         connection.known.borrow_mut().proof = Some(tunnel.proof.clone());
-        let trust = connection.shard.identities.trust();
-        let facts = Facts {
-            identity: Some(trust.normalize(tunnel.peer.clone())),
-            aliases: trust.aliases(),
-            source: connection.client.ip(),
-            destination: target,
-        };
+        facts.destination = target;
         admit(connection, &snapshot, &workload, facts)?;
         drop(snapshot);
         match workload.application_tunnel {

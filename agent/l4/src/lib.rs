@@ -26,6 +26,7 @@
 //! [`Proxy::failed`].
 
 mod accept;
+mod ask;
 mod attempts;
 mod config;
 mod connection;

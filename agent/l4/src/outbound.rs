@@ -12,7 +12,7 @@
 //! destination that nothing is known of is asked for, and the connection waits (`on_demand_a_connection_waits_to_be_told`).
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -26,6 +26,7 @@ use telemetry::Direction;
 use tokio::net::TcpStream;
 
 use crate::{
+    ask,
     attempts::try_endpoints,
     connection::Connection,
     descriptors, distrust, dns,
@@ -167,38 +168,19 @@ pub(crate) async fn find_way(
     tried: &[WorkloadUid],
 ) -> Result<(Arc<Workload>, Route), Failure> {
     match resolve(connection, dialled, tried)? {
-        (_, Route::Unknown { target }) => {
-            let within = connection.shard.config.discovery_timeout;
-            let asking = Box::pin(ask(connection, dialled, tried, target.ip()));
-            let answered = tokio::time::timeout(within, asking).await;
-            answered.unwrap_or(Err(Failure::NoRoute(RefuseReason::NotDiscovered(target.ip()))))
+        (_, Route::Unknown { mut wanted }) => {
+            // What is dialled, and then the waypoint that this turns out to have.
+            let look = || match resolve(connection, dialled, tried) {
+                Ok((_, Route::Unknown { wanted: lacking })) => {
+                    wanted = lacking.clone();
+                    Err(vec![lacking])
+                }
+                known => Ok(known),
+            };
+            let known = ask::until_known(connection, look).await;
+            known.unwrap_or(Err(Failure::NoRoute(RefuseReason::NotDiscovered(wanted))))
         }
         known => Ok(known),
-    }
-}
-
-/// Asks for what is dialled, and then for the waypoint that this turns out to have.
-async fn ask(
-    connection: &Connection,
-    dialled: OriginalDst,
-    tried: &[WorkloadUid],
-    mut wanted: IpAddr,
-) -> Result<(Arc<Workload>, Route), Failure> {
-    let knowledge = &connection.shard.knowledge;
-    let mut changed = knowledge.changed();
-    changed.mark_unchanged();
-    knowledge.want(wanted).await;
-    loop {
-        match resolve(connection, dialled, tried)? {
-            (_, Route::Unknown { target }) if target.ip() != wanted => {
-                wanted = target.ip();
-                knowledge.want(wanted).await;
-            }
-            // The writer is gone: nobody answers, and the wait ends by time.
-            (_, Route::Unknown { .. }) if changed.changed().await.is_err() => std::future::pending().await,
-            (_, Route::Unknown { .. }) => {}
-            known => return Ok(known),
-        }
     }
 }
 
@@ -240,7 +222,7 @@ pub(crate) async fn follow(
 ) -> Result<Upstream, Failure> {
     match route {
         Route::Refused { reason } => Err(Failure::NoRoute(reason)),
-        Route::Unknown { target } => Err(Failure::NoRoute(RefuseReason::NotDiscovered(target.ip()))),
+        Route::Unknown { wanted } => Err(Failure::NoRoute(RefuseReason::NotDiscovered(wanted))),
         Route::Passthrough { target } => plain(connection, source, target, timeout).await,
         named @ Route::Named { .. } => by_name(connection, source, named).await,
         Route::Plaintext {

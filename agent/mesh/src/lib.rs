@@ -35,10 +35,9 @@ mod unreadable;
 mod waypoint;
 mod writer;
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use model::NetworkAddress;
 use tokio::sync::{mpsc, watch};
 
 pub use choice::{Attempt, Experience, NoExperience};
@@ -72,15 +71,11 @@ impl Knowledge {
         self.changed.clone()
     }
 
-    /// Asks for what is to be known of an address of the node's network ([`Route::Unknown`]); a later snapshot knows it
-    /// or knows that there is nothing. Waits while too many ask; it is for the caller to give up.
-    pub async fn want(&self, ip: IpAddr) {
-        let network = self.snapshot().network.clone();
+    /// Asks for what nothing is known of ([`Route::Unknown`]); a later snapshot knows it or, of an address, knows that
+    /// there is nothing. Waits while too many ask; it is for the caller to give up.
+    pub async fn want(&self, wanted: Wanted) {
         // Nobody there to fetch: nothing comes, and the caller's patience ends.
-        let _ = self
-            .wanted
-            .send(Wanted::Address(NetworkAddress::new(network, ip)))
-            .await;
+        let _ = self.wanted.send(wanted).await;
     }
 }
 

@@ -16,7 +16,7 @@ use model::{
 };
 
 use crate::{
-    Attempt, Snapshot,
+    Attempt, Snapshot, Wanted,
     choice::{Choice, NoExperience},
     snapshot::Seen,
     waypoint::{Behind, HandOff, WaypointFault},
@@ -77,10 +77,10 @@ pub enum Route {
         /// The address that was dialled.
         target: SocketAddr,
     },
-    /// On demand: nothing is known of the address yet. To be asked for ([`crate::Knowledge::want`]) and resolved again.
+    /// On demand: too little is known yet. To be asked for ([`crate::Knowledge::want`]) and resolved again.
     Unknown {
-        /// The address that was dialled.
-        target: SocketAddr,
+        /// The address that was dialled, or the waypoint that what is there has.
+        wanted: Wanted,
     },
     /// Nowhere.
     Refused {
@@ -125,8 +125,8 @@ pub enum RefuseReason {
     },
     /// The mesh has something of this name there that could not be read, and has no last good version of.
     Unreadable(Arc<str>),
-    /// On demand: the control plane did not answer in time what it knows of the address.
-    NotDiscovered(IpAddr),
+    /// On demand: the control plane did not answer in time what it knows of this.
+    NotDiscovered(Wanted),
     /// `REGISTRY_ONLY`, and the registry has nothing there for the pod.
     NotRegistered {
         /// What was dialled.
@@ -178,9 +178,9 @@ impl fmt::Display for RefuseReason {
                 "what the control plane said of {name} could not be read, and the way might have to be encrypted; its \
                  status tells which field this agent does not understand"
             ),
-            Self::NotDiscovered(ip) => write!(
+            Self::NotDiscovered(wanted) => write!(
                 f,
-                "the control plane did not say in time what {ip} is; the way might have to be encrypted"
+                "the control plane did not say in time what {wanted} is; the way might have to be encrypted"
             ),
             Self::NotRegistered {
                 target,
@@ -251,7 +251,9 @@ impl Snapshot {
         }
         let is_known = matches!(seen, Seen::Hidden) || self.absent.get(&target.ip()).is_some();
         match self.on_demand && !is_known {
-            true => Route::Unknown { target },
+            true => Route::Unknown {
+                wanted: self.wanted_address(target.ip()),
+            },
             false => Route::Passthrough { target },
         }
     }

@@ -18,15 +18,19 @@
 //!
 //! Deliberately unknown here: why a Gateway can't be used (the control plane says so in its address).
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use model::{
-    Authority, GatewayAddress, GatewayDestination, Identity, NamespacedName, Service, TunnelProtocol, Unusable,
-    Workload, WorkloadUid,
+    Authority, GatewayAddress, GatewayDestination, Identity, NamespacedName, NetworkAddress, Service, TunnelProtocol,
+    Unusable, Workload, WorkloadUid,
 };
 use policy::{Facts, Reason};
 
-use crate::{Attempt, RefuseReason, Route, Snapshot, choice::Choice};
+use crate::{Attempt, RefuseReason, Route, Snapshot, Wanted, choice::Choice};
 
 /// Replicas without HBONE that are passed over before a waypoint is given up.
 const PASSED_OVER: usize = 8;
@@ -116,7 +120,11 @@ impl HandOff<'_> {
                     false => Err(WaypointFault::NoHbone(workload.uid.clone())),
                 }
             }
-            None => self.snapshot.to_ask_for(self.waypoint).ok_or(WaypointFault::Unknown),
+            None => {
+                let wanted = self.snapshot.to_ask_for(self.waypoint);
+                let wanted = wanted.ok_or(WaypointFault::Unknown)?;
+                Ok(Route::Unknown { wanted })
+            }
         }
     }
 
@@ -171,6 +179,12 @@ impl HandOff<'_> {
             hbone,
         }
     }
+}
+
+/// The services of its own namespace that a workload serves.
+fn own_services(workload: &Workload) -> impl Iterator<Item = &NamespacedName> {
+    let keys = workload.services.keys();
+    keys.filter(|key| key.namespace == workload.namespace)
 }
 
 /// An unspecified address stands for a name (see `choice`), and nobody tunnels to that.
@@ -259,11 +273,7 @@ impl Snapshot {
     /// here. Whoever writes its address into a service of another namespace has no say in what it takes
     /// (`a_service_of_another_namespace_brings_no_waypoint_along`).
     fn waypoints_before<'a>(&'a self, workload: &'a Workload) -> impl Iterator<Item = &'a GatewayAddress> {
-        let own = workload
-            .services
-            .iter()
-            .filter(|(key, _)| key.namespace == workload.namespace);
-        let services = own.filter_map(|(key, _)| self.service(key));
+        let services = own_services(workload).filter_map(|key| self.service(key));
         let of_services = services.flat_map(|service| service.waypoints());
         workload.waypoint.iter().chain(of_services)
     }
@@ -281,22 +291,51 @@ impl Snapshot {
         }
     }
 
-    /// On demand: the way that is to be asked for, where nothing is known of a waypoint's address.
-    fn to_ask_for(&self, waypoint: &GatewayAddress) -> Option<Route> {
+    /// On demand: what is to be asked for, where nothing is known of what stands at a waypoint's address.
+    fn to_ask_for(&self, waypoint: &GatewayAddress) -> Option<Wanted> {
+        if !self.on_demand || waypoint.why_unusable().is_some() || self.gateway(waypoint).is_some() {
+            return None;
+        }
         match &waypoint.destination {
-            GatewayDestination::Address(address) if self.on_demand && address.network == self.network => {
-                let ip = model::canonical_ip(address.address);
-                let target = SocketAddr::new(ip, waypoint.hbone_mtls_port);
-                self.absent.get(&ip).is_none().then_some(Route::Unknown { target })
+            GatewayDestination::Hostname(name) => Some(Wanted::Service(name.clone())),
+            GatewayDestination::Address(address) if address.network == self.network => {
+                self.address_to_ask_for(address.address)
             }
-            _ => None,
+            GatewayDestination::Address(_) => None,
         }
     }
 
-    /// On demand: whether nothing is known of an address, not even that there is nothing to know.
-    pub fn has_to_be_asked_for(&self, ip: std::net::IpAddr) -> bool {
+    pub(crate) fn wanted_address(&self, ip: IpAddr) -> Wanted {
+        Wanted::Address(NetworkAddress::new(self.network.clone(), ip))
+    }
+
+    /// On demand: an address that nothing is known of, not even that there is nothing to know.
+    fn address_to_ask_for(&self, ip: IpAddr) -> Option<Wanted> {
+        let ip = model::canonical_ip(ip);
         let known = || self.workload_by_ip(ip).is_some() || self.service_by_vip(ip).is_some();
-        self.on_demand && self.absent.get(&ip).is_none() && !known()
+        (self.on_demand && self.absent.get(&ip).is_none() && !known()).then(|| self.wanted_address(ip))
+    }
+
+    /// On demand: what is to be asked for before it is known whether [`Snapshot::is_waypoint_for`] holds of what is asked.
+    pub fn to_ask_behind(&self, asked: &Authority) -> Vec<Wanted> {
+        let Authority::Address(asked) = asked else {
+            return Vec::new();
+        };
+        let waypoints = self.waypoints_at(asked.ip());
+        let unknown = waypoints.filter_map(|waypoint| self.to_ask_for(waypoint));
+        self.address_to_ask_for(asked.ip()).into_iter().chain(unknown).collect()
+    }
+
+    /// On demand: what is to be asked for before it is known whether a connection to a workload that has a waypoint came
+    /// through one; nothing where it did, or can't have. It grows with the services that the workload serves.
+    pub fn to_ask_before(&self, facts: &Facts, workload: &Workload) -> Vec<Wanted> {
+        if !self.on_demand || facts.identity.is_none() || self.past_waypoint(facts, workload).is_none() {
+            return Vec::new();
+        }
+        let services = own_services(workload).filter(|key| self.service(key).is_none());
+        let waypoints = self.waypoints_before(workload);
+        let waypoints = waypoints.filter_map(|waypoint| self.to_ask_for(waypoint));
+        waypoints.chain(services.cloned().map(Wanted::Service)).collect()
     }
 
     /// Whether a workload is what stands at this address: a replica of the waypoint.
@@ -314,12 +353,17 @@ impl Snapshot {
     /// Whether this workload is the waypoint of what is asked for.
     pub fn is_waypoint_for(&self, workload: &Workload, asked: &Authority) -> bool {
         let Authority::Address(asked) = asked else { return false };
-        let target = self.workload_by_ip(asked.ip());
-        let is_there = |service: &&Arc<Service>| target.is_none_or(|it| it.services.contains_key(&service.key()));
-        let services = self.services_by_vip(asked.ip()).filter(is_there);
+        self.waypoints_at(asked.ip())
+            .any(|waypoint| self.is_at(workload, waypoint))
+    }
+
+    /// The waypoints of what stands at an address.
+    fn waypoints_at(&self, ip: IpAddr) -> impl Iterator<Item = &GatewayAddress> {
+        let target = self.workload_by_ip(ip);
+        let is_there = move |service: &&Arc<Service>| target.is_none_or(|it| it.services.contains_key(&service.key()));
+        let services = self.services_by_vip(ip).filter(is_there);
         let of_target = target.and_then(|target| target.waypoint.as_ref());
-        let mut waypoints = services.flat_map(|service| service.waypoints()).chain(of_target);
-        waypoints.any(|waypoint| self.is_at(workload, waypoint))
+        services.flat_map(|service| service.waypoints()).chain(of_target)
     }
 
     /// Why a connection may not be taken, where the workload has a waypoint and it did not come through one.

@@ -238,8 +238,11 @@ fn on_demand_what_is_unknown_is_to_be_asked_for_until_it_is_known_to_be_absent()
     let (mut writer, knowledge, _) = mesh::with("", mesh::Scope::OnDemand);
     let dialled = OriginalDst("192.0.2.1:80".parse().unwrap());
     let route = || knowledge.snapshot().resolve(&Workload::default(), dialled, 0, &[]);
+    let unknown = || Route::Unknown {
+        wanted: mesh::Wanted::Address(model::NetworkAddress::new("", dialled.0.ip())),
+    };
     writer.apply(mesh::Delta::default());
-    assert_eq!(route(), Route::Unknown { target: dialled.0 });
+    assert_eq!(route(), unknown());
     let absent = || vec![dialled.0.ip()];
     writer.apply(mesh::Delta {
         absent: absent(),
@@ -250,7 +253,7 @@ fn on_demand_what_is_unknown_is_to_be_asked_for_until_it_is_known_to_be_absent()
         not_absent: absent(),
         ..Default::default()
     });
-    assert_eq!(route(), Route::Unknown { target: dialled.0 });
+    assert_eq!(route(), unknown());
 }
 
 #[test]

@@ -3,8 +3,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use mesh::{Route, Snapshot, static_file};
-use model::{Authority, GatewayAddress, Identity, OriginalDst, Unusable, Workload, WorkloadUid};
+use mesh::{Route, Snapshot, Wanted, static_file};
+use model::{
+    Authority, GatewayAddress, Identity, NamespacedName, NetworkAddress, OriginalDst, Unusable, Workload, WorkloadUid,
+};
 use policy::Facts;
 
 /// A service and a pod behind waypoints of two replicas each, and a pod of the same service that is behind none.
@@ -198,21 +200,24 @@ fn several_waypoints_share_by_weight() {
     assert!(refusal.ends_with("of several waypoints none has a weight"), "{refusal}");
 }
 
-/// Whether the pod takes a connection from this account, or in plaintext from nobody.
-fn takes(file: &str, account: Option<&str>, source: &str) -> Result<(), String> {
-    let snapshot = snapshot_of(file);
+fn facts_of(account: Option<&str>, source: &str) -> Facts {
     let identity = account.map(|account| Identity {
         trust_domain: Default::default(),
         namespace: "n".into(),
         service_account: account.into(),
     });
-    let facts = Facts {
+    Facts {
         identity,
         source: source.parse().unwrap(),
         destination: "10.0.0.1:8080".parse().unwrap(),
         aliases: Default::default(),
-    };
-    let verdict = snapshot.verdict(&facts, &workload(&snapshot, "pod"));
+    }
+}
+
+/// Whether the pod takes a connection from this account, or in plaintext from nobody.
+fn takes(file: &str, account: Option<&str>, source: &str) -> Result<(), String> {
+    let snapshot = snapshot_of(file);
+    let verdict = snapshot.verdict(&facts_of(account, source), &workload(&snapshot, "pod"));
     verdict.allowed.then_some(()).ok_or(verdict.reason.to_string())
 }
 
@@ -309,13 +314,61 @@ fn on_demand_the_waypoints_address_is_asked_for() {
     writer.replace(contents, &[]);
     let dialled = OriginalDst("10.0.0.1:80".parse().unwrap());
     let route = || knowledge.snapshot().resolve(&Workload::default(), dialled, 0, &[]);
-    let target = "10.9.0.77:15008".parse().unwrap();
-    assert_eq!(route(), Route::Unknown { target });
+    let wanted = Wanted::Address(NetworkAddress::new("", "10.9.0.77".parse().unwrap()));
+    assert_eq!(route(), Route::Unknown { wanted });
     writer.apply(mesh::Delta {
         absent: vec!["10.9.0.77".parse().unwrap()],
         ..Default::default()
     });
     assert!(told(route()).ends_with("nothing is known of that address"));
+}
+
+#[test]
+fn on_demand_a_waypoint_with_a_name_is_asked_for_by_it_at_both_ends() {
+    let (mut writer, knowledge, _) = mesh::with("", mesh::Scope::OnDemand);
+    let (mut contents, _) = static_file::parse(FILE).unwrap();
+    let all = std::mem::take(&mut contents.services);
+    writer.replace(contents, &[]);
+    let name = |name| Wanted::Service(NamespacedName::new("n", name));
+    let route = || {
+        let dialled = OriginalDst("10.0.0.1:80".parse().unwrap());
+        knowledge.snapshot().resolve(&Workload::default(), dialled, 0, &[])
+    };
+    let before = |account: Option<&str>| {
+        let snapshot = knowledge.snapshot();
+        let facts = facts_of(account, "10.0.0.31");
+        snapshot.to_ask_before(&facts, &workload(&snapshot, "pod"))
+    };
+    let behind = |asked: &str| knowledge.snapshot().to_ask_behind(&asked.parse().unwrap());
+    let wanted = name("for-pods");
+    assert_eq!(route(), Route::Unknown { wanted });
+    // Its own waypoint, or that of a service that it serves.
+    assert_eq!(before(Some("for-pods")), [name("for-pods"), name("open"), name("web")]);
+    assert_eq!(before(None), [], "who proved nothing is none of them");
+    assert_eq!(before(Some("client")).len(), 3);
+    assert_eq!(behind("10.0.0.1:80"), [name("for-pods")]);
+    let unknown = Wanted::Address(NetworkAddress::new("", "192.0.2.1".parse().unwrap()));
+    assert_eq!(behind("192.0.2.1:80"), [unknown]);
+    // A service's waypoint is known of once the service is.
+    let put = |writer: &mut mesh::Writer, name: &str| {
+        let service = all.iter().find(|service| &*service.name == name).unwrap();
+        let services = vec![Arc::new(service.clone())];
+        writer.apply(mesh::Delta {
+            services,
+            ..Default::default()
+        });
+    };
+    put(&mut writer, "for-pods");
+    assert_eq!(before(Some("for-pods")), [], "it is its waypoint");
+    assert!(told(route()).contains(" by p1 "));
+    put(&mut writer, "web");
+    let of_web = Wanted::Address(NetworkAddress::new("", "10.9.0.2".parse().unwrap()));
+    assert_eq!(before(Some("for-services")), [of_web, name("open")]);
+    put(&mut writer, "for-services");
+    assert_eq!(before(Some("for-services")), []);
+    put(&mut writer, "open");
+    assert_eq!(before(Some("client")), [], "everything is known, and it is none");
+    assert_eq!(behind("10.0.0.1:80"), []);
 }
 
 #[test]

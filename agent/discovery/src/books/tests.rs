@@ -334,9 +334,15 @@ fn on_demand_an_address_is_asked_for_and_its_absence_is_told() {
         .delta
         .unwrap();
     assert_eq!(delta.absent, [std::net::IpAddr::from([192, 0, 2, 1])]);
+    let waypoint = || Wanted::Service(model::NamespacedName::new("shop", "wp.example"));
+    let request = books.want([waypoint(), waypoint()]).unwrap();
+    assert_eq!(request.resource_names_subscribe, ["shop/wp.example"]);
     // A new connection asks again.
     let requests = books.open(&Node::default());
-    assert_eq!(requests[2].resource_names_subscribe, ["net/192.0.2.1"]);
+    assert_eq!(
+        requests[2].resource_names_subscribe,
+        ["net/192.0.2.1", "shop/wp.example"]
+    );
     assert_eq!(ready().want([wanted()]), None, "who knows everything asks for nothing");
 }
 

@@ -312,11 +312,8 @@ impl Seen {
     fn routed(&self, way: &mut Way, route: Route) -> Goes<Option<To>> {
         match route {
             Route::Refused { reason } => way.refused("route", reason.to_string(), None),
-            Route::Unknown { target } => {
-                let text = format!(
-                    "nothing is known of {} yet: a connection asks the control plane and waits",
-                    target.ip()
-                );
+            Route::Unknown { wanted } => {
+                let text = format!("nothing is known of {wanted} yet: a connection asks the control plane and waits");
                 way.step("route", Outcome::Notable, text, None);
                 Some(None)
             }
