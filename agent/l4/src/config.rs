@@ -39,6 +39,8 @@ pub struct Config {
     pub lookup: Arc<dyn Lookup>,
     /// Where connections are counted.
     pub metrics: telemetry::Metrics,
+    /// How often a shard that counts connections looks for what expired among [`Config::metrics`], scraped or not. 60 s.
+    pub sweep: Duration,
 }
 
 impl Default for Config {
@@ -58,6 +60,7 @@ impl Default for Config {
             half_open: 256,
             lookup: Arc::new(NoLookup),
             metrics: telemetry::Metrics::default(),
+            sweep: Duration::from_secs(60),
         }
     }
 }

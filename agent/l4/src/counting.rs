@@ -1,9 +1,12 @@
 //! A connection in Istio's counters: opened once, closed once, its bytes when it ends and, while it lives, whenever somebody
-//! scrapes. What it is counted under is looked up once, when it is joined or, if it never was, when it fails.
+//! scrapes. What it is counted under is looked up once, when it is joined or, if it never was, when it fails, and ends some
+//! time after its last use, whether somebody scrapes or not (`counters_that_nobody_scrapes_end`).
 
 use std::{
     cell::{Cell, RefCell},
+    rc::Rc,
     sync::Arc,
+    time::Instant,
 };
 
 use telemetry::{Direction, ResponseFlag, Series, Traffic};
@@ -66,12 +69,24 @@ impl Live {
     }
 }
 
+/// Sweeps for as long as the shard lives. One that carries nothing sleeps once all series have ended, its own and others'.
+pub(crate) async fn sweep(shard: Rc<Shard>) {
+    loop {
+        // A connection that came and went before this had its turn has left a handle.
+        while shard.connections.borrow().is_empty() && shard.recorder.is_empty() {
+            shard.stirred.notified().await;
+        }
+        tokio::time::sleep(shard.config.sweep).await;
+        shard.recorder.sweep(Instant::now());
+    }
+}
+
 impl Shard {
     /// Everybody's bytes as of now; and what nobody used for long ends.
     pub(crate) fn count_all(&self) {
         for (_, live) in self.connections.borrow().iter() {
             live.count_bytes();
         }
-        self.recorder.sweep(std::time::Instant::now());
+        self.recorder.sweep(Instant::now());
     }
 }

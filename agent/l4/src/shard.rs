@@ -37,7 +37,7 @@ use crate::{
     config::Config,
     connection::{ConnectionInfo, Live},
     counters::{ShardCounters, increment},
-    distrust, dns,
+    counting, distrust, dns,
     experience::Experience,
     failure::Failure,
     half_open::HalfOpen,
@@ -518,6 +518,7 @@ pub(crate) async fn run(
     let rechecking = tokio::task::spawn_local(for_all.fair(recheck::run(shard.clone())));
     let reviewing = tokio::task::spawn_local(for_all.fair(review::run(shard.clone())));
     let distrusting = tokio::task::spawn_local(for_all.fair(distrust::run(shard.clone())));
+    let sweeping = tokio::task::spawn_local(for_all.fair(counting::sweep(shard.clone())));
     let taking_turns = tokio::task::spawn_local(shard.turns.clone().run());
     loop {
         tokio::select! {
@@ -566,5 +567,6 @@ pub(crate) async fn run(
     rechecking.abort();
     reviewing.abort();
     distrusting.abort();
+    sweeping.abort();
     taking_turns.abort();
 }

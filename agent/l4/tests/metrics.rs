@@ -11,7 +11,10 @@ use lab::{Lab, echo, expect_echo, new_address, policy, value};
 use model::{Action, Match, StringMatch, TunnelProtocol};
 use prometheus_client::registry::Registry;
 use proptest::prelude::*;
-use telemetry::{Metrics, metrics::Exposition};
+use telemetry::{
+    Metrics,
+    metrics::{Exposition, Limits},
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// What becomes of a connection.
@@ -240,6 +243,30 @@ async fn the_bytes_of_a_connection_that_lives_are_counted_when_somebody_asks() {
         assert_eq!(sum(&text, "istio_tcp_sent_bytes_total", &with), 1234);
         assert_eq!(sum(&text, "istio_tcp_connections_closed_total", &with), 0);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn counters_that_nobody_scrapes_end() {
+    let metrics = Metrics::new(Limits {
+        expiry: Duration::from_millis(1),
+        ..Limits::default()
+    });
+    let mut lab = Lab::new();
+    let proxy = lab.proxy_with(Config {
+        metrics: metrics.clone(),
+        sweep: Duration::from_millis(10),
+        ..Config::default()
+    });
+    let (client, server) = (lab.pod(&proxy, "client"), lab.pod(&proxy, "server"));
+    lab.publish();
+    echo(server.listen(8080).await);
+    let live = exchange(client.dial(server.at(8080)).await.unwrap(), 5).await;
+    assert_eq!(metrics.len(), 2);
+    end(live).await;
+    lab::eventually("no series", async || metrics.is_empty()).await;
+    // Likewise those of the next connection.
+    end(exchange(client.dial(server.at(8080)).await.unwrap(), 5).await).await;
+    lab::eventually("no series again", async || metrics.is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,8 @@
 //! Bounded: a series that no connection used for [`Limits::expiry`] is dropped (`a_series_ends_some_time_after_its_last_use`),
 //! so those of a workload that is gone end; and there are at most [`Limits::series`]: what is too many is counted under one
 //! series for each reporter whose labels say `overflow`, so that sums stay right
-//! (`sums_stay_right_when_there_are_too_many`), and `undercurrent_metrics_overflowed_total` counts it. ztunnel has no bound.
+//! (`sums_stay_right_when_there_are_too_many`), and `undercurrent_metrics_overflowed_total` counts it; they do not look
+//! through all for room each (`connections_that_are_too_many_do_not_look_for_what_expired_each`). ztunnel has no bound.
 //!
 //! Deliberately unknown here: HTTP, and what a connection is besides its labels.
 
@@ -51,6 +52,13 @@ pub struct Limits {
     pub series: usize,
     /// How long a series stays after its last connection ended.
     pub expiry: Duration,
+}
+
+impl Limits {
+    /// Between two looks for what expired, where it is connections that need the room.
+    fn pause(&self) -> Duration {
+        (self.expiry / 10).max(Duration::from_secs(5))
+    }
 }
 
 impl Default for Limits {
@@ -131,6 +139,7 @@ struct Shared {
 #[derive(Debug)]
 struct Held {
     series: HashMap<Labels, Kept>,
+    /// When all were looked through last.
     swept: Instant,
 }
 
@@ -181,7 +190,9 @@ impl Metrics {
         if let Some(kept) = held.series.get(&labels) {
             return Found::Own(kept.series.clone());
         }
-        if held.series.len() >= self.0.limits.series {
+        if held.series.len() >= self.0.limits.series
+            && now.saturating_duration_since(held.swept) >= self.0.limits.pause()
+        {
             self.drop_expired(&mut held, now);
         }
         if held.series.len() >= self.0.limits.series {

@@ -97,8 +97,13 @@ impl Recorder {
         series
     }
 
-    /// To be called every few seconds: handles that were not used since the last call are given up, and series that
-    /// nobody used for long end.
+    /// Whether nothing waits for a sweep: it has no handles, and there are no series, nobody's.
+    pub fn is_empty(&self) -> bool {
+        self.handles.borrow().is_empty() && self.metrics.is_empty()
+    }
+
+    /// To be called every minute or so, by the owner: handles that were not used since the last call are given up, and
+    /// series that nobody used for long end. Until then what a handle is for does not end.
     pub fn sweep(&self, now: Instant) {
         self.handles.borrow_mut().retain(|_, handle| handle.used.replace(false));
         self.metrics.sweep(now);

@@ -185,6 +185,35 @@ fn sums_stay_right_when_there_are_too_many() {
     assert!(scraped(&metrics, Exposition::Text).contains("source_workload=\"late\""));
 }
 
+/// What is looked through is everything, under the lock that all threads share.
+#[test]
+fn connections_that_are_too_many_do_not_look_for_what_expired_each() {
+    let limits = Limits {
+        series: 10,
+        ..Limits::default()
+    };
+    let metrics = Metrics::new(limits);
+    let start = Instant::now();
+    let web = workload("web");
+    let series = |name: &str, after| metrics.series(&traffic(&workload(name), &web), start + after);
+    for number in 0..10 {
+        series(&format!("early-{number}"), Duration::ZERO);
+    }
+    let (mut looks, mut last) = (0, metrics.lock().swept);
+    for number in 0..1000 {
+        let after = limits.expiry / 2 + Duration::from_millis(number);
+        assert!(matches!(series(&format!("late-{number}"), after), Found::Overflow(_)));
+        let swept = metrics.lock().swept;
+        looks += usize::from(swept != last);
+        last = swept;
+    }
+    assert_eq!(looks, 1);
+    // There is room again, with nobody who sweeps.
+    let after = limits.expiry + limits.expiry / 2;
+    assert!(matches!(series("later", after), Found::Own(_)));
+    assert_eq!(metrics.len(), 1);
+}
+
 #[test]
 fn the_process_is_described() {
     let mut registry = Registry::default();
