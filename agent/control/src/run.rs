@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, path::Path, sync::Arc};
 use arc_swap::ArcSwap;
 use k8s::live::Kind;
 use kube::Client;
-use model::{NamespacedName, TrustDomain};
+use model::NamespacedName;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tasks::{DrainMode, DrainSignal, DrainTrigger, drain_channel};
@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     allot::{self, ServiceEntries},
-    auth::{Authenticator, KubePods, KubeReviews, PodFacts, PodView, Tokens},
+    auth::{Authenticator, KubePods, KubeReviews, PodFacts, PodView, Tokens, TrustDomains},
     ca::{Authority, CertificateService, Counters, Queue, Secrets},
     config::Config,
     index::{self, Settings},
@@ -179,14 +179,14 @@ impl Parts {
         let problem = secrets.problem();
         tokio::spawn(secrets.run(drain.clone()));
         let view = Arc::new(PodView::default());
-        let trust_domain = Arc::new(ArcSwap::from_pointee(config.trust_domain.clone()));
+        let trust_domains = Arc::new(ArcSwap::from_pointee(TrustDomains::from(config.trust_domain.clone())));
         let reviews = KubeReviews::new(client.clone(), config.audiences.clone());
         let authenticator = Arc::new(Authenticator::new(
             Tokens::new(reviews, config.clock.clone()),
             view.clone(),
             KubePods(client.clone()),
             config.node_accounts.iter().cloned(),
-            trust_domain.clone(),
+            trust_domains.clone(),
         ));
         let cache = Arc::new(Cache::new());
         let authenticate: Arc<dyn xds::Authenticate> = authenticator.clone();
@@ -195,7 +195,7 @@ impl Parts {
         let sink = ToCache {
             cache: cache.clone(),
             board: board.clone(),
-            trust_domain,
+            trust_domains,
         };
         let indexing = Indexing::new(
             index::Config {
@@ -353,14 +353,19 @@ fn refusal(refusal: &xds::Refusal, resources: &[Arc<str>]) -> Value {
 struct ToCache {
     cache: Arc<Cache>,
     board: Arc<Board>,
-    trust_domain: Arc<ArcSwap<TrustDomain>>,
+    trust_domains: Arc<ArcSwap<TrustDomains>>,
 }
 
 impl Sink for ToCache {
     fn apply(&mut self, step: IndexStep, settings: &Settings) {
-        if **self.trust_domain.load() != settings.trust_domain {
-            tracing::info!(trust_domain = %settings.trust_domain, "the mesh configuration sets the trust domain");
-            self.trust_domain.store(Arc::new(settings.trust_domain.clone()));
+        let (own, aliases) = (&settings.trust_domain, &settings.trust_domain_aliases);
+        let before = self.trust_domains.load();
+        if (&before.own, &before.aliases) != (own, aliases) {
+            tracing::info!(trust_domain = %own, ?aliases, "the mesh configuration sets the trust domain");
+            self.trust_domains.store(Arc::new(TrustDomains {
+                own: own.clone(),
+                aliases: aliases.clone(),
+            }));
         }
         let generation = self.cache.apply(step.changes);
         self.board.note(step.seen, step.findings, generation);

@@ -18,7 +18,7 @@ use std::{fmt, sync::Arc};
 
 use model::NamespacedName;
 
-pub use node::Authenticator;
+pub use node::{Authenticator, TrustDomains};
 pub use pods::{KubePods, PodFacts, PodView};
 pub use reviews::KubeReviews;
 pub use tokens::Tokens;

@@ -1,8 +1,8 @@
 //! From a token to a caller, and from a caller to the identities it may have.
 //!
 //! A node agent's token must be bound to a pod that there is, with that uid, and its node is that pod's; it may have the
-//! identity of any account of which a pod runs there. Everybody else has the account's own identity
-//! (`a_node_gets_only_what_runs_on_it`, `others_get_only_their_own`). A pod that the watch has not brought yet is asked for
+//! identity of any account of which a pod runs there, in the mesh's trust domain or an alias of it. Everybody else has the
+//! account's own identity (`a_node_gets_only_what_runs_on_it`, `others_get_only_their_own`). A pod that the watch has not brought yet is asked for
 //! at the API, once, a few at a time for each caller.
 
 use std::{
@@ -20,32 +20,50 @@ use super::{AuthError, BoundPod, Caller, PodFacts, PodView, TokenUser, pods::Pod
 const ASKED_AT_ONCE: usize = 32;
 const ASKED_PER_CALLER: usize = 8;
 
+/// Whose identities are given out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TrustDomains {
+    /// The mesh's own.
+    pub own: TrustDomain,
+    /// Those that count as it, for they were the mesh's own, or will be (`trustDomainAliases`).
+    pub aliases: Vec<TrustDomain>,
+}
+
+impl From<TrustDomain> for TrustDomains {
+    fn from(own: TrustDomain) -> Self {
+        Self {
+            own,
+            aliases: Vec::new(),
+        }
+    }
+}
+
 /// Knows callers.
 pub struct Authenticator {
     tokens: Tokens,
     view: Arc<PodView>,
     pods: Arc<dyn Pods>,
     node_accounts: BTreeSet<NamespacedName>,
-    trust_domain: Arc<ArcSwap<TrustDomain>>,
+    trust_domains: Arc<ArcSwap<TrustDomains>>,
     asking: Arc<Semaphore>,
     per_caller: Mutex<HashMap<Arc<str>, usize>>,
 }
 
 impl Authenticator {
-    /// `node_accounts`: whose pods are node agents. The trust domain may change with the mesh configuration.
+    /// `node_accounts`: whose pods are node agents. The trust domains may change with the mesh configuration.
     pub fn new(
         tokens: Tokens,
         view: Arc<PodView>,
         pods: impl Pods,
         node_accounts: impl IntoIterator<Item = NamespacedName>,
-        trust_domain: Arc<ArcSwap<TrustDomain>>,
+        trust_domains: Arc<ArcSwap<TrustDomains>>,
     ) -> Self {
         Self {
             tokens,
             view,
             pods: Arc::new(pods),
             node_accounts: node_accounts.into_iter().collect(),
-            trust_domain,
+            trust_domains,
             asking: Arc::new(Semaphore::new(ASKED_AT_ONCE)),
             per_caller: Mutex::default(),
         }
@@ -98,11 +116,12 @@ impl Authenticator {
         Ok(facts)
     }
 
-    /// The identity that a caller's certificate will have: the one it asks for, or its own.
+    /// The identity that a caller's certificate will have: the one it asks for, or its own. A node's agent may ask for those
+    /// of an alias, too: agents learn their trust domain when they start, and not all at once.
     pub async fn identity(&self, caller: &Caller, asked: Option<&str>) -> Result<Identity, AuthError> {
-        let trust_domain = TrustDomain::clone(&self.trust_domain.load());
+        let domains = self.trust_domains.load_full();
         let own = Identity {
-            trust_domain: trust_domain.clone(),
+            trust_domain: domains.own.clone(),
             namespace: caller.account.namespace.clone(),
             service_account: caller.account.name.clone(),
         };
@@ -123,8 +142,11 @@ impl Authenticator {
             };
             return Err(denied(format!("{caller} may not ask for {asked}: {why}")));
         };
-        if asked.trust_domain != trust_domain {
-            return Err(denied(format!("{asked} is not of this trust domain, {trust_domain}")));
+        if asked.trust_domain != domains.own && !domains.aliases.contains(&asked.trust_domain) {
+            return Err(denied(format!(
+                "{asked} is not of this trust domain, {}, nor of an alias of it",
+                domains.own
+            )));
         }
         let account = NamespacedName {
             namespace: asked.namespace.clone(),
@@ -249,6 +271,10 @@ mod tests {
     }
 
     fn authenticator() -> Authenticator {
+        authenticator_of("cluster.local", &[])
+    }
+
+    fn authenticator_of(own: &str, aliases: &[&str]) -> Authenticator {
         let view = PodView::default();
         view.put(
             NamespacedName::new("istio-system", "agent-1"),
@@ -270,7 +296,10 @@ mod tests {
             Arc::new(view),
             Late,
             [NamespacedName::new("istio-system", "ztunnel")],
-            Arc::new(ArcSwap::from_pointee(TrustDomain::default())),
+            Arc::new(ArcSwap::from_pointee(TrustDomains {
+                own: TrustDomain::new(own),
+                aliases: aliases.iter().map(|alias| TrustDomain::new(*alias)).collect(),
+            })),
         )
     }
 
@@ -301,6 +330,37 @@ mod tests {
         }
         let of_agent_2 = ask("istio-system/ztunnel/agent-2/u2", Some(cart)).await;
         assert!(matches!(of_agent_2, Err(AuthError::Denied(_))));
+    }
+
+    #[tokio::test]
+    async fn while_the_trust_domain_changes_a_node_gets_identities_of_the_former_one() {
+        let authenticator = authenticator_of("new", &["cluster.local", ""]);
+        let asks = async |token: &str, asked: &str| {
+            let caller = authenticator.caller(&format!("e30.e30.{token}")).await?;
+            let given = authenticator.identity(&caller, Some(asked)).await?;
+            Ok::<_, AuthError>(given.to_string())
+        };
+        for domain in ["new", "cluster.local"] {
+            let cart = format!("spiffe://{domain}/ns/shop/sa/cart");
+            assert_eq!(asks(AGENT_1, &cart).await.unwrap(), cart);
+            let late = format!("spiffe://{domain}/ns/shop/sa/late");
+            assert_eq!(asks(AGENT_1, &late).await.unwrap(), late);
+        }
+        for (token, refused) in [
+            (AGENT_1, "spiffe://cluster.local/ns/shop/sa/db"),
+            (AGENT_1, "spiffe://cluster.local/ns/bank/sa/cart"),
+            (AGENT_1, "spiffe://other/ns/shop/sa/cart"),
+            (AGENT_1, "spiffe:///ns/shop/sa/cart"),
+            ("shop/cart/cart-1/u4", "spiffe://cluster.local/ns/shop/sa/cart"),
+            ("istio-system/ztunnel", "spiffe://cluster.local/ns/shop/sa/cart"),
+        ] {
+            let error = asks(token, refused).await.unwrap_err();
+            assert!(matches!(error, AuthError::Denied(_)), "{token} {refused}: {error}");
+        }
+        // What nobody asks for by name is of the mesh's own domain.
+        let caller = authenticator.caller("e30.e30.shop/cart/cart-1/u4").await.unwrap();
+        let own = authenticator.identity(&caller, None).await.unwrap();
+        assert_eq!(own.to_string(), "spiffe://new/ns/shop/sa/cart");
     }
 
     #[tokio::test]
