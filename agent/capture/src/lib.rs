@@ -59,7 +59,7 @@ mod sys;
 mod uninstall;
 mod urgency;
 
-pub use abi::Reason;
+pub use abi::{Outcome, Reason};
 pub use capabilities::{Capabilities, Hook, Support, probe};
 pub use cgroup::mount_point as cgroup_mount;
 pub use counters::GuardCounters;

@@ -5,6 +5,7 @@ use std::{
     io::{IsTerminal, Write, stdout},
 };
 
+use abi::Outcome;
 use admin::Status;
 use anyhow::Result;
 use owo_colors::{OwoColorize, Style};
@@ -18,9 +19,6 @@ use crate::{
     process::Process,
     state::State,
 };
-
-/// Counters that count what went well.
-const HARMLESS: [&str; 2] = ["captured", "probe_admitted"];
 
 /// Options of `status`.
 #[derive(clap::Args, Clone, Debug)]
@@ -198,15 +196,10 @@ fn table(report: &Report, colour: bool) -> String {
         "IDENTITY",
         "READY",
         "RESTARTS",
+        "PASSED BY",
         "DROPPED",
     ])];
     for pod in &report.pods {
-        let dropped: Vec<_> = pod
-            .counters
-            .iter()
-            .filter(|(name, count)| **count > 0 && !HARMLESS.contains(&name.as_str()))
-            .map(|(why, count)| format!("{why}={count}"))
-            .collect();
         pods.push(vec![
             plain(format!("{}/{}", pod.namespace, pod.name)),
             plain(&pod.node),
@@ -223,14 +216,22 @@ fn table(report: &Report, colour: bool) -> String {
                 Cell(format!("no: {}", pod.message), bad)
             },
             plain(pod.restarts.to_string()),
-            plain(if dropped.is_empty() {
-                "-".to_owned()
-            } else {
-                dropped.join(" ")
-            }),
+            plain(counted(pod, Outcome::PassedBy)),
+            plain(counted(pod, Outcome::Dropped)),
         ]);
     }
     format!("{}\n{}", lines(&nodes, colour), lines(&pods, colour))
+}
+
+/// What the kernel's hooks counted of which this became.
+fn counted(pod: &PodReport, outcome: Outcome) -> String {
+    let counts = pod.counters.iter();
+    let counts = counts.filter(|(why, count)| **count > 0 && Outcome::of_label(why) == outcome);
+    let words: Vec<_> = counts.map(|(why, count)| format!("{why}={count}")).collect();
+    match words.is_empty() {
+        true => "-".to_owned(),
+        false => words.join(" "),
+    }
 }
 
 fn header(names: &[&str]) -> Vec<Cell> {
@@ -286,5 +287,30 @@ mod tests {
     fn columns_line_up() {
         let rows = [vec![plain("A"), plain("B")], vec![plain("long"), plain("x")]];
         assert_eq!(lines(&rows, false), "A     B\nlong  x\n");
+    }
+
+    #[test]
+    fn what_passes_the_agent_by_is_not_dropped() {
+        let counters = [
+            ("captured", 7),
+            ("dns_captured", 5),
+            ("excluded_bytes_sent", 9),
+            ("tcp_no_socket", 0),
+        ];
+        let pod = PodReport {
+            namespace: "shop".to_owned(),
+            name: "web-0".to_owned(),
+            node: "node-1".to_owned(),
+            addresses: Vec::new(),
+            captured: true,
+            identity: None,
+            ready: true,
+            restarts: 0,
+            phase: Phase::default(),
+            message: String::new(),
+            counters: counters.map(|(why, count)| (why.to_owned(), count)).into(),
+        };
+        assert_eq!(counted(&pod, Outcome::PassedBy), "excluded_bytes_sent=9");
+        assert_eq!(counted(&pod, Outcome::Dropped), "-");
     }
 }

@@ -8,7 +8,7 @@ mod address;
 mod reason;
 
 pub use address::{Address, Endpoint};
-pub use reason::Reason;
+pub use reason::{Outcome, Reason};
 
 /// The version of every layout in this crate; maps are pinned under it.
 pub const VERSION: u32 = 4;

@@ -16,6 +16,11 @@ macro_rules! reasons {
                 match self { $( Self::$name => $label, )* }
             }
 
+            /// The reason of this label, which another version of the agent may have said.
+            pub fn from_label(label: &str) -> Option<Self> {
+                match label { $( $label => Some(Self::$name), )* _ => None }
+            }
+
             /// The reason of this number.
             pub const fn from_number(number: u32) -> Option<Self> {
                 match number { $( $number => Some(Self::$name), )* _ => None }
@@ -77,4 +82,54 @@ reasons! {
     DnsNoListener = 41, "dns_no_listener";
     /// DNS: it went to the name server itself, because the pod asks more of them than are told apart.
     DnsTooManyServers = 42, "dns_too_many_servers";
+}
+
+/// What became of what a hook counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// It went where it was to go: to the agent, or as a probe to the application.
+    Served,
+    /// It went past the agent, as somebody allowed or for want of an agent; or bytes that did.
+    PassedBy,
+    /// It was dropped or refused.
+    Dropped,
+}
+
+impl Reason {
+    /// What became of what is counted under it.
+    pub const fn outcome(self) -> Outcome {
+        match self {
+            Self::Captured | Self::ProbeAdmitted | Self::DnsCaptured => Outcome::Served,
+            Self::ExcludedOutbound
+            | Self::ExcludedInbound
+            | Self::ExcludedSent
+            | Self::ExcludedReceived
+            | Self::DnsNoListener
+            | Self::DnsTooManyServers => Outcome::PassedBy,
+            Self::UnknownNamespace
+            | Self::NoAddressOfFamily
+            | Self::NoStorage
+            | Self::NoListener
+            | Self::ForeignSocket
+            | Self::NoSocket
+            | Self::Altered
+            | Self::Fragment
+            | Self::Malformed
+            | Self::UnknownEtherType
+            | Self::Vlan
+            | Self::Encapsulation
+            | Self::ExtensionHeaders
+            | Self::NonTcpForbidden
+            | Self::OwnSource
+            | Self::Impersonation
+            | Self::UnknownInterface => Outcome::Dropped,
+        }
+    }
+}
+
+impl Outcome {
+    /// What became of what is counted under a label. One that is not known here is called dropped, so that it is seen.
+    pub fn of_label(label: &str) -> Self {
+        Reason::from_label(label).map_or(Self::Dropped, Reason::outcome)
+    }
 }

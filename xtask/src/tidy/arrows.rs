@@ -52,7 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["identity", "k8s", "model", "proto", "store", "tasks", "telemetry"],
     ),
     // Until the store exists, the playground itself turns manifests into the agents' static files, and makes their CA.
-    ("playground", &["admin", "identity", "k8s", "model", "store"]),
+    ("playground", &["abi", "admin", "identity", "k8s", "model", "store"]),
     ("undercurrent", ALL),
     // Scenarios start the binary; they speak its admin protocol, forge peers and parse what it writes.
     ("system-tests", ALL),

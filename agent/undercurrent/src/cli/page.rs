@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 
 use admin::{PodStatus, Status};
+use capture::Outcome;
 
 use super::{
     WIDTH, duration,
     table::{Cell, lines, table, wrap},
 };
 
-/// Counters of the kernel's hooks that count what went well.
-const HARMLESS: [&str; 2] = ["captured", "probe_admitted"];
 /// Pods and problems that are listed; of more, how many.
 const LISTED: usize = 40;
 
@@ -42,6 +41,7 @@ pub fn page(status: &Status, now: u64, colours: bool) -> String {
             Cell::plain(connections(&status.connections)),
         ],
         vec![Cell::dim("  failed"), failures(&status.connections)],
+        vec![Cell::dim("  passed by"), passed_by(status)],
         vec![Cell::dim("  dropped"), dropped(status)],
     ];
     for row in rows {
@@ -174,12 +174,24 @@ fn failures(counts: &BTreeMap<String, u64>) -> Cell {
     }
 }
 
+/// What the kernel's hooks counted of which this became.
+fn counted(status: &Status, outcome: Outcome) -> Vec<String> {
+    let counts = status.counters.iter();
+    let counts = counts.filter(|(why, count)| **count > 0 && Outcome::of_label(why) == outcome);
+    counts.map(|(why, count)| format!("{why}={count}")).collect()
+}
+
+/// What went past the agent.
+fn passed_by(status: &Status) -> Cell {
+    let words = counted(status, Outcome::PassedBy);
+    match words.is_empty() {
+        true => Cell::good("nothing"),
+        false => Cell::plain(words.join(" ")),
+    }
+}
+
 fn dropped(status: &Status) -> Cell {
-    let counts = status
-        .counters
-        .iter()
-        .filter(|(why, count)| **count > 0 && !HARMLESS.contains(&why.as_str()));
-    let mut words: Vec<_> = counts.map(|(why, count)| format!("{why}={count}")).collect();
+    let mut words = counted(status, Outcome::Dropped);
     if status.access_log_dropped > 0 {
         words.push(format!("access-log lines={}", status.access_log_dropped));
     }
@@ -293,6 +305,25 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("yes, but: excludeOutboundPorts: not permitted"), "{text}");
+    }
+
+    #[test]
+    fn what_passes_the_agent_by_is_not_dropped() {
+        let mut status = status();
+        let counters = [
+            ("captured", 7),
+            ("probe_admitted", 3),
+            ("dns_captured", 5),
+            ("excluded_outbound", 1),
+            ("excluded_bytes_sent", 9),
+            ("dns_no_listener", 2),
+        ];
+        status.counters = counters.map(|(name, count)| (name.to_owned(), count)).into();
+        let text = page(&status, 1_000_000, false);
+        assert!(text.contains("dropped       nothing\n"), "{text}");
+        let passed = "passed by     dns_no_listener=2 excluded_bytes_sent=9 excluded_outbound=1\n";
+        assert!(text.contains(passed), "{text}");
+        assert!(!text.contains("captured=") && !text.contains("admitted"), "{text}");
     }
 
     #[test]
