@@ -1,5 +1,8 @@
-//! The serving end. Every connection is a task of its own that ends with its peer, at the latest after
-//! [`CONNECTION_LIMIT`]; at most [`CONNECTIONS`] at once.
+//! The serving end. Every connection is a task of its own that ends with its peer, at the latest after some time; there is a
+//! number of them at once. Over the local socket, which is root's, more wait. Over TCP whoever comes is served, and the
+//! source with the most loses its oldest ([`tasks::Places`]): any pod can open a connection to readiness and metrics, and
+//! must not keep others from them (`readiness_is_answered_while_strangers_say_nothing`,
+//! `who_does_not_read_holds_few_pages_and_no_scraper_up`).
 
 use std::{
     convert::Infallible, fs, future::Future, io, net, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
@@ -8,6 +11,7 @@ use std::{
 
 use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tasks::Places;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
@@ -20,10 +24,28 @@ use crate::{
     routes,
 };
 
-/// How many connections are served at once; more wait.
-const CONNECTIONS: usize = 64;
-/// How long one connection may last.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(120);
+/// How many connections are served at once, and how long one may last.
+#[derive(Clone, Copy)]
+struct Terms {
+    places: usize,
+    limit: Duration,
+    /// Whether more than one request may come by a connection.
+    keep_alive: bool,
+}
+
+const TERMS: Terms = Terms {
+    places: 64,
+    limit: Duration::from_secs(120),
+    keep_alive: true,
+};
+/// A probe is one question, and its answer a line.
+const HEALTH: Terms = Terms {
+    limit: Duration::from_secs(5),
+    keep_alive: false,
+    ..TERMS
+};
+/// Who does not read holds a page, 20 MB at the most ([`Scraped::scrape`]).
+const METRICS: Terms = Terms { places: 8, ..TERMS };
 /// How long a peer may take to send a request's header.
 const HEADER_LIMIT: Duration = Duration::from_secs(5);
 
@@ -42,11 +64,19 @@ pub async fn serve_socket(path: &Path, agent: Arc<dyn Agent>) -> Result<Infallib
         at: path.display().to_string(),
         source,
     })?;
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Arc::new(Semaphore::new(TERMS.places));
     loop {
-        let accepted = listener.accept().await.map(|(stream, _)| stream);
+        let Some((stream, _)) = accepted(listener.accept().await).await else {
+            continue;
+        };
+        // Never closed.
+        let place = places.clone().acquire_owned().await;
         let agent = agent.clone();
-        start(accepted, &places, move |request| routes::local(agent.clone(), request)).await;
+        let connection = serve(stream, TERMS, move |request| routes::local(agent.clone(), request));
+        tokio::spawn(async move {
+            connection.await;
+            drop(place);
+        });
     }
 }
 
@@ -70,21 +100,29 @@ pub async fn serve_admin(listener: net::TcpListener, agent: Arc<dyn Agent>) -> R
             ),
         });
     }
-    serve_tcp(listener, move |request| routes::admin(agent.clone(), request)).await
+    serve_tcp(listener, TERMS, move |request| routes::admin(agent.clone(), request)).await
 }
 
 /// Serves `/healthz/ready` for a kubelet until the future is dropped.
 pub async fn serve_health(listener: net::TcpListener, health: Arc<dyn Health>) -> Result<Infallible, ServeError> {
-    serve_tcp(listener, move |request| {
+    serve_tcp(listener, HEALTH, move |request| {
         let answer = routes::health(&*health, &request);
         async move { answer }
     })
     .await
 }
 
-/// Serves `/stats/prometheus` and `/metrics` until the future is dropped.
+/// Serves `/stats/prometheus` and `/metrics` until the future is dropped. One page is made at a time.
 pub async fn serve_metrics(listener: net::TcpListener, scraped: Arc<dyn Scraped>) -> Result<Infallible, ServeError> {
-    serve_tcp(listener, move |request| routes::metrics(scraped.clone(), request)).await
+    let turns = Arc::new(Semaphore::new(1));
+    serve_tcp(listener, METRICS, move |request| {
+        let (scraped, turns) = (scraped.clone(), turns.clone());
+        async move {
+            let _turn = turns.acquire().await;
+            routes::metrics(scraped, request).await
+        }
+    })
+    .await
 }
 
 fn local(listener: &net::TcpListener) -> Result<net::SocketAddr, ServeError> {
@@ -94,7 +132,7 @@ fn local(listener: &net::TcpListener) -> Result<net::SocketAddr, ServeError> {
     })
 }
 
-async fn serve_tcp<F, Fut>(listener: net::TcpListener, handler: F) -> Result<Infallible, ServeError>
+async fn serve_tcp<F, Fut>(listener: net::TcpListener, terms: Terms, handler: F) -> Result<Infallible, ServeError>
 where
     F: Fn(Request<Incoming>) -> Fut + Clone + Send + 'static,
     Fut: Future<Output = Response<Body>> + Send + 'static,
@@ -104,10 +142,15 @@ where
         at: address.to_string(),
         source,
     })?;
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut places = Places::new(terms.places);
     loop {
-        let accepted = listener.accept().await.map(|(stream, _)| stream);
-        start(accepted, &places, handler.clone()).await;
+        let Some((stream, peer)) = accepted(listener.accept().await).await else {
+            continue;
+        };
+        let task = tokio::spawn(serve(stream, terms, handler.clone()));
+        if let Some(source) = places.enter(peer.ip().to_canonical(), task.abort_handle()) {
+            tracing::debug!(%address, %source, "too many connections: the source with the most lost its oldest");
+        }
     }
 }
 
@@ -128,40 +171,48 @@ pub fn put_in_place<S>(path: &Path, bind: impl FnOnce(&Path) -> io::Result<S>) -
     Ok(socket)
 }
 
-async fn start<S, F, Fut>(accepted: io::Result<S>, places: &Arc<Semaphore>, handler: F)
+/// What was accepted. Where that failed, it says so and waits a little.
+async fn accepted<T>(accepted: io::Result<T>) -> Option<T> {
+    match accepted {
+        Ok(accepted) => Some(accepted),
+        Err(error) => {
+            tracing::warn!(%error, "the admin socket cannot accept a connection");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}
+
+/// Serves one connection to its end.
+async fn serve<S, F, Fut>(stream: S, terms: Terms, handler: F)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     F: Fn(Request<Incoming>) -> Fut + Send + 'static,
     Fut: Future<Output = Response<Body>> + Send + 'static,
 {
-    let stream = match accepted {
-        Ok(stream) => stream,
-        Err(error) => {
-            tracing::warn!(%error, "the admin socket cannot accept a connection");
-            return tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    let Ok(place) = places.clone().acquire_owned().await else {
-        return;
-    };
-    tokio::spawn(async move {
-        let service = service_fn(move |request| {
-            let answer = handler(request);
-            async move { Ok::<_, Infallible>(answer.await) }
-        });
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_LIMIT)
-            .serve_connection(TokioIo::new(stream), service);
-        if let Ok(Err(error)) = tokio::time::timeout(CONNECTION_LIMIT, connection).await {
-            tracing::debug!(%error, "admin connection ended");
-        }
-        drop(place);
+    let service = service_fn(move |request| {
+        let answer = handler(request);
+        async move { Ok::<_, Infallible>(answer.await) }
     });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_LIMIT)
+        .keep_alive(terms.keep_alive)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Ok(Err(error)) = tokio::time::timeout(terms.limit, connection).await {
+        tracing::debug!(%error, "admin connection ended");
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpSocket, TcpStream},
+    };
+
     use super::*;
     use crate::{
         Listing, PodAdded, PodChecked, PodRemoved, Reply, Section, Status, ValidAttachments,
@@ -287,6 +338,119 @@ mod tests {
         assert!(checked.contains("web is not captured"), "{checked}");
         let garbage = post(&path, "/cmdadd", &7).await.unwrap_err().to_string();
         assert!(garbage.contains("400"), "{garbage}");
+        server.abort();
+    }
+
+    /// Time stands still until it is dropped: tokio's paused clock goes on by itself only while nothing blocks.
+    struct Still(#[expect(dead_code, reason = "dropping it ends it")] std::sync::mpsc::Sender<()>);
+
+    impl Still {
+        fn stand() -> Self {
+            tokio::time::pause();
+            let (end, ended) = std::sync::mpsc::channel();
+            tokio::task::spawn_blocking(move || ended.recv());
+            Self(end)
+        }
+    }
+
+    async fn dial(from: &str, to: net::SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(net::SocketAddr::new(from.parse().unwrap(), 0)).unwrap();
+        socket.connect(to).await.unwrap()
+    }
+
+    async fn ask(from: &str, to: net::SocketAddr, path: &str) -> TcpStream {
+        let mut stream = dial(from, to).await;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: n1\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream
+    }
+
+    /// What comes until the other end closes.
+    async fn all(mut stream: TcpStream) -> String {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    fn is_open(stream: &TcpStream) -> bool {
+        matches!(stream.try_read(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    const STRANGER: &str = "127.0.0.2";
+    const KUBELET: &str = "127.0.0.3";
+
+    #[tokio::test]
+    async fn readiness_is_answered_while_strangers_say_nothing() {
+        let _still = Still::stand();
+        let listener = listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve_health(listener, Arc::new(Fake)));
+        let mut silent = Vec::new();
+        for _ in 0..64 {
+            silent.push(dial(STRANGER, address).await);
+        }
+        for _ in 0..2 {
+            let answer = all(ask(KUBELET, address, "/healthz/ready").await).await;
+            assert!(answer.contains("not ready, pending: knowledge"), "{answer}");
+            // Its place is free again.
+            assert!(answer.contains("connection: close"), "{answer}");
+        }
+        assert_eq!(silent.iter().filter(|stream| is_open(stream)).count(), 63);
+        server.abort();
+    }
+
+    /// More than the buffers of two sockets hold.
+    const PAGE: usize = 32 << 20;
+
+    /// How many pages are being made, and were at the most.
+    #[derive(Clone, Default)]
+    struct Large(Arc<[AtomicUsize; 2]>);
+
+    impl Scraped for Large {
+        fn scrape(&self, _accept: &str) -> Reply<(&'static str, String)> {
+            let Self(counts) = self.clone();
+            Box::pin(async move {
+                let made = counts[0].fetch_add(1, SeqCst) + 1;
+                counts[1].fetch_max(made, SeqCst);
+                tokio::task::yield_now().await;
+                counts[0].fetch_sub(1, SeqCst);
+                ("text/plain", "x".repeat(PAGE))
+            })
+        }
+    }
+
+    /// Whether the whole page comes.
+    async fn page_comes(mut stream: TcpStream) -> bool {
+        let (mut read, mut buffer) = (0, vec![0; 1 << 20]);
+        while read < PAGE {
+            match stream.read(&mut buffer).await {
+                Ok(1..) if read == 0 && !buffer.starts_with(b"HTTP/1.1 200") => return false,
+                Ok(0) | Err(_) => return false,
+                Ok(more) => read += more,
+            }
+        }
+        true
+    }
+
+    #[tokio::test]
+    async fn who_does_not_read_holds_few_pages_and_no_scraper_up() {
+        let _still = Still::stand();
+        let listener = listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let large = Large::default();
+        let server = tokio::spawn(serve_metrics(listener, Arc::new(large.clone())));
+        let mut deaf = Vec::new();
+        for _ in 0..64 {
+            deaf.push(ask(STRANGER, address, "/metrics").await);
+        }
+        assert!(page_comes(ask(KUBELET, address, "/metrics").await).await);
+        let mut held = 0;
+        for stream in deaf {
+            held += usize::from(page_comes(stream).await);
+        }
+        assert!(held < METRICS.places, "{held}");
+        assert_eq!(large.0[1].load(SeqCst), 1);
         server.abort();
     }
 }
