@@ -39,7 +39,8 @@ use std::{
 use hickory_proto::op::ResponseCode;
 use tokio::{net::UdpSocket, task::AbortHandle};
 
-pub use message::{Question, Read, Transport, read};
+pub use message::{Answer, Family, Question, Read, Transport, read};
+pub use resolve::{Resolved, resolve};
 pub(crate) use tcp::{Dial, serve as serve_tcp};
 
 use crate::{
@@ -158,7 +159,7 @@ fn decide(shard: &Shard, pod: &PodState, query: &[u8], transport: Transport) -> 
         return Decision::Forward;
     };
     let domain = &shard.config.dns.domain;
-    let Some(found) = resolve::resolve(&snapshot, client, domain, &question, &mut || shard.random()) else {
+    let Some(found) = resolve(&snapshot, client, domain, &question, &mut || shard.random()) else {
         return Decision::Forward;
     };
     let Some(reply) = message::answer(query, &found.answer, TTL, transport) else {

@@ -41,6 +41,8 @@ pub struct NodeAgent {
     pub view: View,
     pub metrics: Metrics,
     pub log_level: LogLevel,
+    /// The cluster's.
+    pub domain: Arc<str>,
     /// The configuration, as it is shown.
     pub config: serde_json::Value,
     /// Told when somebody wants the agent to end.
@@ -147,6 +149,7 @@ impl NodeAgent {
             snapshot: self.knowledge.snapshot(),
             pods: self.view.pods(),
             identities: self.identities.clone(),
+            domain: self.domain.clone(),
         }
     }
 

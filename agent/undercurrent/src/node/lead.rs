@@ -145,6 +145,7 @@ pub async fn run(mut start: Start) -> anyhow::Result<()> {
         pods,
         view,
         metrics: start.metrics,
+        domain: start.args.dns.cluster_domain.as_str().into(),
         log_level: start.log_level,
         config: start.args.shown(),
         quit: orders.quit.clone(),

@@ -32,6 +32,8 @@ pub struct Seen {
     pub snapshot: Arc<Snapshot>,
     pub pods: Vec<PodView>,
     pub identities: Identities,
+    /// The cluster's.
+    pub domain: Arc<str>,
 }
 
 /// The way so far; `None` once it has ended.

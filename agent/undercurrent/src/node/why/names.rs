@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use l4::dns::{Family, Question, resolve};
 use model::{Service, Workload, WorkloadUid, canonical_socket};
 
 use super::Seen;
@@ -77,12 +78,17 @@ impl Seen {
                 Some(object_of(workload)),
             ));
         }
-        let service = self.service(source, name).ok_or_else(|| {
-            format!(
-                "no service is called {name} as seen from namespace {}: the pod's DNS would be asked; give an address",
-                source.namespace
-            )
-        })?;
+        let searched = self.searched(source, name);
+        let Some(service) = self.service(source, &searched) else {
+            let (host, ip) = self.answer(source, &searched).ok_or_else(|| {
+                format!(
+                    "no service is called {name} as seen from namespace {}: the pod's DNS would be asked; give an address",
+                    source.namespace
+                )
+            })?;
+            let object = self.snapshot.workload_by_ip(ip).map(|workload| object_of(workload));
+            return Ok((host, SocketAddr::new(ip, port), object));
+        };
         let vips = service
             .vips
             .iter()
@@ -103,24 +109,35 @@ impl Seen {
         Ok((shown, SocketAddr::new(address, port), Some(service_object(service))))
     }
 
-    /// As a resolver with the pod's search domains finds it.
-    fn service(&self, source: &Workload, name: &str) -> Option<&Arc<Service>> {
-        let name = name.trim_end_matches('.');
-        // The cluster's domain is what the hosts of its services end with.
-        let domain = self
-            .snapshot
-            .services()
-            .find_map(|service| service.hostname.split_once(".svc."));
-        let domain = domain.map_or("cluster.local", |(_, domain)| domain);
-        let searched = [
-            name.to_owned(),
+    /// What a resolver with the pod's search domains asks for.
+    fn searched(&self, source: &Workload, name: &str) -> [String; 4] {
+        let (domain, name) = (&self.domain, name.trim_end_matches('.').to_ascii_lowercase());
+        [
+            name.clone(),
             format!("{name}.{}.svc.{domain}", source.namespace),
             format!("{name}.svc.{domain}"),
             format!("{name}.{domain}"),
-        ];
+        ]
+    }
+
+    fn service(&self, source: &Workload, searched: &[String; 4]) -> Option<&Arc<Service>> {
         let found = |host: &String| self.snapshot.service_by_host(host, &source.namespace);
-        let wildcard = || self.snapshot.service_by_wildcard(name, &source.namespace);
+        let wildcard = || self.snapshot.service_by_wildcard(&searched[0], &source.namespace);
         searched.iter().find_map(found).or_else(wildcard)
+    }
+
+    /// What the pods' name server answers to what is no service's own name: that of a headless service's pod.
+    fn answer(&self, source: &Workload, searched: &[String; 4]) -> Option<(String, IpAddr)> {
+        let families = source.workload_ips.iter().map(|own| match own.is_ipv4() {
+            true => Family::V4,
+            false => Family::V6,
+        });
+        let mut questions =
+            families.flat_map(|family| searched.iter().cloned().map(move |host| Question { host, family }));
+        questions.find_map(|question| {
+            let found = resolve(&self.snapshot, source, &self.domain, &question, &mut || 0)?;
+            Some((found.host, *found.answer.addresses.first()?))
+        })
     }
 }
 

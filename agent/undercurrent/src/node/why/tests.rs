@@ -16,9 +16,14 @@ workloads:
    waypoint: {destination: shop/wp}}
 - {uid: c//v1/Pod/shop/wp, name: wp, namespace: shop, serviceAccount: wp, workloadIps: ["10.0.0.5"], protocol: HBONE, node: n1,
    services: {shop/wp: {}}}
+- {uid: c//v1/Pod/shop/db-0, name: db-0, namespace: shop, workloadIps: ["10.0.0.6"], node: n1,
+   services: {shop/db.shop.svc.mesh.example: {}}}
 - {uid: c//v1/Pod/out/c, name: c, namespace: out, workloadIps: ["10.0.0.3"], node: n1}
 services:
 - {name: wp, namespace: shop, hostname: wp, vips: [/10.9.0.1], ports: {15008: 15008}}
+- {name: away, namespace: shop, hostname: a.svc.elsewhere.example, vips: [/10.9.0.2], ports: {80: 80}}
+- {name: b, namespace: shop, hostname: b.shop.svc.mesh.example, vips: [/10.9.0.3], ports: {80: 80}}
+- {name: db, namespace: shop, hostname: db.shop.svc.mesh.example, ports: {80: 80}}
 policies:
 - {name: not-a, namespace: shop, scope: WorkloadSelector, action: Deny,
    rules: [[[{principals: [!Exact cluster.local/ns/shop/sa/a]}]]]}
@@ -63,6 +68,7 @@ async fn seen(of_b: PodSettings) -> Seen {
         snapshot,
         pods: vec![view("shop", "a", true), b, view("out", "c", false)],
         identities,
+        domain: "mesh.example".into(),
     }
 }
 
@@ -163,4 +169,34 @@ async fn plaintext_does_not_pass_a_waypoint() {
     let (allowed, said) = why(&seen, "out/c", "shop/w", 80);
     assert!(!allowed && said.contains("behind waypoint shop/wp"), "{said}");
     assert!(why(&seen, "shop/a", "shop/w", 80).0);
+}
+
+/// Whatever other domains there are services of.
+#[tokio::test]
+async fn a_name_is_that_of_the_clusters_domain() {
+    let seen = seen(PodSettings::default()).await;
+    let source = seen.source("shop/a").unwrap();
+    for (name, host, address) in [
+        ("b", "b.shop.svc.mesh.example", "10.9.0.3:80"),
+        ("B.shop", "b.shop.svc.mesh.example", "10.9.0.3:80"),
+        ("b.shop.svc.mesh.example.", "b.shop.svc.mesh.example", "10.9.0.3:80"),
+        ("db", "db.shop.svc.mesh.example", "10.0.0.6:80"),
+        ("db-0.db", "db-0.db.shop.svc.mesh.example", "10.0.0.6:80"),
+        ("db-0.db.shop.svc", "db-0.db.shop.svc.mesh.example", "10.0.0.6:80"),
+        ("10-0-0-6.db.shop", "10-0-0-6.db.shop.svc.mesh.example", "10.0.0.6:80"),
+        ("a.svc.elsewhere.example", "a.svc.elsewhere.example", "10.9.0.2:80"),
+    ] {
+        let (shown, dialled, object) = seen.destination(source, name, 80).unwrap();
+        assert_eq!((&*shown, dialled.to_string()), (host, address.to_owned()), "{name}");
+        assert!(object.is_some(), "{name}");
+    }
+    for unknown in [
+        "db-1.db",
+        "b.bank",
+        "b.shop.svc.cluster.local",
+        "b.shop.svc.elsewhere.example",
+    ] {
+        let error = seen.destination(source, unknown, 80).unwrap_err();
+        assert!(error.contains("no service is called"), "{unknown}: {error}");
+    }
 }
