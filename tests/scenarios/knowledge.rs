@@ -183,6 +183,15 @@ fn a_pod_that_comes_without_a_control_plane_waits_for_its_certificate_and_says_s
         why.is_some_and(|why| why.contains("agent"))
     })?;
     ensure!(pod["status"]["phase"] == "Pending" && !is_captured(&pod), "{pod:#}");
+    // An agent that finds it in the records knows that it does not run yet.
+    let node = mesh.node("node-2");
+    node.kill_agent()?;
+    node.start_agent()?;
+    wait::until_true("the next agent lets it wait, too", || {
+        let pods = node.status()?.pods;
+        let mut its = pods.iter().filter(|pod| pod.name == "newcomer");
+        Ok(its.any(|pod| !pod.captured && pod.problem.as_ref().is_some_and(|why| why.contains("no certificate"))))
+    })?;
     mesh.start_control()?;
     kubectl.until("the pod runs, and is captured", &args, |pod| {
         pod["status"]["phase"] == "Running" && is_captured(pod)

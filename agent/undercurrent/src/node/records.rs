@@ -29,6 +29,9 @@ pub struct PodRecord {
     /// Whether nobody told of it: the agent found it by its addresses.
     #[serde(default)]
     pub found: bool,
+    /// Whether it is yet to be captured, or known, for the first time: nobody has let it start.
+    #[serde(default)]
+    pub starting: bool,
     /// Who it is, as the Kubernetes API said last; nothing where there is none.
     #[serde(default)]
     pub api: Option<ApiPod>,
@@ -122,6 +125,7 @@ mod tests {
             addresses: vec!["10.0.0.1".parse().unwrap()],
             container_id: String::new(),
             found: false,
+            starting: false,
             api: None,
         };
         records.keep(&record("a")).unwrap();

@@ -197,6 +197,7 @@ mod tests {
             addresses: vec!["10.0.0.1".parse().unwrap()],
             container_id: String::new(),
             found: false,
+            starting: false,
             api,
         }
     }

@@ -87,6 +87,7 @@ impl Pods {
             addresses,
             container_id: event.container_id,
             found: false,
+            starting: true,
             api,
         };
         self.ask(|answer| Event::Added(Box::new(record), answer, until)).await

@@ -56,7 +56,7 @@ pub fn start(parts: Parts, directory: &Path) -> anyhow::Result<(Pods, View, Join
     let api_changed = cluster
         .as_ref()
         .map_or_else(|| watch::channel(0).1, |cluster| cluster.changed());
-    let restored = |record: PodRecord| (record.pod.clone(), Pod::new(record, true));
+    let restored = |record: PodRecord| (record.pod.clone(), Pod::restored(record));
     let reconciler = Reconciler {
         pods: found.into_values().map(restored).collect(),
         parts,
@@ -127,6 +127,12 @@ impl Pod {
             sent_away: false,
             waiting: Vec::new(),
         }
+    }
+
+    /// One from the records. It runs, unless it was let wait until now.
+    fn restored(record: PodRecord) -> Self {
+        let runs = !record.starting;
+        Self::new(record, runs)
     }
 
     fn captured_as(&self) -> Option<&Identity> {
@@ -262,7 +268,7 @@ impl Reconciler {
             identities.extend(self.take_out(&key).await);
         }
         for (key, record) in found {
-            self.pods.entry(key).or_insert_with(|| Pod::new(record, true));
+            self.pods.entry(key).or_insert_with(|| Pod::restored(record));
         }
         self.repair().await;
         self.reconcile_all().await;
@@ -292,7 +298,7 @@ impl Reconciler {
     }
 
     /// Keeps the record of a pod that is told of; one of its name in another sandbox is its predecessor, and gone.
-    pub(super) async fn keep(&mut self, record: PodRecord) -> Outcome {
+    pub(super) async fn keep(&mut self, mut record: PodRecord) -> Outcome {
         let key = record.pod.clone();
         if self
             .pods
@@ -300,6 +306,9 @@ impl Reconciler {
             .is_some_and(|before| !before.record.is_same_sandbox(&record))
         {
             self.remove(&key).await?;
+        }
+        if let Some(before) = self.pods.get(&key) {
+            record.starting &= before.record.starting;
         }
         self.records
             .keep(&record)
@@ -475,6 +484,11 @@ impl Reconciler {
         let trouble = match outcome {
             Ok(expected) => {
                 (pod.state, pod.leaving) = (State::Told(expected), None);
+                if std::mem::take(&mut pod.record.starting)
+                    && let Err(error) = self.records.keep(&pod.record)
+                {
+                    tracing::warn!(pod = %key, %error, "cannot keep the pod's record");
+                }
                 None
             }
             Err(trouble) => Some(trouble),

@@ -252,6 +252,7 @@ fn record(untold: UntoldPod, netns: &NamedNetns) -> PodRecord {
         addresses: untold.addresses,
         container_id: String::new(),
         found: true,
+        starting: false,
         api: Some(untold.api),
     }
 }
