@@ -8,7 +8,9 @@
 //! ```
 //! Nothing is held while a connection is idle: the buffer is the thread's, and a spill lives only while a writer blocks
 //! (`a_reader_that_does_not_read_holds_the_writer_back`). Half-close passes in each direction
-//! (`half_close_passes_both_ways`), a reset as a reset (`a_reset_passes_as_a_reset`).
+//! (`half_close_passes_both_ways`), a reset as a reset (`a_reset_passes_as_a_reset`), also while the other end does not read
+//! (`a_reset_is_seen_while_the_other_end_does_not_read`). Who closed before it reset has said all that it had to say, and that
+//! is passed on (`the_last_words_of_who_is_gone_arrive`).
 //!
 //! One poll copies about [`TURN`] each way (`one_poll_copies_no_more_than_a_turn`).
 //!
@@ -25,7 +27,7 @@ use std::{
 
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{Interest, Ready},
     net::TcpStream,
 };
 
@@ -40,6 +42,9 @@ const LARGEST_READ: usize = 128 * 1024;
 /// Bytes one poll moves each way before the shard's other tasks get their turn: about as long as a turn of a pod
 /// ([`tasks::fair::TURN`]).
 const TURN: usize = 128 * 1024;
+
+/// Bytes that are thrown away for an end that is gone, once all that it said is passed on: who goes on sending is reset.
+const LATE: usize = 4 * 1024 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGEST_READ].into_boxed_slice());
@@ -74,35 +79,43 @@ pub(crate) fn relay_plain(client: TcpStream, server: TcpStream, live: Live) -> R
     Box::pin(async move { relay(client, server, &live).await.err().and_then(Failure::of_relay) })
 }
 
-/// Copies until both ends have closed, one of them fails, or `live` is cut. Any end but the first resets both. What
-/// moves is counted in `live`: the client's bytes as those to the peer.
+/// Copies until both ends have closed, one of them fails, or `live` is cut. Where not both have said all, both are reset.
+/// What moves is counted in `live`: the client's bytes as those to the peer.
 async fn relay(client: TcpStream, server: TcpStream, live: &Live) -> Result<(), RelayError> {
-    let (mut client, mut server) = (ResetOnDrop::new(client), ResetOnDrop::new(server));
-    let mut up = Half::new();
-    let mut down = Half::new();
-    let outcome = poll_fn(|cx| {
-        if live.poll_cut(cx).is_ready() {
-            return Poll::Ready(Err(RelayError::Cut));
-        }
-        let went_up = up.poll(&mut client, &mut server, cx);
-        let went_down = down.poll(&mut server, &mut client, cx);
-        live.count(std::mem::take(&mut up.bytes), std::mem::take(&mut down.bytes));
-        let up = went_up.map_err(|failed| failed.of(End::Client, End::Server))?;
-        let down = went_down.map_err(|failed| failed.of(End::Server, End::Client))?;
-        match (up, down) {
-            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok(())),
-            _ => Poll::Pending,
-        }
-    })
-    .await;
-    if outcome.is_ok() {
+    let (client, server) = (ResetOnDrop::new(client), ResetOnDrop::new(server));
+    let (outcome, finished) = {
+        let mut up = Half::new(&client, &server);
+        let mut down = Half::new(&server, &client);
+        let outcome = poll_fn(|cx| {
+            if live.poll_cut(cx).is_ready() {
+                return Poll::Ready(Err(RelayError::Cut));
+            }
+            let went_up = up.poll(down.ended, cx);
+            let went_down = down.poll(up.ended, cx);
+            live.count(std::mem::take(&mut up.bytes), std::mem::take(&mut down.bytes));
+            let went_up = went_up.map_err(|failed| failed.of(End::Client, End::Server))?;
+            let went_down = went_down.map_err(|failed| failed.of(End::Server, End::Client))?;
+            match (went_up, went_down) {
+                (Poll::Ready(()), Poll::Ready(())) if up.gone => Poll::Ready(Err(RelayError::Reset(End::Server))),
+                (Poll::Ready(()), Poll::Ready(())) if down.gone => Poll::Ready(Err(RelayError::Reset(End::Client))),
+                (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok(())),
+                _ => Poll::Pending,
+            }
+        })
+        .await;
+        (outcome, up.ended && down.ended)
+    };
+    if finished {
+        // A reset would take back what the kernel still has to send.
         drop((client.keep(), server.keep()));
     }
     outcome
 }
 
 /// One direction.
-struct Half {
+struct Half<'s> {
+    from: &'s TcpStream,
+    to: &'s TcpStream,
     /// Read since they were last counted.
     bytes: u64,
     read_size: usize,
@@ -110,6 +123,20 @@ struct Half {
     spill: Vec<u8>,
     spilled: usize,
     ended: bool,
+    /// Who is written to has closed, and reset what came for it later.
+    gone: bool,
+    /// Bytes thrown away since then, and since all that it had said was passed on.
+    late: usize,
+    /// Tells of a reset of the end that is not read, while the other blocks.
+    watch: Watch<'s>,
+}
+
+enum Watch<'s> {
+    /// It was not needed yet.
+    Not,
+    Under(Pin<Box<dyn Future<Output = io::Result<Ready>> + 's>>),
+    /// It has told what there is to tell.
+    Over,
 }
 
 enum Failed {
@@ -132,34 +159,74 @@ impl Failed {
     }
 }
 
-impl Half {
-    fn new() -> Self {
+impl<'s> Half<'s> {
+    fn new(from: &'s TcpStream, to: &'s TcpStream) -> Self {
         Self {
+            from,
+            to,
             bytes: 0,
             read_size: FIRST_READ,
             spill: Vec::new(),
             spilled: 0,
             ended: false,
+            gone: false,
+            late: 0,
+            watch: Watch::Not,
         }
     }
 
-    fn poll(&mut self, from: &mut TcpStream, to: &mut TcpStream, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+    /// `answered`: the other direction has ended.
+    fn poll(&mut self, answered: bool, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
         let mut moved = 0;
         while !self.ended {
-            ready!(self.poll_spill(to, cx)).map_err(Failed::Writing)?;
+            match self.poll_spill(cx) {
+                Poll::Ready(written) => written.or_else(|error| self.note(error))?,
+                Poll::Pending => return self.poll_watch(cx),
+            }
+            if self.late > LATE {
+                return Poll::Ready(Err(Failed::Writing(io::ErrorKind::BrokenPipe.into())));
+            }
             if moved >= TURN {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            moved += ready!(SCRATCH.with_borrow_mut(|scratch| self.poll_copy(from, to, scratch, cx)))?;
+            moved += ready!(SCRATCH.with_borrow_mut(|scratch| self.poll_copy(answered, scratch, cx)))?;
         }
         Poll::Ready(Ok(()))
     }
 
+    /// A failure to write. EPIPE is of a socket whose other end closed before it reset: all that it said is there to be
+    /// passed on, though nothing more can be said to it.
+    fn note(&mut self, error: io::Error) -> Result<(), Failed> {
+        if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected) {
+            return Err(Failed::Writing(error));
+        }
+        self.gone = true;
+        self.spill = Vec::new();
+        self.spilled = 0;
+        Ok(())
+    }
+
+    fn poll_watch(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+        if matches!(self.watch, Watch::Not) {
+            self.watch = Watch::Under(Box::pin(self.from.ready(Interest::ERROR)));
+        }
+        let Watch::Under(watch) = &mut self.watch else {
+            return Poll::Pending;
+        };
+        let _ = ready!(watch.as_mut().poll(cx));
+        self.watch = Watch::Over;
+        match self.from.take_error() {
+            // What it said before is complete.
+            Ok(Some(error)) if error.kind() != io::ErrorKind::BrokenPipe => Poll::Ready(Err(Failed::Reading(error))),
+            _ => Poll::Pending,
+        }
+    }
+
     /// Writes what waits; ready when nothing does.
-    fn poll_spill(&mut self, to: &mut TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_spill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.spilled < self.spill.len() {
-            let written = ready!(Pin::new(&mut *to).poll_write(cx, &self.spill[self.spilled..]))?;
+            let written = ready!(poll_write(self.to, &self.spill[self.spilled..], cx))?;
             self.spilled += written;
         }
         if !self.spill.is_empty() {
@@ -170,37 +237,66 @@ impl Half {
     }
 
     /// One read and one write; what the writer does not take becomes the spill.
-    fn poll_copy(
-        &mut self,
-        from: &mut TcpStream,
-        to: &mut TcpStream,
-        scratch: &mut [u8],
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<usize, Failed>> {
-        let mut buffer = ReadBuf::new(&mut scratch[..self.read_size]);
-        ready!(Pin::new(from).poll_read(cx, &mut buffer)).map_err(Failed::Reading)?;
-        let read = buffer.filled();
-        if read.is_empty() {
+    fn poll_copy(&mut self, answered: bool, scratch: &mut [u8], cx: &mut Context<'_>) -> Poll<Result<usize, Failed>> {
+        let count = ready!(poll_read(self.from, &mut scratch[..self.read_size], cx)).map_err(Failed::Reading)?;
+        let read = &scratch[..count];
+        if count == 0 {
             self.ended = true;
-            SockRef::from(&*to).shutdown(Shutdown::Write).map_err(Failed::Writing)?;
+            if !self.gone {
+                let ended = SockRef::from(self.to).shutdown(Shutdown::Write);
+                ended.or_else(|error| self.note(error))?;
+            }
             return Poll::Ready(Ok(0));
         }
-        self.bytes += read.len() as u64;
-        self.read_size = if read.len() == self.read_size {
+        if self.gone {
+            self.late += if answered { count } else { 0 };
+            return Poll::Ready(Ok(count));
+        }
+        self.bytes += count as u64;
+        self.read_size = if count == self.read_size {
             (self.read_size * 2).min(LARGEST_READ)
-        } else if read.len() < self.read_size / 4 {
+        } else if count < self.read_size / 4 {
             (self.read_size / 2).max(FIRST_READ)
         } else {
             self.read_size
         };
-        let written = match Pin::new(to).poll_write(cx, read) {
-            Poll::Ready(written) => written.map_err(Failed::Writing)?,
-            Poll::Pending => 0,
-        };
-        if written < read.len() {
-            self.spill = read[written..].to_vec();
+        match poll_write(self.to, read, cx) {
+            Poll::Ready(Ok(written)) if written == count => {}
+            Poll::Ready(Ok(written)) => self.spill = read[written..].to_vec(),
+            Poll::Ready(Err(error)) => self.note(error)?,
+            Poll::Pending => self.spill = read.to_vec(),
         }
-        Poll::Ready(Ok(read.len()))
+        Poll::Ready(Ok(count))
+    }
+}
+
+/// Reads once. Where that shows that the socket holds no more, tokio is told so: the next wait then needs no read that
+/// fails.
+fn poll_read(socket: &TcpStream, into: &mut [u8], cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(socket.poll_read_ready(cx))?;
+        let mut read = Err(io::ErrorKind::WouldBlock.into());
+        let _ = socket.try_io(Interest::READABLE, || {
+            read = socket.try_read(into);
+            match &read {
+                Ok(count) if *count > 0 && *count < into.len() => Err(io::ErrorKind::WouldBlock.into()),
+                _ => Ok(()),
+            }
+        });
+        match read {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            read => return Poll::Ready(read),
+        }
+    }
+}
+
+fn poll_write(socket: &TcpStream, bytes: &[u8], cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(socket.poll_write_ready(cx))?;
+        match socket.try_write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            written => return Poll::Ready(written),
+        }
     }
 }
 
@@ -260,7 +356,7 @@ mod tests {
 
     #[tokio::test(flavor = "local")]
     async fn one_poll_copies_no_more_than_a_turn() {
-        let ((mut client, mut from_client), (mut to_server, mut server)) = (pair().await, pair().await);
+        let ((mut client, from_client), (to_server, mut server)) = (pair().await, pair().await);
         SockRef::from(&from_client).set_recv_buffer_size(4 * TURN).unwrap();
         SockRef::from(&to_server).set_send_buffer_size(4 * TURN).unwrap();
         let writing = spawn_local(async move { client.write_all(&bytes(4 * TURN)).await });
@@ -268,17 +364,13 @@ mod tests {
         while from_client.peek(&mut peeked).await.unwrap() < TURN {
             tokio::task::yield_now().await;
         }
-        let mut half = Half::new();
-        let polled = half.poll(
-            &mut from_client,
-            &mut to_server,
-            &mut Context::from_waker(Waker::noop()),
-        );
+        let mut half = Half::new(&from_client, &to_server);
+        let polled = half.poll(false, &mut Context::from_waker(Waker::noop()));
         assert!(polled.is_pending());
         let copied = half.bytes as usize;
         assert!((TURN..TURN + LARGEST_READ).contains(&copied), "{copied}");
         // It is awake for the next turns: nobody else polls it.
-        let copying = poll_fn(|cx| half.poll(&mut from_client, &mut to_server, cx));
+        let copying = poll_fn(|cx| half.poll(false, cx));
         let mut got = vec![0; 4 * TURN];
         let (copied, read) = tokio::join!(copying, server.read_exact(&mut got));
         assert!(copied.is_ok() && read.is_ok() && got == bytes(4 * TURN));
@@ -326,15 +418,11 @@ mod tests {
         }
     }
 
-    #[tokio::test(flavor = "local")]
-    async fn a_reader_that_does_not_read_holds_the_writer_back() {
-        let (client, mut server, relayed, _) = joined().await;
-        // Until the kernel's buffers are full and the relay holds what it read.
-        let mut sent = 0;
-        let chunk = vec![7; 1 << 20];
-        let mut quiet = 0;
+    /// Writes until the kernel's buffers are full and the relay holds what it read; how much that was.
+    async fn fill(socket: &TcpStream) -> usize {
+        let (chunk, mut sent, mut quiet) = (vec![7; 1 << 20], 0, 0);
         while quiet < 1000 {
-            match client.try_write(&chunk) {
+            match socket.try_write(&chunk) {
                 Ok(count) => {
                     sent += count;
                     quiet = 0;
@@ -344,6 +432,13 @@ mod tests {
             }
             tokio::task::yield_now().await;
         }
+        sent
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn a_reader_that_does_not_read_holds_the_writer_back() {
+        let (client, mut server, relayed, _) = joined().await;
+        let sent = fill(&client).await;
         assert!(sent < 64 << 20, "{sent} bytes were taken though nobody reads");
         drop(client);
         let mut received = Vec::new();
@@ -351,6 +446,62 @@ mod tests {
         assert_eq!(received.len(), sent);
         drop(server);
         assert!(relayed.await.unwrap().is_ok());
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn a_reset_is_seen_while_the_other_end_does_not_read() {
+        let (client, server, relayed, _) = joined().await;
+        fill(&client).await;
+        client.set_zero_linger().unwrap();
+        drop(client);
+        assert!(matches!(relayed.await.unwrap(), Err(RelayError::Reset(End::Client))));
+        drop(server);
+    }
+
+    /// A server that answers, closes, and does not care for what comes after; the client reads when all of that is over.
+    #[tokio::test(flavor = "local")]
+    async fn the_last_words_of_who_is_gone_arrive() {
+        for more in [&b""[..], b"more", &[7; 1 << 20]] {
+            let (mut client, mut server, relayed, _) = joined().await;
+            SockRef::from(&server).set_send_buffer_size(1 << 16).unwrap();
+            let answered = fill(&server).await;
+            let mut received = vec![0; 1 << 20];
+            client.read_exact(&mut received).await.unwrap();
+            // Makes room for what the server's kernel still has, which a reset would take back.
+            for _ in 0..1000 {
+                tokio::task::yield_now().await;
+            }
+            server.shutdown().await.unwrap();
+            drop(server);
+            client.write_all(more).await.unwrap();
+            client.write_all(more).await.unwrap();
+            client.read_to_end(&mut received).await.unwrap();
+            assert_eq!(received.len(), answered, "{}", more.len());
+            drop(client);
+            assert_eq!(relayed.await.unwrap().is_ok(), more.is_empty());
+        }
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn who_goes_on_sending_to_who_is_gone_is_told() {
+        let (mut client, mut server, relayed, _) = joined().await;
+        server.write_all(b"enough").await.unwrap();
+        server.shutdown().await.unwrap();
+        drop(server);
+        let mut received = Vec::new();
+        client.read_to_end(&mut received).await.unwrap();
+        assert_eq!(received, b"enough");
+        let chunk = vec![7; 1 << 20];
+        let error = loop {
+            if let Err(error) = client.write_all(&chunk).await {
+                break error;
+            }
+        };
+        assert!(matches!(
+            error.kind(),
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+        ));
+        assert!(matches!(relayed.await.unwrap(), Err(RelayError::Reset(End::Server))));
     }
 
     #[tokio::test(flavor = "local")]
