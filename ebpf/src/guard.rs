@@ -14,12 +14,12 @@
 //! name servers from inside the pod passes then, too, and is remembered for the answer (`ASKED`).
 
 use abi::{
-    Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, FROM_HOST, INBOUND_PORT, Interface,
-    Reason,
+    Address, BYPASSES_INBOUND, EXCLUDES_INBOUND, EXCLUDES_OUTBOUND, FORBID_NON_TCP, FROM_HOST, Flow, INBOUND_PORT,
+    Interface, Reason,
 };
 use aya_ebpf::{
     bindings::{BPF_ANY, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
-    helpers::bpf_skb_cgroup_id,
+    helpers::{bpf_ktime_get_ns, bpf_skb_cgroup_id},
     macros::classifier,
     programs::TcContext,
 };
@@ -73,14 +73,26 @@ fn judge(ctx: &TcContext, interface: &Interface) -> Result<(), Reason> {
         Packet::Tcp(segment) => judge_tcp(ctx, interface, &segment),
         Packet::Vital => Ok(()),
         Packet::Udp(_) | Packet::Other if interface.flags & FORBID_NON_TCP == 0 => Ok(()),
-        Packet::Udp(flow) if is_agents(ctx) => {
-            let _ = ASKED.insert(&flow, &0, u64::from(BPF_ANY));
-            Ok(())
-        }
+        Packet::Udp(flow) if is_agents(ctx) => judge_query(ctx, &flow),
         Packet::Other if is_agents(ctx) => Ok(()),
         Packet::Udp(_) | Packet::Other => Err(Reason::NonTcpForbidden),
         Packet::Bad(reason) => Err(reason),
     }
+}
+
+/// What the agent asks a name server; its answer is let in for a while. It still has the ends of its socket: a pod could
+/// otherwise bend it, to have somebody else let in.
+#[inline(always)]
+fn judge_query(ctx: &TcContext, flow: &Flow) -> Result<(), Reason> {
+    // SAFETY: the context is valid.
+    let sk = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
+    if sk.is_null() || !matches_socket(sk, flow) {
+        return Err(Reason::Altered);
+    }
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let _ = ASKED.insert(flow, &now, u64::from(BPF_ANY));
+    Ok(())
 }
 
 #[inline(always)]
@@ -101,7 +113,8 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
         // that the packet gets here. Without that reset the peer would wait in vain; it carries nothing.
         let buried = state == TCP_CLOSE && segment.empty && segment.flags & (RST | SYN | FIN) == RST;
         // What an agent before this one accepted, that captured by iptables, may come from any port of the pod.
-        let untouched = state == TCP_LISTEN || buried || matches_socket_from(sk, segment, u32::from(INBOUND_PORT));
+        let untouched =
+            state == TCP_LISTEN || buried || matches_socket_from(sk, &segment.flow, u32::from(INBOUND_PORT));
         // The agent's connections to the application (and its answers to it) are inside the pod and in clear; a pod that
         // bends its routes must not get them sent out.
         return if untouched && !is_own(interface, &segment.flow.remote.address) {
@@ -117,7 +130,7 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
         return Ok(());
     }
     if interface.flags & (EXCLUDES_OUTBOUND | EXCLUDES_INBOUND | BYPASSES_INBOUND) != 0 {
-        let untouched = !sk.is_null() && matches_socket(sk, segment);
+        let untouched = !sk.is_null() && matches_socket(sk, &segment.flow);
         if lets_out(interface, sk, segment, untouched) {
             return Ok(());
         }
@@ -156,7 +169,7 @@ fn is_answer_to_host(interface: &Interface, sk: *mut bpf_sock, segment: &Segment
     let (pod, remote) = (&segment.flow.pod, &segment.flow.remote);
     !sk.is_null()
         && is_own(interface, &pod.address)
-        && matches_socket(sk, segment)
+        && matches_socket(sk, &segment.flow)
         && exclusion::is_marked(sk, remote, FROM_HOST)
 }
 
@@ -173,7 +186,7 @@ fn is_the_kernels(ctx: &TcContext, sk: *mut bpf_sock, segment: &Segment) -> bool
     // SAFETY: not null.
     let state = unsafe { core::ptr::read_volatile(&raw const (*sk).state) };
     if state == TCP_TIME_WAIT {
-        return (reset || acknowledgement) && matches_socket(sk, segment);
+        return (reset || acknowledgement) && matches_socket(sk, &segment.flow);
     }
     // SAFETY: the context is valid.
     let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
@@ -182,13 +195,13 @@ fn is_the_kernels(ctx: &TcContext, sk: *mut bpf_sock, segment: &Segment) -> bool
 
 /// Whether a packet has the addresses and ports of the socket that sent it.
 #[inline(always)]
-fn matches_socket(sk: *mut bpf_sock, segment: &Segment) -> bool {
-    matches_socket_from(sk, segment, 0)
+fn matches_socket(sk: *mut bpf_sock, flow: &Flow) -> bool {
+    matches_socket_from(sk, flow, 0)
 }
 
 /// The same, where a socket of this port may have sent from another.
 #[inline(always)]
-fn matches_socket_from(sk: *mut bpf_sock, segment: &Segment, redirected: u32) -> bool {
+fn matches_socket_from(sk: *mut bpf_sock, flow: &Flow, redirected: u32) -> bool {
     // SAFETY: the caller has checked for null; these fields are in the part that all sockets have. All are read before
     // any branch: see `context`.
     let (family, ports, ip4, source6, destination6) = unsafe {
@@ -206,7 +219,7 @@ fn matches_socket_from(sk: *mut bpf_sock, segment: &Segment, redirected: u32) ->
             context::words(&raw const (*sk).dst_ip6),
         )
     };
-    let (pod, remote) = (&segment.flow.pod, &segment.flow.remote);
+    let (pod, remote) = (&flow.pod, &flow.remote);
     // A socket that was closed since it sent the packet has given its port back.
     let port = ports.0 == u32::from(pod.port) || ports.0 == 0 || ports.0 == redirected;
     if !port || ports.1 != remote.port {

@@ -48,9 +48,10 @@ pub static PLAINTEXT: LruHashMap<PlaintextClient, u32> = LruHashMap::with_max_en
 #[map]
 pub static PROBES: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(8192, 0);
 
-/// UDP of the agent's from inside pods that may have none: so that the answers reach it.
+/// UDP of the agent's from inside pods that may have none, and when that was (nanoseconds of the kernel's monotonic clock):
+/// so that the answers reach it.
 #[map]
-pub static ASKED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(16384, 0);
+pub static ASKED: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(16384, 0);
 
 /// Connections from outside to an excluded port of a pod, until the application's socket has them in its storage.
 #[map]

@@ -9,10 +9,10 @@
 //!
 //! Packets that lie about belonging to the pod itself, or to a connection of the agent's inside the pod, are dropped.
 
-use abi::{FORBID_NON_TCP, HBONE_PORT, Interface, Reason};
+use abi::{FORBID_NON_TCP, Flow, HBONE_PORT, Interface, Reason};
 use aya_ebpf::{
     bindings::{BPF_ANY, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_get_netns_cookie, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
+    helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
     macros::classifier,
     programs::TcContext,
 };
@@ -23,6 +23,9 @@ use crate::{
     maps::{ADMITTED, ASKED, EXCLUDED, INTERFACES, NODE_COOKIE, PROBES, count, is_agents_packet, pods_cgroup},
     packet::{Direction, Packet, Segment, parse},
 };
+
+/// Longer than the agent waits for a name server. Nanoseconds.
+const AWAITED: u64 = 6_000_000_000;
 
 /// On to the next program, or on its way when there is none.
 const PASS: i32 = TC_ACT_UNSPEC;
@@ -37,8 +40,7 @@ pub fn proof(ctx: TcContext) -> i32 {
     };
     let verdict = match parse(&ctx, Direction::ToPod) {
         Packet::Tcp(segment) => inspect(&ctx, interface, &segment),
-        // SAFETY: only the presence matters.
-        Packet::Udp(flow) if interface.flags & FORBID_NON_TCP != 0 && unsafe { ASKED.get(&flow).is_none() } => {
+        Packet::Udp(flow) if interface.flags & FORBID_NON_TCP != 0 && !is_awaited(&flow) => {
             Err(Reason::NonTcpForbidden)
         }
         Packet::Other if interface.flags & FORBID_NON_TCP != 0 => Err(Reason::NonTcpForbidden),
@@ -54,6 +56,17 @@ pub fn proof(ctx: TcContext) -> i32 {
             );
             DROP
         }
+    }
+}
+
+/// Whether it may answer what the agent asked just now. Afterwards its port may be anybody's in the pod.
+#[inline(always)]
+fn is_awaited(flow: &Flow) -> bool {
+    // SAFETY: the value is of one word; the other helper has no arguments.
+    unsafe {
+        ASKED
+            .get(flow)
+            .is_some_and(|asked| bpf_ktime_get_ns().wrapping_sub(*asked) < AWAITED)
     }
 }
 

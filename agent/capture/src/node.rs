@@ -161,7 +161,6 @@ impl Node {
         };
         inner.attach_to_cgroups()?;
         inner.adopt_pods()?;
-        others.iter().for_each(|directory| pins::remove_tree(directory));
         sys::return_free_memory();
         tracing::info!(node = config.node, pins = %config.pin_dir.display(), "capture stands");
         Ok(Self {
@@ -389,6 +388,11 @@ impl Inner {
 
     fn forget_untold(&mut self) {
         self.offered.clear();
+        // Not before: had this agent ended half way, the one before it would have gone on with them.
+        self.pins
+            .other_versions()
+            .iter()
+            .for_each(|directory| pins::remove_tree(directory));
         let told: Vec<u64> = self.pods.values().map(|pod| pod.netns.cookie()).collect();
         let untold = |cookie: &u64| *cookie != self.home.cookie() && !told.contains(cookie);
         let mut gone: Vec<u64> = self.maps.pod_cookies();
