@@ -243,7 +243,7 @@ impl Books {
         if type_ == Type::Address {
             let (absent, given_up) = self.demanded.take_absent();
             delta.absent = absent;
-            delta.not_absent = given_up.iter().map(|(_, ip)| *ip).collect();
+            delta.not_absent = given_up.iter().filter_map(|(_, ip)| *ip).collect();
             let names = given_up.into_iter().map(|(name, _)| name).collect();
             step.requests.extend(subscription(Vec::new(), names));
         }

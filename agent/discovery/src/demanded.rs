@@ -12,13 +12,17 @@ use model::{NetworkAddress, canonical_ip};
 
 use crate::decode::Object;
 
-/// Addresses outside the mesh that are remembered as such.
+/// Names that mean nothing, addresses outside the mesh among them, that are remembered as such.
 const ABSENT: usize = 4096;
 
 #[derive(Debug)]
 struct Demand {
     /// The address, if it is one.
     ip: Option<IpAddr>,
+    /// The name of a service. What is subscribed to tells of it when it comes, so it is not asked for again.
+    service: bool,
+    /// A pod of this node, perhaps not yet known: never given up.
+    own: bool,
     pending: bool,
     /// Its place among the absent.
     absent: Option<u64>,
@@ -48,6 +52,8 @@ impl Demanded {
         };
         let demand = self.names.entry(name.clone()).or_insert(Demand {
             ip,
+            service: matches!(wanted, Wanted::Service(_)),
+            own: matches!(wanted, Wanted::Workload(_)),
             pending: false,
             absent: None,
         });
@@ -91,26 +97,26 @@ impl Demanded {
     /// There is nothing of this name.
     pub(crate) fn answered_absent(&mut self, name: &str) {
         let Some(demand) = self.names.get_mut(name) else { return };
-        demand.pending = false;
-        if let (Some(ip), None) = (demand.ip, demand.absent) {
+        demand.pending = demand.service;
+        if demand.absent.is_none() && !demand.own {
             demand.absent = Some(self.next);
             self.absent.insert(self.next, name.to_owned());
             self.next += 1;
-            self.news.push(ip);
+            self.news.extend(demand.ip);
         }
     }
 
-    /// Addresses that are newly known to be absent, and those that are given up, with their names.
-    pub(crate) fn take_absent(&mut self) -> (Vec<IpAddr>, Vec<(String, IpAddr)>) {
+    /// Addresses that are newly known to be absent, and the names that are given up, some of them addresses.
+    pub(crate) fn take_absent(&mut self) -> (Vec<IpAddr>, Vec<(String, Option<IpAddr>)>) {
         let mut given_up = Vec::new();
         while self.absent.len() > ABSENT {
             let Some((_, name)) = self.absent.pop_first() else {
                 break;
             };
             let ip = self.names.remove(&name).and_then(|demand| demand.ip);
-            given_up.extend(ip.map(|ip| (name, ip)));
+            given_up.push((name, ip));
         }
-        let gone = |ip: &IpAddr| given_up.iter().any(|(_, other)| other == ip);
+        let gone = |ip: &IpAddr| given_up.iter().any(|(_, other)| other.as_ref() == Some(ip));
         let news = std::mem::take(&mut self.news)
             .into_iter()
             .filter(|ip| !gone(ip))
@@ -148,12 +154,32 @@ mod tests {
         let (absent, given_up) = demanded.take_absent();
         assert_eq!(
             (absent.len(), given_up),
-            (ABSENT, vec![(names[0].clone(), IpAddr::from([0, 0, 0, 0]))])
+            (ABSENT, vec![(names[0].clone(), Some(IpAddr::from([0, 0, 0, 0])))])
         );
         // What came to mean something does not count.
         demanded.answered(&names[1]);
         let again = demanded.want(&want(0)).unwrap();
         demanded.answered_absent(&again);
         assert_eq!(demanded.take_absent().1, []);
+    }
+
+    #[test]
+    fn a_service_that_means_nothing_is_not_asked_for_again_until_it_is_given_up() {
+        let mut demanded = Demanded::default();
+        let service = Wanted::Service(model::NamespacedName::new("infra", "gone.infra.svc"));
+        let own = demanded
+            .want(&Wanted::Workload(model::WorkloadUid("own".into())))
+            .unwrap();
+        demanded.answered_absent(&own);
+        let name = demanded.want(&service).unwrap();
+        demanded.answered_absent(&name);
+        assert_eq!(demanded.want(&service), None);
+        for number in 0..ABSENT as u32 {
+            let other = demanded.want(&want(number)).unwrap();
+            demanded.answered_absent(&other);
+        }
+        assert_eq!(demanded.take_absent().1, [(name.clone(), None)]);
+        assert_eq!(demanded.want(&service), Some(name));
+        assert!(demanded.reopen().contains(&own));
     }
 }

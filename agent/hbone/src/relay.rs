@@ -16,8 +16,8 @@
 //!
 //! Whatever ends it but two clean ends, being dropped included, is a reset of both sides: RST_STREAM(CONNECT_ERROR) to
 //! the peer, a TCP reset to the application. But an application that had closed before it reset what still came for it
-//! (EPIPE) has said all it would: that is passed on to its end, however slowly the peer takes it, and what comes for it
-//! is thrown away (`the_last_words_of_an_application_that_is_gone_arrive`).
+//! (EPIPE) has said all it would: that is passed on to its end, and what comes for it is thrown away, up to
+//! [`LATE`] (`the_last_words_of_an_application_that_is_gone_arrive`).
 
 use std::{
     cell::{Cell, RefCell},
@@ -48,8 +48,8 @@ const LARGEST_READ: usize = 64 << 10;
 const BATCH: usize = 16;
 /// So many spilled pieces are made into one, if together they are no more than [`LARGEST_READ`].
 const CROWD: usize = 64;
-/// Bytes thrown away after the application's end was passed on, which the peer may have sent before it saw it. After
-/// more it is told by a reset.
+/// Bytes thrown away that the peer may have sent before it saw that the application is gone. After more it is told by a
+/// reset.
 const LATE: usize = 4 << 20;
 
 /// What a relay moved, and how it ended.
@@ -336,9 +336,7 @@ impl Pump {
             }
         };
         self.release(bytes)?;
-        if self.to_peer == ToPeer::Closed {
-            self.late += bytes;
-        }
+        self.late += bytes;
         if ended {
             self.to_application = ToApplication::Closed;
             Poll::Ready(Ok(()))

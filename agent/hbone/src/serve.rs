@@ -421,7 +421,10 @@ mod tests {
         type Context = Rc<()>;
 
         async fn connect(&self, _: &Accepted, _: IncomingRequest) -> Decision<Rc<()>> {
-            Decision::Refuse { status: 503 }
+            Decision::Refuse {
+                status: 503,
+                reason: None,
+            }
         }
 
         fn relayed(&self, _: Rc<()>, _: RelayEnd) {

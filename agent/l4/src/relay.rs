@@ -43,7 +43,7 @@ const LARGEST_READ: usize = 128 * 1024;
 /// ([`tasks::fair::TURN`]).
 const TURN: usize = 128 * 1024;
 
-/// Bytes that are thrown away for an end that is gone, once all that it said is passed on: who goes on sending is reset.
+/// Bytes that are thrown away for an end that is gone: who goes on sending is reset.
 const LATE: usize = 4 * 1024 * 1024;
 
 thread_local! {
@@ -90,8 +90,8 @@ async fn relay(client: TcpStream, server: TcpStream, live: &Live) -> Result<(), 
             if live.poll_cut(cx).is_ready() {
                 return Poll::Ready(Err(RelayError::Cut));
             }
-            let went_up = up.poll(down.ended, cx);
-            let went_down = down.poll(up.ended, cx);
+            let went_up = up.poll(cx);
+            let went_down = down.poll(cx);
             live.count(std::mem::take(&mut up.bytes), std::mem::take(&mut down.bytes));
             let went_up = went_up.map_err(|failed| failed.of(End::Client, End::Server))?;
             let went_down = went_down.map_err(|failed| failed.of(End::Server, End::Client))?;
@@ -125,7 +125,7 @@ struct Half<'s> {
     ended: bool,
     /// Who is written to has closed, and reset what came for it later.
     gone: bool,
-    /// Bytes thrown away since then, and since all that it had said was passed on.
+    /// Bytes thrown away since then.
     late: usize,
     /// Tells of a reset of the end that is not read, while the other blocks.
     watch: Watch<'s>,
@@ -175,8 +175,7 @@ impl<'s> Half<'s> {
         }
     }
 
-    /// `answered`: the other direction has ended.
-    fn poll(&mut self, answered: bool, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
         let mut moved = 0;
         while !self.ended {
             match self.poll_spill(cx) {
@@ -190,7 +189,7 @@ impl<'s> Half<'s> {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            moved += ready!(SCRATCH.with_borrow_mut(|scratch| self.poll_copy(answered, scratch, cx)))?;
+            moved += ready!(SCRATCH.with_borrow_mut(|scratch| self.poll_copy(scratch, cx)))?;
         }
         Poll::Ready(Ok(()))
     }
@@ -237,7 +236,7 @@ impl<'s> Half<'s> {
     }
 
     /// One read and one write; what the writer does not take becomes the spill.
-    fn poll_copy(&mut self, answered: bool, scratch: &mut [u8], cx: &mut Context<'_>) -> Poll<Result<usize, Failed>> {
+    fn poll_copy(&mut self, scratch: &mut [u8], cx: &mut Context<'_>) -> Poll<Result<usize, Failed>> {
         let count = ready!(poll_read(self.from, &mut scratch[..self.read_size], cx)).map_err(Failed::Reading)?;
         let read = &scratch[..count];
         if count == 0 {
@@ -249,7 +248,7 @@ impl<'s> Half<'s> {
             return Poll::Ready(Ok(0));
         }
         if self.gone {
-            self.late += if answered { count } else { 0 };
+            self.late += count;
             return Poll::Ready(Ok(count));
         }
         self.bytes += count as u64;
@@ -365,12 +364,12 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let mut half = Half::new(&from_client, &to_server);
-        let polled = half.poll(false, &mut Context::from_waker(Waker::noop()));
+        let polled = half.poll(&mut Context::from_waker(Waker::noop()));
         assert!(polled.is_pending());
         let copied = half.bytes as usize;
         assert!((TURN..TURN + LARGEST_READ).contains(&copied), "{copied}");
         // It is awake for the next turns: nobody else polls it.
-        let copying = poll_fn(|cx| half.poll(false, cx));
+        let copying = poll_fn(|cx| half.poll(cx));
         let mut got = vec![0; 4 * TURN];
         let (copied, read) = tokio::join!(copying, server.read_exact(&mut got));
         assert!(copied.is_ok() && read.is_ok() && got == bytes(4 * TURN));

@@ -66,7 +66,7 @@ async fn on_demand_who_is_told_nothing_is_refused() {
     let nowhere = SocketAddr::new(new_address(), 80);
     expect_refused(client.dial(nowhere).await).await;
     assert_eq!(wanted(&mut demands).await, nowhere.ip());
-    lab.line(&["outbound", "the control plane did not say in time what"]);
+    lab.line(&["outbound", "or did not say in time"]);
 }
 
 /// The waypoint, by its name.

@@ -180,7 +180,7 @@ impl fmt::Display for RefuseReason {
             ),
             Self::NotDiscovered(wanted) => write!(
                 f,
-                "the control plane did not say in time what {wanted} is; the way might have to be encrypted"
+                "the control plane knows nothing of {wanted}, or did not say in time; the way might have to be encrypted"
             ),
             Self::NotRegistered {
                 target,

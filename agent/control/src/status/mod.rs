@@ -27,7 +27,7 @@ use kube::{
 use serde_json::json;
 use tasks::{DrainMode, DrainSignal};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use self::{
     board::{Record, SeenState},
@@ -59,6 +59,9 @@ enum Told {
     Later,
 }
 
+/// After an agent that refused is gone: it may just come back.
+const SETTLED: Duration = Duration::from_secs(10);
+
 /// What became of a condition.
 enum Written {
     /// It stands there, or the object is another by now.
@@ -87,6 +90,8 @@ impl Reporter {
         let mut in_force = self.acknowledged.in_force();
         let mut refusing = self.acknowledged.refusing();
         let mut refused = Refused::new();
+        // No longer refused, and since when that is to be believed.
+        let mut parted: BTreeMap<Arc<str>, Instant> = BTreeMap::new();
         let mut later = false;
         loop {
             tokio::select! {
@@ -100,12 +105,16 @@ impl Reporter {
                     }
                     self.board.reopen_all();
                 }
-                () = tokio::time::sleep(RETRY), if later => {}
+                () = tokio::time::sleep(RETRY), if later || !parted.is_empty() => {}
             }
             let generation = *in_force.borrow_and_update();
             refusing.mark_unchanged();
             let before = std::mem::replace(&mut refused, self.refused());
-            self.board.reopen(before.into_keys().chain(refused.keys().cloned()));
+            let now = Instant::now();
+            parted.extend(before.into_keys().map(|name| (name, now + SETTLED)));
+            parted.retain(|name, _| !refused.contains_key(name));
+            let settled = parted.extract_if(.., |_, at| *at <= now).map(|(name, _)| name);
+            self.board.reopen(settled.chain(refused.keys().cloned()));
             if *leads.borrow() {
                 later = self.tell(generation).await;
             }

@@ -98,6 +98,8 @@ struct Course {
     backoff: Backoff,
     /// How often the API said that it does not have the kind, since it last had it.
     absences: u32,
+    /// The API forgot where we were, and it has not worked since.
+    forgotten: bool,
 }
 
 impl Course {
@@ -105,6 +107,7 @@ impl Course {
     fn works(&mut self) {
         self.backoff.reset();
         self.absences = 0;
+        self.forgotten = false;
     }
 
     async fn pause(&mut self) {
@@ -120,6 +123,7 @@ pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl 
         streaming: true,
         backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
         absences: 0,
+        forgotten: false,
     };
     let mut place = 0;
     loop {
@@ -142,6 +146,18 @@ pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl 
                 if std::mem::replace(&mut place, now) == now {
                     to.state(Some(error));
                 }
+                course.pause().await;
+            }
+            // Who may not ask tries the other versions, and then goes on without.
+            Served::Forbidden if !course.known.is_listed() => {
+                place = (place + 1) % ways.len();
+                if place == 0 && !absent(&mut course, &mut to).await {
+                    return;
+                }
+            }
+            Served::Forbidden => {
+                course.absences = 0;
+                to.state(Some(format!("{error}; reading /apis is forbidden")));
                 course.pause().await;
             }
             Served::Unknown(why) => {
@@ -213,6 +229,10 @@ async fn watch(kind: Kind, api: Api<Raw>, config: watcher::Config, course: &mut 
             _ => matches!(error, watcher::Error::NoResourceVersion),
         };
         to.state(Some(error.to_string()));
+        if forgotten && !std::mem::replace(&mut course.forgotten, true) {
+            // It answers again: what failed before is no reason to wait.
+            course.backoff.reset();
+        }
         course.pause().await;
         if forgotten {
             return Ended::Again;

@@ -52,6 +52,7 @@ const STREAM: &str = r#"{"type": "ADDED", "object": {"metadata": {"name": "a", "
 {"type": "BOOKMARK", "object": {"kind": "Gateway", "apiVersion": "gateway.networking.k8s.io/v1", "metadata": {"resourceVersion": "5", "annotations": {"k8s.io/initial-events-end": "true"}}}}
 "#;
 const EXPIRED: &str = r#"{"kind": "Status", "code": 410, "reason": "Expired", "message": "", "status": "Failure"}"#;
+const FORBIDDEN: &str = r#"{"kind": "Status", "code": 403, "reason": "Forbidden", "message": "", "status": "Failure"}"#;
 const BROKEN: &str =
     r#"{"kind": "Status", "code": 500, "reason": "InternalError", "message": "", "status": "Failure"}"#;
 const OTHERS: &str = r#"{"kind": "APIGroupList", "apiVersion": "v1", "groups": [
@@ -273,4 +274,57 @@ async fn what_the_api_goes_on_not_having_is_gone() {
         4,
         "{asked:?}"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_api_that_is_back_and_forgot_where_a_watch_was_is_asked_at_once() {
+    let back = Arc::new(std::sync::Mutex::new(None));
+    let since = Arc::clone(&back);
+    let watches = std::sync::atomic::AtomicUsize::new(0);
+    let (client, _) = api(move |path| match path {
+        path if path.contains("sendInitialEvents") => (422, NO_STREAMS),
+        path if path.contains("watch=") && watches.fetch_add(1, Ordering::SeqCst) < 30 => (500, BROKEN),
+        path if path.contains("watch=") => {
+            since.lock().unwrap().get_or_insert_with(tokio::time::Instant::now);
+            (410, EXPIRED)
+        }
+        _ if since.lock().unwrap().is_none() => (200, ONE),
+        _ => (200, OTHER),
+    });
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
+    tokio::select! {
+        () = follow => panic!("it ended"),
+        () = async {
+            for expected in ["+a", "synced", "+b"] {
+                assert_eq!(next(&mut told).await, expected);
+            }
+        } => {}
+    }
+    // Of the clock that stands still: what was waited for on purpose.
+    let waited = back.lock().unwrap().unwrap().elapsed();
+    assert!(waited < FIRST_WAIT * 3, "{waited:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_may_not_ask_which_kinds_there_are_tries_the_versions() {
+    for (newest, expected) in [("/v1beta1/", ["+a", "synced"]), ("none", ["synced", ""])] {
+        let (client, _) = api(move |path| match path {
+            path if path.ends_with("/apis") => (403, FORBIDDEN),
+            path if !path.contains(newest) => (404, ABSENT),
+            path if path.contains("sendInitialEvents") => (422, NO_STREAMS),
+            path if path.contains("watch=") => (200, ""),
+            _ => (200, ONE),
+        });
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
+        tokio::select! {
+            () = follow => panic!("it ended"),
+            () = async {
+                for expected in expected.into_iter().filter(|expected| !expected.is_empty()) {
+                    assert_eq!(next(&mut told).await, expected);
+                }
+            } => {}
+        }
+    }
 }

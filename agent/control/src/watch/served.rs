@@ -18,6 +18,8 @@ pub(super) enum Served {
     In(usize),
     /// It does not have it.
     Nowhere,
+    /// It does not say: this account may not read `/apis`.
+    Forbidden,
     /// It did not say: why.
     Unknown(String),
 }
@@ -26,6 +28,7 @@ pub(super) enum Served {
 pub(super) async fn served(client: &Client, ways: &[ApiResource]) -> Served {
     match tokio::time::timeout(PATIENCE, ask(client, ways)).await {
         Ok(Ok(served)) => served,
+        Ok(Err(kube::Error::Api(status))) if status.code == 403 => Served::Forbidden,
         Ok(Err(error)) => Served::Unknown(error.to_string()),
         Err(_) => Served::Unknown("it does not say which kinds it has".into()),
     }

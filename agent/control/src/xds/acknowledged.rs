@@ -143,7 +143,9 @@ impl Acknowledged {
     /// The resources that some client refuses now, each with a refusal.
     pub fn refused(&self, view: View) -> BTreeMap<Arc<str>, Arc<Refusal>> {
         let state = self.state();
-        let refused = state.clients.values().flat_map(|client| &client.refused[view as usize]);
+        // The oldest is told, so that one that comes and goes changes nothing.
+        let clients = state.clients.values().rev();
+        let refused = clients.flat_map(|client| &client.refused[view as usize]);
         refused
             .map(|(name, refusal)| (Arc::clone(name), Arc::clone(refusal)))
             .collect()
@@ -372,6 +374,17 @@ mod tests {
         let gone = Chunk::Encoded(chunks(VIEW, &[], &["ns/b".into()], 1 << 20).remove(0));
         client.accepted(VIEW, &gone);
         assert_eq!(refused(&mut changes), ["ns/c"]);
+        let younger = all.connect(2, "other".to_owned(), None);
+        younger.refused(
+            session::Refusal {
+                view: VIEW,
+                message: "neither".to_owned(),
+                resources: vec!["ns/c".into()],
+            },
+            1,
+        );
+        assert_eq!(all.refused(VIEW)["ns/c"].message, "no");
+        drop(younger);
         drop(client);
         assert!(changes.has_changed().unwrap());
         assert!(refused(&mut changes).is_empty());

@@ -203,15 +203,19 @@ async fn the_last_words_of_an_application_that_is_gone_arrive() {
 
 #[tokio::test(flavor = "local")]
 async fn who_goes_on_sending_to_an_application_that_is_gone_is_told() {
-    let mut gone = gone().await;
-    assert_eq!(gone.read_all().await, LAST_WORDS);
-    let reset = loop {
-        gone.send.reserve_capacity(TURN);
-        match poll_fn(|cx| gone.send.poll_capacity(cx)).await {
-            Some(capacity) => gone.send.send_data(vec![7; capacity.unwrap()].into(), false).unwrap(),
-            None => break poll_fn(|cx| gone.send.poll_reset(cx)).await.unwrap(),
+    for hears in [true, false] {
+        let mut gone = gone().await;
+        if hears {
+            assert_eq!(gone.read_all().await, LAST_WORDS);
         }
-    };
-    assert_eq!(reset, Reason::CONNECT_ERROR);
-    assert_eq!(gone.relay.await.unwrap(), Err(RelayError::ApplicationReset));
+        let reset = loop {
+            gone.send.reserve_capacity(TURN);
+            match poll_fn(|cx| gone.send.poll_capacity(cx)).await {
+                Some(capacity) => gone.send.send_data(vec![7; capacity.unwrap()].into(), false).unwrap(),
+                None => break poll_fn(|cx| gone.send.poll_reset(cx)).await.unwrap(),
+            }
+        };
+        assert_eq!(reset, Reason::CONNECT_ERROR);
+        assert_eq!(gone.relay.await.unwrap(), Err(RelayError::ApplicationReset));
+    }
 }
