@@ -28,6 +28,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -36,6 +37,7 @@ use socket2::SockRef;
 use tokio::{
     io::{Interest, Ready},
     net::TcpStream,
+    time::Instant,
 };
 
 use crate::{config::TURN, error::RelayError};
@@ -51,6 +53,8 @@ const CROWD: usize = 64;
 /// Bytes thrown away that the peer may have sent before it saw that the application is gone. After more it is told by a
 /// reset.
 const LATE: usize = 4 << 20;
+/// And after what time, once the application's end was passed on: a reset takes back what h2 still has to send of that.
+const LINGERS: Duration = Duration::from_secs(10);
 
 /// What a relay moved, and how it ended.
 #[derive(Clone, Debug)]
@@ -197,6 +201,8 @@ struct Pump {
     gone: bool,
     /// Bytes thrown away since, and since its end was passed on.
     late: usize,
+    /// When something was thrown away for the first time after its end was passed on.
+    over: Option<Instant>,
     finished: bool,
 }
 
@@ -223,6 +229,7 @@ impl Pump {
             read_size: SMALLEST_READ,
             gone: false,
             late: 0,
+            over: None,
             finished: false,
         }
     }
@@ -337,10 +344,13 @@ impl Pump {
         };
         self.release(bytes)?;
         self.late += bytes;
+        let over = self.to_peer == ToPeer::Closed
+            && bytes > 0
+            && self.over.get_or_insert_with(Instant::now).elapsed() > LINGERS;
         if ended {
             self.to_application = ToApplication::Closed;
             Poll::Ready(Ok(()))
-        } else if self.late > LATE {
+        } else if over || self.late > LATE {
             Poll::Ready(Err(RelayError::ApplicationReset))
         } else {
             Poll::Pending

@@ -23,12 +23,14 @@ use std::{
     net::Shutdown,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use socket2::SockRef;
 use tokio::{
     io::{Interest, Ready},
     net::TcpStream,
+    time::Instant,
 };
 
 use hbone::Live;
@@ -45,6 +47,8 @@ const TURN: usize = 128 * 1024;
 
 /// Bytes that are thrown away for an end that is gone: who goes on sending is reset.
 const LATE: usize = 4 * 1024 * 1024;
+/// And after what time, once all that it said was passed on: a reset takes back what the kernel still has to send of that.
+const LINGERS: Duration = Duration::from_secs(10);
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGEST_READ].into_boxed_slice());
@@ -90,8 +94,8 @@ async fn relay(client: TcpStream, server: TcpStream, live: &Live) -> Result<(), 
             if live.poll_cut(cx).is_ready() {
                 return Poll::Ready(Err(RelayError::Cut));
             }
-            let went_up = up.poll(cx);
-            let went_down = down.poll(cx);
+            let went_up = up.poll(down.ended, cx);
+            let went_down = down.poll(up.ended, cx);
             live.count(std::mem::take(&mut up.bytes), std::mem::take(&mut down.bytes));
             let went_up = went_up.map_err(|failed| failed.of(End::Client, End::Server))?;
             let went_down = went_down.map_err(|failed| failed.of(End::Server, End::Client))?;
@@ -127,6 +131,8 @@ struct Half<'s> {
     gone: bool,
     /// Bytes thrown away since then.
     late: usize,
+    /// When something was thrown away for the first time after all that it said was passed on.
+    over: Option<Instant>,
     /// Tells of a reset of the end that is not read, while the other blocks.
     watch: Watch<'s>,
 }
@@ -171,11 +177,13 @@ impl<'s> Half<'s> {
             ended: false,
             gone: false,
             late: 0,
+            over: None,
             watch: Watch::Not,
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+    /// `answered`: the other direction has ended.
+    fn poll(&mut self, answered: bool, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
         let mut moved = 0;
         while !self.ended {
             match self.poll_spill(cx) {
@@ -189,7 +197,7 @@ impl<'s> Half<'s> {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            moved += ready!(SCRATCH.with_borrow_mut(|scratch| self.poll_copy(scratch, cx)))?;
+            moved += ready!(SCRATCH.with_borrow_mut(|scratch| self.poll_copy(answered, scratch, cx)))?;
         }
         Poll::Ready(Ok(()))
     }
@@ -236,7 +244,7 @@ impl<'s> Half<'s> {
     }
 
     /// One read and one write; what the writer does not take becomes the spill.
-    fn poll_copy(&mut self, scratch: &mut [u8], cx: &mut Context<'_>) -> Poll<Result<usize, Failed>> {
+    fn poll_copy(&mut self, answered: bool, scratch: &mut [u8], cx: &mut Context<'_>) -> Poll<Result<usize, Failed>> {
         let count = ready!(poll_read(self.from, &mut scratch[..self.read_size], cx)).map_err(Failed::Reading)?;
         let read = &scratch[..count];
         if count == 0 {
@@ -249,7 +257,11 @@ impl<'s> Half<'s> {
         }
         if self.gone {
             self.late += count;
-            return Poll::Ready(Ok(count));
+            let over = answered && self.over.get_or_insert_with(Instant::now).elapsed() > LINGERS;
+            return match over {
+                true => Poll::Ready(Err(Failed::Writing(io::ErrorKind::BrokenPipe.into()))),
+                false => Poll::Ready(Ok(count)),
+            };
         }
         self.bytes += count as u64;
         self.read_size = if count == self.read_size {
@@ -364,12 +376,12 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let mut half = Half::new(&from_client, &to_server);
-        let polled = half.poll(&mut Context::from_waker(Waker::noop()));
+        let polled = half.poll(false, &mut Context::from_waker(Waker::noop()));
         assert!(polled.is_pending());
         let copied = half.bytes as usize;
         assert!((TURN..TURN + LARGEST_READ).contains(&copied), "{copied}");
         // It is awake for the next turns: nobody else polls it.
-        let copying = poll_fn(|cx| half.poll(cx));
+        let copying = poll_fn(|cx| half.poll(false, cx));
         let mut got = vec![0; 4 * TURN];
         let (copied, read) = tokio::join!(copying, server.read_exact(&mut got));
         assert!(copied.is_ok() && read.is_ok() && got == bytes(4 * TURN));
@@ -501,6 +513,29 @@ mod tests {
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
         ));
         assert!(matches!(relayed.await.unwrap(), Err(RelayError::Reset(End::Server))));
+    }
+
+    /// As one that sends events now and then, and notices a client that is gone by that alone.
+    #[tokio::test(flavor = "local")]
+    async fn who_says_little_to_who_is_gone_is_told_after_a_while() {
+        let (client, mut server, relayed, _) = joined().await;
+        drop(client);
+        assert_eq!(server.read(&mut [0]).await.unwrap(), 0);
+        tokio::time::pause();
+        let error = loop {
+            if let Err(error) = server.write_all(b"event").await {
+                break error;
+            }
+            tokio::time::advance(LINGERS / 2).await;
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+        };
+        assert!(matches!(
+            error.kind(),
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+        ));
+        assert!(matches!(relayed.await.unwrap(), Err(RelayError::Reset(End::Client))));
     }
 
     #[tokio::test(flavor = "local")]

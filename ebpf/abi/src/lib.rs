@@ -11,7 +11,7 @@ pub use address::{Address, Endpoint};
 pub use reason::{Outcome, Reason};
 
 /// The version of every layout in this crate; maps are pinned under it.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// A number that changes with the size of any layout, for those who forget to raise [`VERSION`].
 pub const SIZES: u32 = {

@@ -149,7 +149,7 @@ pub async fn follow(client: Client, kind: Kind, mesh_config: &str, mut to: impl 
                 course.pause().await;
             }
             // Who may not ask tries the other versions, and then goes on without.
-            Served::Forbidden if !course.known.is_listed() => {
+            Served::Forbidden if !course.known.is_listed() || course.known.is_empty() => {
                 place = (place + 1) % ways.len();
                 if place == 0 && !absent(&mut course, &mut to).await {
                     return;
