@@ -39,6 +39,31 @@ impl Follow for Tell {
     fn state(&mut self, _: Option<String>) {}
 }
 
+/// What the test is told next.
+async fn next(told: &mut mpsc::UnboundedReceiver<String>) -> String {
+    let told = tokio::time::timeout(Duration::from_secs(3600), told.recv()).await;
+    told.expect("something is told").unwrap()
+}
+
+/// Does something while a kind is followed.
+async fn while_following(client: Client, kind: Kind, what: impl AsyncFnOnce(&mut mpsc::UnboundedReceiver<String>)) {
+    let (tell, mut told) = mpsc::unbounded_channel();
+    tokio::select! {
+        () = follow(client, kind, "istio-system", Tell(tell)) => panic!("it ended"),
+        () = what(&mut told) => {}
+    }
+}
+
+/// Follows a kind until all of this was told.
+async fn tells(client: Client, kind: Kind, expected: &[&str]) {
+    while_following(client, kind, async |told| {
+        for expected in expected {
+            assert_eq!(next(told).await, *expected);
+        }
+    })
+    .await;
+}
+
 const NO_STREAMS: &str = r#"{"kind": "Status", "code": 422, "reason": "Invalid", "message": "", "status": "Failure"}"#;
 const ABSENT: &str = r#"{"kind": "Status", "code": 404, "reason": "NotFound", "message": "", "status": "Failure"}"#;
 const ONE: &str = r#"{"kind": "GatewayList", "apiVersion": "gateway.networking.k8s.io/v1beta1",
@@ -80,15 +105,11 @@ async fn an_older_version_without_streaming_lists_is_found() {
         path if path.contains("watch=") => (200, ""),
         _ => (200, ONE),
     });
-    let (tell, mut told) = mpsc::unbounded_channel();
-    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-    tokio::select! {
-        () = follow => panic!("it ended"),
-        () = async {
-            assert_eq!(told.recv().await.unwrap(), "+a");
-            assert_eq!(told.recv().await.unwrap(), "synced");
-        } => {}
-    }
+    while_following(client, Kind::Gateway, async |told| {
+        assert_eq!(next(told).await, "+a");
+        assert_eq!(next(told).await, "synced");
+    })
+    .await;
     assert!(
         asked
             .lock()
@@ -109,23 +130,13 @@ async fn a_kind_that_is_not_there_is_empty_and_is_found_when_it_comes() {
         true if path.contains("watch=") => (200, ""),
         true => (200, ONE),
     });
-    let (tell, mut told) = mpsc::unbounded_channel();
-    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-    tokio::select! {
-        () = follow => panic!("it ended"),
-        () = async {
-            assert_eq!(told.recv().await.unwrap(), "synced");
-            assert!(asked.lock().unwrap().len() <= 4, "it is not asked for without a pause");
-            comes.store(true, Ordering::SeqCst);
-            assert_eq!(told.recv().await.unwrap(), "+a");
-        } => {}
-    }
-}
-
-/// What the test is told next.
-async fn next(told: &mut mpsc::UnboundedReceiver<String>) -> String {
-    let told = tokio::time::timeout(Duration::from_secs(3600), told.recv()).await;
-    told.expect("something is told").unwrap()
+    while_following(client, Kind::Gateway, async |told| {
+        assert_eq!(next(told).await, "synced");
+        assert!(asked.lock().unwrap().len() <= 4, "it is not asked for without a pause");
+        comes.store(true, Ordering::SeqCst);
+        assert_eq!(next(told).await, "+a");
+    })
+    .await;
 }
 
 /// How often it asks within so many minutes.
@@ -161,16 +172,7 @@ async fn what_is_listed_again_is_the_newest() {
         path if path.contains("watch=") => (410, EXPIRED),
         _ => (200, OTHER),
     });
-    let (tell, mut told) = mpsc::unbounded_channel();
-    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-    tokio::select! {
-        () = follow => panic!("it ended"),
-        () = async {
-            for expected in ["+a", "synced", "+b", "-a", "synced"] {
-                assert_eq!(next(&mut told).await, expected);
-            }
-        } => {}
-    }
+    tells(client, Kind::Gateway, &["+a", "synced", "+b", "-a", "synced"]).await;
     let asked = asked.lock().unwrap();
     let streams = asked.iter().filter(|path| path.contains("sendInitialEvents"));
     assert_eq!(streams.count(), 1, "{asked:?}");
@@ -221,16 +223,7 @@ async fn what_is_not_found_for_a_while_is_kept() {
     for kind in [Kind::Gateway, Kind::Pod, Kind::EndpointSlice] {
         for (requests, answer) in answers {
             let (client, _) = api(away(requests, answer));
-            let (tell, mut told) = mpsc::unbounded_channel();
-            let follow = follow(client, kind, "istio-system", Tell(tell));
-            tokio::select! {
-                () = follow => panic!("it ended"),
-                () = async {
-                    for expected in ["+a", "synced", "+b", "-a", "synced"] {
-                        assert_eq!(next(&mut told).await, expected);
-                    }
-                } => {}
-            }
+            tells(client, kind, &["+a", "synced", "+b", "-a", "synced"]).await;
         }
     }
 }
@@ -244,12 +237,7 @@ async fn what_is_not_found_at_the_start_is_waited_for() {
         path if path.contains("watch=") => (410, EXPIRED),
         _ => (200, ONE),
     });
-    let (tell, mut told) = mpsc::unbounded_channel();
-    let follow = follow(client, Kind::AuthorizationPolicy, "istio-system", Tell(tell));
-    tokio::select! {
-        () = follow => panic!("it ended"),
-        () = async { assert_eq!(next(&mut told).await, "+a") } => {}
-    }
+    tells(client, Kind::AuthorizationPolicy, &["+a"]).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -258,16 +246,7 @@ async fn what_the_api_goes_on_not_having_is_gone() {
         true => (200, OTHERS),
         false => (404, "404 page not found"),
     }));
-    let (tell, mut told) = mpsc::unbounded_channel();
-    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-    tokio::select! {
-        () = follow => panic!("it ended"),
-        () = async {
-            for expected in ["+a", "synced", "-a", "synced"] {
-                assert_eq!(next(&mut told).await, expected);
-            }
-        } => {}
-    }
+    tells(client, Kind::Gateway, &["+a", "synced", "-a", "synced"]).await;
     let asked = asked.lock().unwrap();
     assert_eq!(
         asked.iter().filter(|path| path.ends_with("/apis")).count(),
@@ -291,16 +270,7 @@ async fn an_api_that_is_back_and_forgot_where_a_watch_was_is_asked_at_once() {
         _ if since.lock().unwrap().is_none() => (200, ONE),
         _ => (200, OTHER),
     });
-    let (tell, mut told) = mpsc::unbounded_channel();
-    let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-    tokio::select! {
-        () = follow => panic!("it ended"),
-        () = async {
-            for expected in ["+a", "synced", "+b"] {
-                assert_eq!(next(&mut told).await, expected);
-            }
-        } => {}
-    }
+    tells(client, Kind::Gateway, &["+a", "synced", "+b"]).await;
     // Of the clock that stands still: what was waited for on purpose.
     let waited = back.lock().unwrap().unwrap().elapsed();
     assert!(waited < FIRST_WAIT * 3, "{waited:?}");
@@ -318,22 +288,18 @@ async fn who_may_not_ask_which_kinds_there_are_tries_the_versions() {
             path if path.contains("watch=") => (200, ""),
             _ => (200, ONE),
         });
-        let (tell, mut told) = mpsc::unbounded_channel();
-        let follow = follow(client, Kind::Gateway, "istio-system", Tell(tell));
-        tokio::select! {
-            () = follow => panic!("it ended"),
-            () = async {
-                if later {
-                    assert_eq!(next(&mut told).await, "synced");
-                    comes.store(true, Ordering::SeqCst);
+        while_following(client, Kind::Gateway, async |told| {
+            if later {
+                assert_eq!(next(told).await, "synced");
+                comes.store(true, Ordering::SeqCst);
+            }
+            loop {
+                match &*next(told).await {
+                    "+a" => return,
+                    other => assert!(later && other == "synced", "{other}"),
                 }
-                loop {
-                    match &*next(&mut told).await {
-                        "+a" => return,
-                        other => assert!(later && other == "synced", "{other}"),
-                    }
-                }
-            } => {}
-        }
+            }
+        })
+        .await;
     }
 }
