@@ -37,7 +37,7 @@ pub use config::Config;
 pub use error::{Culprit, HandshakeError, OpenError, RelayError, TunnelError};
 pub use pool::{ClientStream, ConnectRequest, Pool, Standing, TunnelInfo, TunnelKey};
 pub use reason::LONGEST_REASON;
-pub use relay::{Live, RelayEnd};
+pub use relay::{Live, RelayEnd, ThrownAway};
 #[doc(hidden)]
 pub use serve::serve_plain;
 pub use serve::{Accepted, Decision, Handler, IncomingRequest, serve};

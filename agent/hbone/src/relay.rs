@@ -17,7 +17,7 @@
 //! Whatever ends it but two clean ends, being dropped included, is a reset of both sides: RST_STREAM(CONNECT_ERROR) to
 //! the peer, a TCP reset to the application. But an application that had closed before it reset what still came for it
 //! (EPIPE) has said all it would: that is passed on to its end, and what comes for it is thrown away, up to
-//! [`LATE`] (`the_last_words_of_an_application_that_is_gone_arrive`).
+//! a bound ([`ThrownAway`]; `the_last_words_of_an_application_that_is_gone_arrive`).
 
 use std::{
     cell::{Cell, RefCell},
@@ -50,11 +50,6 @@ const LARGEST_READ: usize = 64 << 10;
 const BATCH: usize = 16;
 /// So many spilled pieces are made into one, if together they are no more than [`LARGEST_READ`].
 const CROWD: usize = 64;
-/// Bytes thrown away that the peer may have sent before it saw that the application is gone. After more it is told by a
-/// reset.
-const LATE: usize = 4 << 20;
-/// And after what time, once the application's end was passed on: a reset takes back what h2 still has to send of that.
-const LINGERS: Duration = Duration::from_secs(10);
 
 /// What a relay moved, and how it ended.
 #[derive(Clone, Debug)]
@@ -172,6 +167,28 @@ impl Drop for Application {
     }
 }
 
+/// What came for an end that is gone: it had closed, and reset what came later. Who sends it may not have seen that. After
+/// so much, or so long, it is to be told by a reset, which takes back what is not sent yet of the other's last words.
+#[derive(Default)]
+pub struct ThrownAway {
+    bytes: usize,
+    since: Option<Instant>,
+}
+
+impl ThrownAway {
+    /// Bytes that may be thrown away.
+    const BYTES: usize = 4 << 20;
+    /// How long it may go on, once all that the other end said is passed on.
+    pub const TIME: Duration = Duration::from_secs(10);
+
+    /// Counts some more; whether that was too much. `answered`: all that the other end said is passed on.
+    pub fn is_too_much(&mut self, bytes: usize, answered: bool) -> bool {
+        self.bytes += bytes;
+        let long = answered && bytes > 0 && self.since.get_or_insert_with(Instant::now).elapsed() > Self::TIME;
+        long || self.bytes > Self::BYTES
+    }
+}
+
 #[derive(PartialEq, Eq)]
 enum ToPeer {
     Open,
@@ -199,10 +216,7 @@ struct Pump {
     read_size: usize,
     /// The application has closed, and reset what came for it later.
     gone: bool,
-    /// Bytes thrown away since, and since its end was passed on.
-    late: usize,
-    /// When something was thrown away for the first time after its end was passed on.
-    over: Option<Instant>,
+    thrown_away: ThrownAway,
     finished: bool,
 }
 
@@ -228,8 +242,7 @@ impl Pump {
             uncrowded: 0,
             read_size: SMALLEST_READ,
             gone: false,
-            late: 0,
-            over: None,
+            thrown_away: ThrownAway::default(),
             finished: false,
         }
     }
@@ -343,14 +356,11 @@ impl Pump {
             }
         };
         self.release(bytes)?;
-        self.late += bytes;
-        let over = self.to_peer == ToPeer::Closed
-            && bytes > 0
-            && self.over.get_or_insert_with(Instant::now).elapsed() > LINGERS;
+        let too_much = self.thrown_away.is_too_much(bytes, self.to_peer == ToPeer::Closed);
         if ended {
             self.to_application = ToApplication::Closed;
             Poll::Ready(Ok(()))
-        } else if over || self.late > LATE {
+        } else if too_much {
             Poll::Ready(Err(RelayError::ApplicationReset))
         } else {
             Poll::Pending

@@ -23,17 +23,15 @@ use std::{
     net::Shutdown,
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use socket2::SockRef;
 use tokio::{
     io::{Interest, Ready},
     net::TcpStream,
-    time::Instant,
 };
 
-use hbone::Live;
+use hbone::{Live, ThrownAway};
 
 use crate::{failure::Failure, socket::ResetOnDrop};
 
@@ -44,11 +42,6 @@ const LARGEST_READ: usize = 128 * 1024;
 /// Bytes one poll moves each way before the shard's other tasks get their turn: about as long as a turn of a pod
 /// ([`tasks::fair::TURN`]).
 const TURN: usize = 128 * 1024;
-
-/// Bytes that are thrown away for an end that is gone: who goes on sending is reset.
-const LATE: usize = 4 * 1024 * 1024;
-/// And after what time, once all that it said was passed on: a reset takes back what the kernel still has to send of that.
-const LINGERS: Duration = Duration::from_secs(10);
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGEST_READ].into_boxed_slice());
@@ -129,10 +122,7 @@ struct Half<'s> {
     ended: bool,
     /// Who is written to has closed, and reset what came for it later.
     gone: bool,
-    /// Bytes thrown away since then.
-    late: usize,
-    /// When something was thrown away for the first time after all that it said was passed on.
-    over: Option<Instant>,
+    thrown_away: ThrownAway,
     /// Tells of a reset of the end that is not read, while the other blocks.
     watch: Watch<'s>,
 }
@@ -176,8 +166,7 @@ impl<'s> Half<'s> {
             spilled: 0,
             ended: false,
             gone: false,
-            late: 0,
-            over: None,
+            thrown_away: ThrownAway::default(),
             watch: Watch::Not,
         }
     }
@@ -189,9 +178,6 @@ impl<'s> Half<'s> {
             match self.poll_spill(cx) {
                 Poll::Ready(written) => written.or_else(|error| self.note(error))?,
                 Poll::Pending => return self.poll_watch(cx),
-            }
-            if self.late > LATE {
-                return Poll::Ready(Err(Failed::Writing(io::ErrorKind::BrokenPipe.into())));
             }
             if moved >= TURN {
                 cx.waker().wake_by_ref();
@@ -256,9 +242,7 @@ impl<'s> Half<'s> {
             return Poll::Ready(Ok(0));
         }
         if self.gone {
-            self.late += count;
-            let over = answered && self.over.get_or_insert_with(Instant::now).elapsed() > LINGERS;
-            return match over {
+            return match self.thrown_away.is_too_much(count, answered) {
                 true => Poll::Ready(Err(Failed::Writing(io::ErrorKind::BrokenPipe.into()))),
                 false => Poll::Ready(Ok(count)),
             };
@@ -526,7 +510,7 @@ mod tests {
             if let Err(error) = server.write_all(b"event").await {
                 break error;
             }
-            tokio::time::advance(LINGERS / 2).await;
+            tokio::time::advance(ThrownAway::TIME / 2).await;
             for _ in 0..100 {
                 tokio::task::yield_now().await;
             }
