@@ -19,6 +19,8 @@
 //! (EPIPE) has said all it would: that is passed on to its end, and what comes for it is thrown away, up to
 //! a bound ([`ThrownAway`]; `the_last_words_of_an_application_that_is_gone_arrive`).
 
+mod thrown_away;
+
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
@@ -28,7 +30,6 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker},
-    time::Duration,
 };
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -37,9 +38,9 @@ use socket2::SockRef;
 use tokio::{
     io::{Interest, Ready},
     net::TcpStream,
-    time::Instant,
 };
 
+pub use self::thrown_away::ThrownAway;
 use crate::{config::TURN, error::RelayError};
 
 /// The first read of a stream, and its least.
@@ -164,28 +165,6 @@ impl Drop for Application {
         if !self.finished.get() {
             let _ = self.socket.set_zero_linger();
         }
-    }
-}
-
-/// What came for an end that is gone: it had closed, and reset what came later. Who sends it may not have seen that. After
-/// so much, or so long, it is to be told by a reset, which takes back what is not sent yet of the other's last words.
-#[derive(Default)]
-pub struct ThrownAway {
-    bytes: usize,
-    since: Option<Instant>,
-}
-
-impl ThrownAway {
-    /// Bytes that may be thrown away.
-    const BYTES: usize = 4 << 20;
-    /// How long it may go on, once all that the other end said is passed on.
-    pub const TIME: Duration = Duration::from_secs(10);
-
-    /// Counts some more; whether that was too much. `answered`: all that the other end said is passed on.
-    pub fn is_too_much(&mut self, bytes: usize, answered: bool) -> bool {
-        self.bytes += bytes;
-        let long = answered && bytes > 0 && self.since.get_or_insert_with(Instant::now).elapsed() > Self::TIME;
-        long || self.bytes > Self::BYTES
     }
 }
 
