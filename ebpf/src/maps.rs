@@ -2,7 +2,7 @@
 
 use abi::{
     Address, CounterKey, Dialled, DnsSlot, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey,
-    OriginalKey, PlaintextClient, Pod, Reason, Restore,
+    OriginalKey, Pod, Reason, Restore,
 };
 use aya_ebpf::{
     Global,
@@ -38,11 +38,6 @@ pub static ORIGINAL: LruHashMap<OriginalKey, Endpoint> = LruHashMap::with_max_en
 /// Connections that the agent opened inside a pod to the pod's application, from the client's address.
 #[map]
 pub static ADMITTED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(32768, 0);
-
-/// Clients that come in plaintext. The agent dials the application from the same address, and must not choose a port
-/// that such a client uses: both connections would have the same ends.
-#[map]
-pub static PLAINTEXT: LruHashMap<PlaintextClient, u32> = LruHashMap::with_max_entries(8192, 0);
 
 /// Connections that processes of the host opened to a pod, until the application's socket has them in its storage.
 #[map]

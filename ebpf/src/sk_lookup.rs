@@ -13,12 +13,9 @@
 //! The listeners are found by the pod's address and not by a port, so it does not matter who holds which port. No
 //! listener: refused (the kernel answers with RST).
 
-use abi::{
-    Address, CAPTURE_PORTS, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, PlaintextClient, Reason,
-    is_capture_port,
-};
+use abi::{Address, CAPTURE_PORTS, Endpoint, Flow, HBONE_PORT, ListenerKey, ListenerKind, Reason, is_capture_port};
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},
+    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},
     macros::sk_lookup,
     programs::SkLookupContext,
 };
@@ -26,7 +23,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     context,
-    maps::{ADMITTED, EXCLUDED, LISTENERS, PLAINTEXT, PROBES, count},
+    maps::{ADMITTED, EXCLUDED, LISTENERS, PROBES, count},
 };
 
 const AF_INET: u32 = 2;
@@ -63,8 +60,6 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
         }
         // SAFETY: as above.
         if unsafe { EXCLUDED.get(&flow).is_some() } {
-            // The agent may have to dial the application for the same client, and must not take this one's port.
-            remember_client(&local.address, &remote.address);
             return sk_action::SK_PASS;
         }
         if local.port == CAPTURE_PORTS[0] {
@@ -80,7 +75,6 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
         if local.port == HBONE_PORT {
             ListenerKind::Hbone
         } else {
-            remember_client(&local.address, &remote.address);
             ListenerKind::Inbound
         }
     };
@@ -98,18 +92,6 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
             );
             sk_action::SK_DROP
         }
-    }
-}
-
-#[inline(always)]
-fn remember_client(pod: &Address, client: &Address) {
-    let key = PlaintextClient {
-        pod: *pod,
-        client: *client,
-    };
-    // SAFETY: only the presence matters; asking keeps the entry young.
-    if unsafe { PLAINTEXT.get(&key).is_none() } {
-        let _ = PLAINTEXT.insert(&key, &0, u64::from(BPF_ANY));
     }
 }
 

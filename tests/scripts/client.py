@@ -248,7 +248,7 @@ def talk(host, port):
         return {"lines": lines, "end": end, "left": len(data)}
 
 
-def storm(host, port, seconds, marker, patience=2):
+def storm(host, port, seconds, marker, patience=10):
     """New connections one after the other, each with the marker, until standard input ends or time is over. Tells when
     connections succeeded, as CLOCK_MONOTONIC milliseconds, and how the others failed."""
     finished = threading.Event()

@@ -51,7 +51,6 @@ mod offered;
 mod pins;
 mod plan;
 mod pod;
-mod ports;
 mod programs;
 mod routes;
 mod sockets;

@@ -9,7 +9,7 @@ use std::{
 
 use abi::{
     Address, CounterKey, DNS_SLOTS, DnsSlot, Endpoint, ExcludedPort, ExcludedRange, Flow, Interface, ListenerKey,
-    OriginalKey, PlaintextClient, Pod, Reason, Restore,
+    OriginalKey, Pod, Reason, Restore,
 };
 use aya::{
     Ebpf,
@@ -32,7 +32,6 @@ pub(crate) const PINNED: &[&str] = &[
     "DIALLED",
     "ORIGINAL",
     "ADMITTED",
-    "PLAINTEXT",
     "PROBES",
     "ASKED",
     "FLOWS",
@@ -92,7 +91,7 @@ impl Maps {
             T::try_from(map).map_err(map_error(name))
         }
         let name_servers = map(ebpf, "DNS_SERVERS")?;
-        let lookups = Lookups::of(&map(ebpf, "ORIGINAL")?, &map(ebpf, "PLAINTEXT")?, &name_servers)?;
+        let lookups = Lookups::of(&map(ebpf, "ORIGINAL")?, &name_servers)?;
         Ok(Self {
             pods: map(ebpf, "PODS")?,
             interfaces: map(ebpf, "INTERFACES")?,
@@ -342,14 +341,12 @@ pub(crate) struct Lookups(Arc<LookupFds>);
 
 struct LookupFds {
     original: OwnedFd,
-    plaintext: OwnedFd,
     name_servers: OwnedFd,
 }
 
 impl Lookups {
     fn of(
         original: &HashMap<MapData, OriginalKey, Endpoint>,
-        plaintext: &HashMap<MapData, PlaintextClient, u32>,
         name_servers: &HashMap<MapData, DnsSlot, Address>,
     ) -> Result<Self, CaptureError> {
         let fd = |map: &MapData| {
@@ -360,7 +357,6 @@ impl Lookups {
         };
         Ok(Self(Arc::new(LookupFds {
             original: fd(original.map())?,
-            plaintext: fd(plaintext.map())?,
             name_servers: fd(name_servers.map())?,
         })))
     }
@@ -376,10 +372,5 @@ impl Lookups {
     /// Which name server a pod's number for it stands for.
     pub(crate) fn name_server(&self, key: &DnsSlot) -> Option<Address> {
         sys::map_get(&self.0.name_servers, key).ok().flatten()
-    }
-
-    /// Whether a client lately came to a pod in plaintext.
-    pub(crate) fn comes_in_plaintext(&self, key: &PlaintextClient) -> bool {
-        sys::map_get::<_, u32>(&self.0.plaintext, key).is_ok_and(|found| found.is_some())
     }
 }

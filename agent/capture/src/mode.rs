@@ -1,10 +1,6 @@
 //! Either way of capturing, with the same operations.
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    os::fd::OwnedFd,
-};
+use std::{io, net::SocketAddr, os::fd::OwnedFd};
 
 use model::{OriginalDst, PeerAddr, PodSettings, WorkloadUid};
 use socket2::{SockRef, Socket};
@@ -164,11 +160,11 @@ impl CapturedPod {
     }
 
     /// Where an accepted plaintext connection to the pod was meant to go. Steered by eBPF, a socket has that address.
-    pub fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+    pub fn inbound_destination(&self, accepted: SockRef<'_>, local: SocketAddr) -> OriginalDst {
         match self {
             // Rules that an agent before this one left may have sent it, in the moment before they were removed.
             Self::Ebpf(_) => OriginalDst(redirected_from(accepted, local).unwrap_or(local)),
-            Self::Iptables(pod) => pod.inbound_destination(accepted, peer, local),
+            Self::Iptables(pod) => pod.inbound_destination(accepted, local),
         }
     }
 
@@ -196,8 +192,9 @@ impl CapturedPod {
         }
     }
 
-    /// A nonblocking socket in the pod's namespace, to dial the application with from the client's address.
-    pub fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
+    /// A nonblocking socket in the pod's namespace, to dial the application with from the client's address and this port.
+    /// Port 0: one is chosen when it connects.
+    pub fn inbound_socket(&self, target: SocketAddr, source: SocketAddr) -> io::Result<Socket> {
         match self {
             Self::Ebpf(pod) => pod.inbound_socket(target, source),
             Self::Iptables(pod) => pod.inbound_socket(target, source),

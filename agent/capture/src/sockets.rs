@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use abi::{Address, DnsSlot, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey, PlaintextClient};
+use abi::{DnsSlot, Endpoint, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK, OriginalKey};
 use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_socket};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -18,7 +18,6 @@ use crate::{
     maps::Lookups,
     netns::Netns,
     offered::{Offered, Wanted},
-    ports::PortsBeside,
     routes::same_family,
     sys,
 };
@@ -149,8 +148,6 @@ struct Inner {
     netns: Netns,
     lookups: Lookups,
     listeners: WhileCaptured<Listeners>,
-    /// For clients that come in plaintext, too.
-    ports_beside: PortsBeside,
 }
 
 impl PodHandle {
@@ -160,7 +157,6 @@ impl PodHandle {
             netns,
             lookups,
             listeners: WhileCaptured::new(listeners),
-            ports_beside: PortsBeside::default(),
         }))
     }
 
@@ -215,38 +211,39 @@ impl PodHandle {
         Ok(socket)
     }
 
-    /// A nonblocking socket in the pod's namespace, to dial the pod's application with from the client's address. A
-    /// port is chosen when it connects.
-    pub fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
-        let source = source.to_canonical();
-        if !same_family(target.ip(), source) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{source} can't be the source of a connection to {target}: another address family"),
-            ));
-        }
-        let socket = self.0.netns.enter(|| tcp(Domain::for_address(target)))??;
-        socket.set_tcp_nodelay(true)?;
+    /// A nonblocking socket in the pod's namespace, to dial the pod's application with from the client's address and this
+    /// port. Port 0: one is chosen when it connects.
+    pub fn inbound_socket(&self, target: SocketAddr, source: SocketAddr) -> io::Result<Socket> {
+        let socket = self.outbound_socket(target)?;
         socket.set_mark(MARK)?;
-        if target.is_ipv4() {
-            socket.set_ip_transparent_v4(true)?;
-        } else {
-            socket.set_ip_transparent_v6(true)?;
-        }
-        // It never leaves the loopback device. Saying so lets the kernel use a port again that is in TIME_WAIT
+        // It never leaves the loopback device. Saying so lets the kernel choose a port again that is in TIME_WAIT
         // (`tcp_tw_reuse=2`, the default): else a client could have 28,000 connections a minute, and no more.
         socket.bind_device(Some(b"lo"))?;
-        let client = PlaintextClient {
-            pod: Address::from_ip(target.ip()),
-            client: Address::from_ip(source),
-        };
-        if self.0.lookups.comes_in_plaintext(&client) && self.0.ports_beside.bind(&socket, source)? {
-            return Ok(socket);
-        }
-        sys::set_bind_address_no_port(&socket)?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
+        bind_to_client(&socket, target, source)?;
         Ok(socket)
     }
+}
+
+/// Binds to the address and the port that the application is to see; another socket may have both, to another place or in
+/// TIME_WAIT. Port 0: one is chosen when it connects, and is this connection's alone.
+pub(crate) fn bind_to_client(socket: &Socket, target: SocketAddr, source: SocketAddr) -> io::Result<()> {
+    let source = canonical_socket(source);
+    if !same_family(target.ip(), source.ip()) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{source} can't be the source of a connection to {target}: another address family"),
+        ));
+    }
+    if target.is_ipv4() {
+        socket.set_ip_transparent_v4(true)?;
+    } else {
+        socket.set_ip_transparent_v6(true)?;
+    }
+    match source.port() {
+        0 => sys::set_bind_address_no_port(socket)?,
+        _ => socket.set_reuse_address(true)?,
+    }
+    socket.bind(&source.into())
 }
 
 impl std::fmt::Debug for PodHandle {

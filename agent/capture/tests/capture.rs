@@ -94,12 +94,9 @@ fn inbound_connections_keep_their_destination_and_the_application_sees_the_clien
                     client.parse::<std::net::IpAddr>().unwrap()
                 );
 
-                let socket = handle.inbound_socket(local, peer.ip()).unwrap();
+                let socket = handle.inbound_socket(local, SocketAddr::new(peer.ip(), 61000)).unwrap();
                 let mut upstream = connect(socket, local).unwrap();
-                assert!(
-                    upstream.local_addr().unwrap().port() >= 61000,
-                    "not one of the client's own ports"
-                );
+                assert_eq!(upstream.local_addr().unwrap().port(), 61000);
                 assert!(app.must("c, a = l.accept(); a[0]").is_empty());
                 assert!(app.must("a[0]").ends_with(client));
                 upstream.write_all(b"to the application").unwrap();
@@ -108,6 +105,13 @@ fn inbound_connections_keep_their_destination_and_the_application_sees_the_clien
                 let mut back = String::new();
                 upstream.read_to_string(&mut back).unwrap();
                 assert_eq!(back, "back");
+                drop(upstream);
+                lab::a_port_serves_again_but_never_two(
+                    &mut app,
+                    |source| handle.inbound_socket(local, source),
+                    local,
+                    peer,
+                );
 
                 outside.must(&format!("t = socket.create_connection(('{own}', 15008))"));
                 accept(&listeners.hbone[0]);

@@ -379,7 +379,7 @@ fn a_pod_that_bends_the_agents_packets_gets_nothing_out() {
                     .must(&format!("subprocess.run('{command}'.split(), check=True)"));
             }
             let target = SocketAddr::new(prison.pod.ip4(), 80);
-            let socket = prison.handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+            let socket = prison.handle.inbound_socket(target, lab::any_port(OUTSIDE4)).unwrap();
             let _ = socket.connect(&target.into());
             prison.nothing_got_out("the way in, turned round");
         },

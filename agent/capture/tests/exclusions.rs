@@ -352,7 +352,10 @@ fn what_the_agent_carries_is_no_former_exclusion() {
             .must(&format!("i = socket.create_connection(('{own}', 9090))"));
         let (_client, peer) = accept(&place.listeners.inbound[0]);
         let target = std::net::SocketAddr::new(own, 9090);
-        let socket = place.handle.inbound_socket(target, peer.ip().to_canonical()).unwrap();
+        let socket = place
+            .handle
+            .inbound_socket(target, std::net::SocketAddr::new(peer.ip(), 0))
+            .unwrap();
         let mut upstream = connect(socket, target).unwrap();
         place.app.must("c, a = l.accept()");
         for settings in [excluding(), PodSettings::default()] {

@@ -12,7 +12,7 @@ use std::{
 
 use capture::{CaptureError, IptablesNode, IptablesPodHandle, PodListeners};
 use lab::{Lab, OUTSIDE4, OUTSIDE6, PATIENCE, TestPod, accept, connect, forbidding, nobody_came};
-use model::{Exclusions, OriginalDst, PeerAddr, PodSettings};
+use model::{Exclusions, OriginalDst, PodSettings};
 use socket2::SockRef;
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
@@ -123,9 +123,13 @@ fn the_application_sees_the_client() {
             outside.must(&format!("s = socket.create_connection(('{own}', 8080))"));
             let (stream, peer) = accept(&listeners.inbound[0]);
             let local = stream.local_addr().unwrap();
-            let OriginalDst(target) = handle.inbound_destination(SockRef::from(&stream), PeerAddr(peer), local);
+            let OriginalDst(target) = handle.inbound_destination(SockRef::from(&stream), local);
             assert_eq!(target, SocketAddr::new(own, 8080));
-            let mut upstream = connect(handle.inbound_socket(target, peer.ip()).unwrap(), target).unwrap();
+            let mut upstream = connect(
+                handle.inbound_socket(target, SocketAddr::new(peer.ip(), 0)).unwrap(),
+                target,
+            )
+            .unwrap();
             app.must("c, a = l.accept()");
             assert_eq!(app.must("a[0]").replace("::ffff:", ""), client);
             upstream.write_all(b"to the application").unwrap();
@@ -134,10 +138,16 @@ fn the_application_sees_the_client() {
             let mut back = String::new();
             upstream.read_to_string(&mut back).unwrap();
             assert_eq!(back, "back");
+            lab::a_port_serves_again_but_never_two(
+                &mut app,
+                |source| handle.inbound_socket(target, source),
+                target,
+                peer,
+            );
         }
         // Its end is at the client's address, and needs a part of the rules after the release, too.
         let target = SocketAddr::new(pod.ip4(), 8080);
-        let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+        let socket = handle.inbound_socket(target, lab::any_port(OUTSIDE4)).unwrap();
         let mut upstream = connect(socket, target).unwrap();
         app.must("c, a = l.accept()");
         node.release(pod.uid()).await.unwrap();
@@ -166,9 +176,9 @@ fn what_passes_through_the_pod_is_not_taken_for_its_own() {
             let mut outside = lab.outside();
             lab.run(Some("out"), "ip route add 10.55.0.1/32 via 10.78.0.1");
             outside.must("s = socket.create_connection(('10.55.0.1', 80))");
-            let (stream, peer) = accept(&listeners.inbound[0]);
+            let (stream, _) = accept(&listeners.inbound[0]);
             let local = stream.local_addr().unwrap();
-            let OriginalDst(target) = handle.inbound_destination(SockRef::from(&stream), PeerAddr(peer), local);
+            let OriginalDst(target) = handle.inbound_destination(SockRef::from(&stream), local);
             assert_eq!(target.port(), 15006, "a loop, which the proxy refuses");
         },
     );

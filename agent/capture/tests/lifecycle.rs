@@ -226,7 +226,7 @@ fn a_released_pod_is_as_it_was() {
         let (handle, listeners) = captured(&node, &pod).await;
         assert_ne!(lab.settings(), before);
         let target = SocketAddr::new(pod.ip4(), 8080);
-        let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+        let socket = handle.inbound_socket(target, lab::any_port(OUTSIDE4)).unwrap();
         connect(socket, target).expect("strict reverse-path filtering is not in the way");
         app.must(&format!("socket.create_connection(('{OUTSIDE4}', 8080))"));
         let counted = node.counters().get(Reason::Captured);
@@ -260,7 +260,7 @@ fn what_the_agent_carries_outlives_the_release() {
             outside.must(&format!("s = socket.create_connection(('{own}', 8080))"));
             let (stream, peer) = accept(&listeners.inbound[0]);
             let target = SocketAddr::new(own, 8080);
-            let socket = handle.inbound_socket(target, model::canonical_ip(peer.ip())).unwrap();
+            let socket = handle.inbound_socket(target, SocketAddr::new(peer.ip(), 0)).unwrap();
             let upstream = connect(socket, target).unwrap();
             app.must(&format!(
                 "{}, _ = l.accept()",

@@ -102,7 +102,9 @@ fn a_pod_of_ipv6_alone_is_captured_by_ebpf() {
         outside.must(&format!("s = socket.create_connection(('{own}', 9090))"));
         let (stream, peer) = accept(&listeners.inbound[0]);
         assert_eq!(stream.local_addr().unwrap(), SocketAddr::new(own, 9090));
-        let socket = handle.inbound_socket(SocketAddr::new(own, 9090), peer.ip()).unwrap();
+        let socket = handle
+            .inbound_socket(SocketAddr::new(own, 9090), SocketAddr::new(peer.ip(), 0))
+            .unwrap();
         lab::connect(socket, SocketAddr::new(own, 9090)).unwrap();
         assert_eq!(app.must("l.accept()[1][0]"), OUTSIDE6);
     });
@@ -125,9 +127,11 @@ fn a_pod_of_ipv6_alone_is_captured_by_iptables() {
         outside.must(&format!("s = socket.create_connection(('{own}', 9090))"));
         let (stream, peer) = accept(&listeners.inbound[0]);
         let local = stream.local_addr().unwrap();
-        let original = handle.inbound_destination(SockRef::from(&stream), PeerAddr(peer), local);
+        let original = handle.inbound_destination(SockRef::from(&stream), local);
         assert_eq!(original.0, SocketAddr::new(own, 9090));
-        let socket = handle.inbound_socket(original.0, peer.ip()).unwrap();
+        let socket = handle
+            .inbound_socket(original.0, SocketAddr::new(peer.ip(), 0))
+            .unwrap();
         lab::connect(socket, original.0).unwrap();
         assert_eq!(app.must("l.accept()[1][0]"), OUTSIDE6);
     });

@@ -131,7 +131,7 @@ fn a_stranger_can_not_speak_in_the_name_of_the_pod_or_of_the_agents_connections(
             app.must(SERVE);
             let (handle, _listeners) = captured(&node, &pod).await;
             let target = std::net::SocketAddr::new(pod.ip4(), 8080);
-            let socket = handle.inbound_socket(target, lab::OUTSIDE4.parse().unwrap()).unwrap();
+            let socket = handle.inbound_socket(target, lab::any_port(lab::OUTSIDE4)).unwrap();
             let upstream = lab::connect(socket, target).unwrap();
             let port = upstream.local_addr().unwrap().port();
             let mut outside = lab.outside();

@@ -210,7 +210,7 @@ fn an_agent_in_another_cgroup_takes_over() {
         let mut app = lab.in_pod(&pod);
         app.must(SERVE);
         let target = SocketAddr::new(pod.ip4(), 8080);
-        let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+        let socket = handle.inbound_socket(target, lab::any_port(OUTSIDE4)).unwrap();
         connect(socket, target).unwrap();
         app.must("l.settimeout(5); l.accept()");
     });
@@ -255,7 +255,7 @@ fn what_a_former_agents_listener_accepts_passes_the_guard() {
             let mut app = lab.in_pod(&pod);
             app.must(SERVE);
             let target = SocketAddr::new(pod.ip4(), 8080);
-            let socket = handle.inbound_socket(target, OUTSIDE4.parse().unwrap()).unwrap();
+            let socket = handle.inbound_socket(target, lab::any_port(OUTSIDE4)).unwrap();
             connect(socket, target).unwrap();
             app.must("l.settimeout(5); l.accept()");
             node.forget_former().await.unwrap();

@@ -183,7 +183,7 @@ fn from_ebpf_to_iptables() {
         let mut carried = Vec::new();
         for (client, own, name) in [(OUTSIDE4, pod.ip4(), "c4"), (OUTSIDE6, pod.ip6(), "c6")] {
             let target = SocketAddr::new(own, 9090);
-            let socket = handle.inbound_socket(target, client.parse().unwrap()).unwrap();
+            let socket = handle.inbound_socket(target, lab::any_port(client)).unwrap();
             carried.push((lab::connect(socket, target).unwrap(), name));
             app.must(&format!("{name}, _ = l.accept()"));
         }
@@ -231,10 +231,12 @@ fn from_ebpf_to_iptables() {
         let (mut stream, peer) = accept(&listeners.inbound[0]);
         let mut buffer = [0; 4];
         stream.read_exact(&mut buffer).unwrap();
-        let original = handle.inbound_destination(SockRef::from(&stream), PeerAddr(peer), stream.local_addr().unwrap());
+        let original = handle.inbound_destination(SockRef::from(&stream), stream.local_addr().unwrap());
         assert_eq!(original.0, SocketAddr::new(pod.ip4(), 9090));
         // The application is reached from the client's address: rules and routes are those of the new way.
-        let socket = handle.inbound_socket(original.0, peer.ip()).unwrap();
+        let socket = handle
+            .inbound_socket(original.0, SocketAddr::new(peer.ip(), 0))
+            .unwrap();
         let mut dialled = lab::connect(socket, original.0).unwrap();
         app.must("c, a = l.accept(); c.sendall(b'pong')");
         dialled.read_exact(&mut buffer).unwrap();

@@ -43,18 +43,19 @@ impl PodSockets for Network {
     }
 
     fn outbound_socket(&self, target: SocketAddr) -> io::Result<Socket> {
-        bound(self.own, target)
+        bound((self.own, 0).into(), target)
     }
 
-    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
+    fn inbound_socket(&self, target: SocketAddr, source: SocketAddr) -> io::Result<Socket> {
         bound(source, target)
     }
 }
 
-fn bound(source: IpAddr, target: SocketAddr) -> io::Result<Socket> {
+fn bound(source: SocketAddr, target: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::new(source, 0).into())?;
+    socket.set_reuse_address(source.port() != 0)?;
+    socket.bind(&source.into())?;
     Ok(socket)
 }
 

@@ -12,6 +12,10 @@
 //! later attempt. Each attempt has a [`Destination`] of its own: what is told is of one attempt, that which won or whose
 //! failure it is (`what_is_told_of_the_first_failure_is_that_endpoints`).
 //!
+//! A workload that takes no tunnel may have left the mesh a moment ago, and this agent be slower to hear of it than its own: so
+//! where all have failed, and that is known of one of them by now or within `Config::second_look`, the way is looked for
+//! once more (`who_leaves_the_mesh_is_reached_by_who_hears_of_it_late`).
+//!
 //! Every failure, and every answer that is late, is remembered of the endpoint ([`crate::experience`]).
 
 use std::{
@@ -29,6 +33,7 @@ use model::{OriginalDst, Workload, WorkloadUid};
 use telemetry::ResponseFlag;
 
 use crate::{
+    ask,
     connection::{Connection, Destination},
     counters::increment,
     egress,
@@ -86,22 +91,55 @@ struct Attempts<'a> {
     tried: RefCell<Vec<WorkloadUid>>,
     /// It tells more than that there is no other endpoint.
     told: RefCell<Option<Failed>>,
+    /// Whose own end of a tunnel could not be reached.
+    untunnelled: RefCell<Vec<WorkloadUid>>,
 }
 
 /// Connects to what was dialled: where there is only one place to go, to that one.
 pub(crate) async fn try_endpoints(connection: &Connection, dialled: OriginalDst) -> Result<Upstream, Failure> {
-    let way = find_allowed(connection, dialled, &[]).await?;
+    match try_each(connection, dialled).await {
+        Err((_, untunnelled)) if has_one_left(connection, &untunnelled).await => {
+            connection.lead_to(Destination::dialled(dialled));
+            try_each(connection, dialled).await.map_err(|(failure, _)| failure)
+        }
+        outcome => outcome.map_err(|(failure, _)| failure),
+    }
+}
+
+/// Tries one endpoint after another. A failure, and whose own end of a tunnel could not be reached.
+async fn try_each(connection: &Connection, dialled: OriginalDst) -> Result<Upstream, (Failure, Vec<WorkloadUid>)> {
+    let way = find_allowed(connection, dialled, &[]).await;
+    let way = way.map_err(|failure| (failure, Vec::new()))?;
     let attempts = Attempts {
         connection,
         dialled,
         tried: RefCell::default(),
         told: RefCell::default(),
+        untunnelled: RefCell::default(),
     };
     attempts.run(way).await.map_err(|last| {
         let Failed { failure, destination } = attempts.and_earlier(last);
         connection.lead_to(*destination);
-        *failure
+        (*failure, attempts.untunnelled.take())
     })
+}
+
+/// Whether one of them has left the mesh, as is known now or soon; it is there still.
+async fn has_one_left(connection: &Connection, untunnelled: &[WorkloadUid]) -> bool {
+    if untunnelled.is_empty() {
+        return false;
+    }
+    let (knowledge, within) = (&connection.shard.knowledge, connection.shard.config.second_look);
+    let look = || {
+        let snapshot = knowledge.snapshot();
+        let has_left = |uid| snapshot.workload(uid).is_some_and(|workload| !workload.is_captured());
+        if untunnelled.iter().any(has_left) {
+            Ok(())
+        } else {
+            Err(Vec::new())
+        }
+    };
+    ask::until_known_within(connection, within, look).await.is_some()
 }
 
 impl Attempts<'_> {
@@ -140,11 +178,21 @@ impl Attempts<'_> {
         let shard = &connection.shard;
         let endpoint = endpoint_of_service(&route);
         let counted = workload_of(&route).map(|workload| shard.experience.count(&workload.uid));
+        let tunnelled = match &route {
+            Route::Tunnel { workload, .. } => Some(workload.uid.clone()),
+            _ => None,
+        };
         if let Some(endpoint) = &endpoint {
             self.tried.borrow_mut().push(endpoint.uid.clone());
             shard.experience.begin(&endpoint.uid, endpoint.at, Instant::now());
         }
-        let mut following = pin!(follow(connection, &source, route, shard.config.connect_timeout));
+        let mut following = pin!(async {
+            let outcome = follow(connection, &source, route, shard.config.connect_timeout).await;
+            if outcome.as_ref().is_err_and(has_no_tunnel) {
+                self.untunnelled.borrow_mut().extend(tunnelled);
+            }
+            outcome
+        });
         let patience = endpoint.is_some() && self.may_go_on();
         let outcome = match patience {
             false => following.await,
@@ -309,6 +357,11 @@ fn endpoint_of_service(route: &Route) -> Option<Endpoint> {
     };
     let uid = workload.uid.clone();
     Some(Endpoint { uid, at, is_waypoint })
+}
+
+/// Whether nobody took a tunnel there, or any more. Who answers by one is in the mesh.
+fn has_no_tunnel(failure: &Failure) -> bool {
+    matches!(failure, Failure::Open(error) if error.retryable() && !matches!(error, hbone::OpenError::Refused { .. }))
 }
 
 /// Whether another endpoint may do better.

@@ -19,7 +19,7 @@ use model::{ApplicationTunnel, ApplicationTunnelProtocol, Authority, Workload};
 use policy::Facts;
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use crate::{ask, connection::Connection, failure::Failure, pod::is_own_port, socket};
+use crate::{application, ask, connection::Connection, failure::Failure, pod::is_own_port};
 
 /// Waits until it is known that what is asked for is this workload's business, if it can come to be so.
 pub(crate) async fn wait_until_behind(connection: &Connection, own: IpAddr, asked: &Authority) -> Result<(), Failure> {
@@ -79,18 +79,15 @@ pub(crate) async fn dial(
     if is_own_port(port) {
         return Err(Failure::Loop(SocketAddr::new(own, port)));
     }
-    let (sockets, within) = (&connection.pod.sockets, connection.shard.config.connect_timeout);
     match tunnel.protocol {
         ApplicationTunnelProtocol::None => {
             let target = SocketAddr::new(own, port);
-            let socket = sockets.inbound_socket(target, connection.client.ip());
-            Ok(socket::connect(socket, target, within).await?)
+            Ok(application::dial(connection, target, connection.client.ip()).await?)
         }
         ApplicationTunnelProtocol::Proxy => {
             let loopback = loopback_of(workload);
             let target = SocketAddr::new(loopback, port);
-            let socket = sockets.inbound_socket(target, loopback);
-            let mut application = socket::connect(socket, target, within).await?;
+            let mut application = application::dial(connection, target, loopback).await?;
             let header = crate::proxy_header::encode(connection.client, asked, peer);
             let written = application.write_all(&header).await;
             written.map_err(|error| Failure::Relay(format!("the waypoint took no PROXY header: {error}")))?;

@@ -21,13 +21,14 @@ use std::{
 use hbone::{Decision, IncomingRequest, RelayEnd};
 use identity::Credentials;
 use mesh::Snapshot;
-use model::{Authority, AuthorityError, OriginalDst, PeerAddr, Workload, canonical_ip, canonical_socket};
+use model::{Authority, AuthorityError, OriginalDst, Workload, canonical_ip, canonical_socket};
 use policy::Facts;
 use socket2::SockRef;
 use telemetry::{Direction, TraceId};
 use tokio::net::TcpStream;
 
 use crate::{
+    application,
     connection::Connection,
     counters::increment,
     descriptors, distrust,
@@ -67,11 +68,11 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
     let local = client
         .local_addr()
         .map_err(|error| Failure::Relay(format!("the client's socket failed: {error}")))?;
-    let OriginalDst(target) = connection.pod.sockets.inbound_destination(
-        SockRef::from(client),
-        PeerAddr(connection.client),
-        canonical_socket(local),
-    );
+    let accepted = SockRef::from(client);
+    let OriginalDst(target) = connection
+        .pod
+        .sockets
+        .inbound_destination(accepted, canonical_socket(local));
     let target = canonical_socket(target);
     connection.known.borrow_mut().destination = Some(target);
     descriptors::spare(client)?;
@@ -113,8 +114,7 @@ fn own_workload<'a>(connection: &Connection, snapshot: &'a Snapshot) -> Result<&
 }
 
 async fn dial_application(connection: &Connection, target: SocketAddr) -> Result<TcpStream, Failure> {
-    let socket = connection.pod.sockets.inbound_socket(target, connection.client.ip());
-    Ok(socket::connect(socket, target, connection.shard.config.connect_timeout).await?)
+    Ok(application::dial(connection, target, connection.client.ip()).await?)
 }
 
 /// Carries an accepted tunnel.

@@ -26,6 +26,7 @@
 //! [`Proxy::failed`].
 
 mod accept;
+mod application;
 mod ask;
 mod attempts;
 mod config;

@@ -1,6 +1,6 @@
 //! What the proxy is given of a pod: its name in the mesh, its listeners and a way to make sockets in its network.
 
-use std::{io, net::IpAddr, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc};
 
 use model::{OriginalDst, PeerAddr, WorkloadUid};
 use socket2::SockRef;
@@ -13,7 +13,7 @@ pub trait PodSockets: Send + Sync + 'static {
 
     /// Where a plaintext connection that was steered to the inbound listener was going. With `sk_lookup` that is the
     /// accepted socket's own address.
-    fn inbound_destination(&self, _accepted: SockRef<'_>, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+    fn inbound_destination(&self, _accepted: SockRef<'_>, local: SocketAddr) -> OriginalDst {
         OriginalDst(local)
     }
 
@@ -32,8 +32,9 @@ pub trait PodSockets: Send + Sync + 'static {
         None
     }
 
-    /// The same toward the pod's application, bound to the client's address so that the application sees it.
-    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<socket2::Socket>;
+    /// The same toward the pod's application, bound to the client's address so that the application sees it, and to this
+    /// port, which others may have to other destinations. Port 0: the kernel chooses one when it connects.
+    fn inbound_socket(&self, target: SocketAddr, source: SocketAddr) -> io::Result<socket2::Socket>;
 }
 
 /// A pod's listeners, non-blocking; usually one dual-stack socket each.

@@ -4,7 +4,7 @@
 
 mod lab;
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use l4::{Config, FailureKind};
 use lab::{
@@ -46,6 +46,49 @@ async fn a_service_with_a_dead_endpoint_fails_over() {
     assert!(two.near.counters().failed_over > 0);
     assert_eq!(two.near.counters().failed(FailureKind::Tunnel), 0);
     drop(third);
+}
+
+/// Its agent has released it, and ours has not heard of it yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leaves_the_mesh_is_reached_by_who_hears_of_it_late() {
+    let mut lab = Lab::new();
+    let near = lab.proxy_with(Config {
+        second_look: Duration::from_secs(3600),
+        ..Config::default()
+    });
+    let client = lab.pod(&near, "client");
+    let address = lab.workload("leaver", TunnelProtocol::Hbone);
+    let service = lab.service("web", 80, 8080, &["leaver"]);
+    lab.publish();
+    echo(TcpListener::bind((address, 8080)).await.unwrap());
+    // What is left of its agent: who gets here is refused.
+    let released = TcpListener::bind((address, 15008)).await.unwrap();
+    let mut waiting = Vec::new();
+    for target in [SocketAddr::new(address, 8080), service] {
+        waiting.push(client.dial(target).await.unwrap());
+        drop(released.accept().await.unwrap());
+    }
+    lab.contents.workloads[1].protocol = TunnelProtocol::None;
+    lab.publish();
+    for stream in &mut waiting {
+        expect_echo(stream, b"hello").await;
+    }
+}
+
+/// Nothing is known of it that would be another way: its agent has gone, and the client hears of it soon.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_stays_in_the_mesh_is_not_reached_around_it() {
+    let mut lab = Lab::new();
+    let near = lab.proxy_with(Config {
+        second_look: Duration::from_millis(50),
+        ..Config::default()
+    });
+    let client = lab.pod(&near, "client");
+    let address = lab.workload("server", TunnelProtocol::Hbone);
+    lab.publish();
+    echo(TcpListener::bind((address, 8080)).await.unwrap());
+    expect_refused(client.dial(SocketAddr::new(address, 8080)).await).await;
+    assert_eq!(near.counters().failed(FailureKind::Tunnel), 1);
 }
 
 /// As at an address that somebody else has got since, and as with a certificate that has expired.

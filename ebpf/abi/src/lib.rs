@@ -11,7 +11,7 @@ pub use address::{Address, Endpoint};
 pub use reason::{Outcome, Reason};
 
 /// The version of every layout in this crate; maps are pinned under it.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// A number that changes with the size of any layout, for those who forget to raise [`VERSION`].
 pub const SIZES: u32 = {
@@ -22,7 +22,6 @@ pub const SIZES: u32 = {
         size_of::<Flow>(),
         size_of::<OriginalKey>(),
         size_of::<ListenerKey>(),
-        size_of::<PlaintextClient>(),
         size_of::<CounterKey>(),
         size_of::<Restore>(),
         size_of::<Dialled>(),
@@ -290,16 +289,6 @@ pub struct ListenerKey {
     pub kind: u32,
 }
 
-/// The key of `PLAINTEXT`: a client that lately came to a pod in plaintext.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct PlaintextClient {
-    /// The pod's address.
-    pub pod: Address,
-    /// The client's.
-    pub client: Address,
-}
-
 /// The key of `DNS_SERVERS`, whose values are the addresses of the name servers that pods ask.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -376,7 +365,6 @@ mod user {
         Flow,
         OriginalKey,
         ListenerKey,
-        PlaintextClient,
         CounterKey,
         DnsSlot,
         Restore,

@@ -1,16 +1,15 @@
 //! The agent's sockets inside a pod that is captured by iptables, and what conntrack tells of accepted ones.
 
 use std::{
-    collections::HashSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use abi::{CAPTURE_PORTS, DNS_PORT, HBONE_PORT, INBOUND_PORT, ListenerKind, MARK};
-use model::{OriginalDst, PeerAddr, WorkloadUid, canonical_ip, canonical_socket};
+use model::{OriginalDst, WorkloadUid, canonical_socket};
 use socket2::{Domain, SockRef, Socket};
 
 use super::conntrack;
@@ -19,16 +18,10 @@ use crate::{
     error::{CaptureError, Tried},
     netns::Netns,
     offered::{Offered, Wanted},
-    ports::PortsBeside,
-    routes::same_family,
-    sockets::{PodListeners, WhileCaptured, listen_on, name, tcp},
-    sys,
+    sockets::{PodListeners, WhileCaptured, bind_to_client, listen_on, name, tcp},
 };
 
 const CLOSING: Duration = Duration::from_millis(500);
-
-/// Clients that are remembered to have come in plaintext; beyond that all are treated as such.
-const CLIENTS: usize = 4096;
 
 /// Takes the listeners that are offered, or opens them, on exactly the ports that the rules name.
 pub(crate) fn listen(netns: &Netns, ip6: bool, mut offered: Offered) -> Result<PodListeners, CaptureError> {
@@ -82,9 +75,6 @@ struct Inner {
     netns: Netns,
     addresses: Vec<IpAddr>,
     listeners: WhileCaptured<PodListeners>,
-    in_plaintext: Mutex<HashSet<IpAddr>>,
-    /// Conntrack would take a connection with the ends of a client's own for that one, and redirect it.
-    ports_beside: PortsBeside,
 }
 
 impl IptablesPodHandle {
@@ -94,8 +84,6 @@ impl IptablesPodHandle {
             netns,
             addresses,
             listeners: WhileCaptured::new(listeners),
-            in_plaintext: Mutex::default(),
-            ports_beside: PortsBeside::default(),
         }))
     }
 
@@ -135,13 +123,8 @@ impl IptablesPodHandle {
 
     /// Where a plaintext connection to the pod was meant to go. Where that is not the pod itself, as with what a nested
     /// namespace sends through the pod, it is the listener: a loop, which is refused.
-    pub fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+    pub fn inbound_destination(&self, accepted: SockRef<'_>, local: SocketAddr) -> OriginalDst {
         let local = canonical_socket(local);
-        let mut clients = self.0.in_plaintext.lock().unwrap_or_else(PoisonError::into_inner);
-        if clients.len() < CLIENTS {
-            clients.insert(canonical_ip(peer.0.ip()));
-        }
-        drop(clients);
         let original = original(accepted, local).filter(|original| self.0.addresses.contains(&original.ip()));
         OriginalDst(original.unwrap_or(local))
     }
@@ -178,32 +161,12 @@ impl IptablesPodHandle {
         Ok(socket)
     }
 
-    /// A nonblocking socket in the pod's namespace, to dial the pod's application with from the client's address.
-    pub fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
-        let source = source.to_canonical();
-        if !same_family(target.ip(), source) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{source} can't be the source of a connection to {target}: another address family"),
-            ));
-        }
+    /// A nonblocking socket in the pod's namespace, to dial the pod's application with from the client's address and this
+    /// port. Port 0: one is chosen when it connects.
+    pub fn inbound_socket(&self, target: SocketAddr, source: SocketAddr) -> io::Result<Socket> {
         let socket = self.outbound_socket(target)?;
-        if target.is_ipv4() {
-            socket.set_ip_transparent_v4(true)?;
-        } else {
-            socket.set_ip_transparent_v6(true)?;
-        }
-        if self.comes_in_plaintext(source) && self.0.ports_beside.bind(&socket, source)? {
-            return Ok(socket);
-        }
-        sys::set_bind_address_no_port(&socket)?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
+        bind_to_client(&socket, target, source)?;
         Ok(socket)
-    }
-
-    fn comes_in_plaintext(&self, client: IpAddr) -> bool {
-        let clients = self.0.in_plaintext.lock().unwrap_or_else(PoisonError::into_inner);
-        clients.len() >= CLIENTS || clients.contains(&client)
     }
 }
 

@@ -209,6 +209,31 @@ impl Lab {
 pub const OUTSIDE4: &str = "10.78.0.2";
 pub const OUTSIDE6: &str = "fd78::2";
 
+/// From one port of the client's a connection after another, each at once after the one before, and never two.
+pub fn a_port_serves_again_but_never_two(
+    app: &mut Actor,
+    socket: impl Fn(SocketAddr) -> std::io::Result<socket2::Socket>,
+    target: SocketAddr,
+    client: SocketAddr,
+) {
+    let source = SocketAddr::new(client.ip(), 61500);
+    let dial = || connect(socket(source)?, target);
+    for _ in 0..3 {
+        let one = dial().unwrap();
+        assert_eq!(one.local_addr().unwrap().port(), 61500);
+        let two = dial().unwrap_err();
+        assert_eq!(two.kind(), std::io::ErrorKind::AddrNotAvailable, "{two}");
+        // In order, so that its end waits (TIME_WAIT).
+        drop(one);
+        app.must("l.accept()[0].close()");
+    }
+}
+
+/// That address, and whichever port the kernel chooses.
+pub fn any_port(address: &str) -> SocketAddr {
+    SocketAddr::new(address.parse().unwrap(), 0)
+}
+
 fn files_below(directory: &std::path::Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read as _, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     time::Instant,
 };
 
@@ -25,7 +25,7 @@ impl PodSockets for Network {
         None
     }
 
-    fn inbound_destination(&self, _accepted: SockRef<'_>, _peer: PeerAddr, _local: SocketAddr) -> OriginalDst {
+    fn inbound_destination(&self, _accepted: SockRef<'_>, _local: SocketAddr) -> OriginalDst {
         OriginalDst(self.0)
     }
 
@@ -35,7 +35,7 @@ impl PodSockets for Network {
         Ok(socket)
     }
 
-    fn inbound_socket(&self, target: SocketAddr, _source: IpAddr) -> io::Result<Socket> {
+    fn inbound_socket(&self, target: SocketAddr, _source: SocketAddr) -> io::Result<Socket> {
         self.outbound_socket(target)
     }
 }

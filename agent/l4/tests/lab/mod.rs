@@ -63,15 +63,15 @@ impl PodSockets for LoopbackNetwork {
         Some(OriginalDst(dialled))
     }
 
-    fn inbound_destination(&self, _accepted: SockRef<'_>, _peer: PeerAddr, local: SocketAddr) -> OriginalDst {
+    fn inbound_destination(&self, _accepted: SockRef<'_>, local: SocketAddr) -> OriginalDst {
         OriginalDst(self.steered.lock().unwrap().unwrap_or(local))
     }
 
     fn outbound_socket(&self, target: SocketAddr) -> io::Result<Socket> {
-        socket_from(self.ip, target)
+        socket_from((self.ip, 0).into(), target)
     }
 
-    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> io::Result<Socket> {
+    fn inbound_socket(&self, target: SocketAddr, source: SocketAddr) -> io::Result<Socket> {
         socket_from(source, target)
     }
 
@@ -87,11 +87,12 @@ impl PodSockets for LoopbackNetwork {
     }
 }
 
-fn socket_from(source: IpAddr, target: SocketAddr) -> io::Result<Socket> {
+fn socket_from(source: SocketAddr, target: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     if source.is_ipv4() == target.is_ipv4() {
-        socket.bind(&SocketAddr::new(source, 0).into())?;
+        socket.set_reuse_address(source.port() != 0)?;
+        socket.bind(&source.into())?;
     }
     Ok(socket)
 }
@@ -429,7 +430,7 @@ pub fn connect_by_hand(
         };
         let pool = hbone::Pool::new(std::rc::Rc::default());
         match pool
-            .open(&key, &credentials, || socket_from(ip, address), request)
+            .open(&key, &credentials, || socket_from((ip, 0).into(), address), request)
             .await
         {
             Ok(_) => 200,

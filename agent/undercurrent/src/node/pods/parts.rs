@@ -1,10 +1,6 @@
 //! What is done to a pod: captured and served, released, or only known. One attempt each; the reconciler decides.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use capture::{CapturedPod, PodSpec};
 use identity::Identities;
@@ -149,8 +145,8 @@ impl l4::PodSockets for Sockets {
         self.0.original_destination(accepted, peer, local)
     }
 
-    fn inbound_destination(&self, accepted: SockRef<'_>, peer: PeerAddr, local: SocketAddr) -> OriginalDst {
-        self.0.inbound_destination(accepted, peer, local)
+    fn inbound_destination(&self, accepted: SockRef<'_>, local: SocketAddr) -> OriginalDst {
+        self.0.inbound_destination(accepted, local)
     }
 
     fn datagram_socket(&self, target: SocketAddr) -> std::io::Result<socket2::Socket> {
@@ -165,7 +161,7 @@ impl l4::PodSockets for Sockets {
         self.0.outbound_socket(target)
     }
 
-    fn inbound_socket(&self, target: SocketAddr, source: IpAddr) -> std::io::Result<socket2::Socket> {
+    fn inbound_socket(&self, target: SocketAddr, source: SocketAddr) -> std::io::Result<socket2::Socket> {
         self.0.inbound_socket(target, source)
     }
 }

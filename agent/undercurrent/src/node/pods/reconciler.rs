@@ -1,8 +1,8 @@
 //! The task that makes this node's pods what they should be.
 //!
 //! A pod that is to leave the mesh is released only when its peers were told: its annotation goes first, and its capture
-//! when the mesh says so too, or after [`RELEASE_WITHIN`] (make before break, but a control plane that is away holds up
-//! nobody for long).
+//! [`SLOWER_PEERS`] after the mesh says so too, or after [`RELEASE_WITHIN`] (make before break, but a control plane that is
+//! away holds up nobody for long).
 //!
 //! A pod that an agent before this one had captured is taken over at once, whether there is a certificate yet or not: it
 //! runs. One that is about to start waits for it, since it must be able to talk at once.
@@ -34,6 +34,8 @@ use crate::node::{
 const RECONCILE_EVERY: Duration = Duration::from_secs(15);
 /// How long a pod that leaves the mesh stays captured, at the most, so that its peers learn of it before.
 const RELEASE_WITHIN: Duration = Duration::from_secs(5);
+/// How long peers may take longer than this node to learn that a pod has left the mesh.
+const SLOWER_PEERS: Duration = Duration::from_secs(1);
 /// What could not be done on its date is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
 /// Events that wait; the local socket serves fewer connections than that at once.
@@ -101,12 +103,27 @@ pub(super) struct Pod {
     trouble: Option<Trouble>,
     /// Known from before this agent's start, and running since.
     restored: bool,
-    /// When it should first have been released.
-    leaving: Option<Instant>,
+    leaving: Option<Leaving>,
     /// Its peers were told that it is on its way out.
     sent_away: bool,
     /// Plugins that wait, and until when.
     waiting: Vec<(oneshot::Sender<Outcome>, Instant)>,
+}
+
+/// A pod that is to be released.
+#[derive(Clone, Copy)]
+struct Leaving {
+    since: Instant,
+    /// Since when the mesh has known.
+    known: Option<Instant>,
+}
+
+impl Leaving {
+    /// When it is released, as far as is known now.
+    fn ends(self) -> Instant {
+        let latest = self.since + RELEASE_WITHIN;
+        self.known.map_or(latest, |known| latest.min(known + SLOWER_PEERS))
+    }
 }
 
 /// What the kernel and the proxy were last told of a pod.
@@ -208,7 +225,7 @@ impl Reconciler {
     /// When somebody's patience ends, or a release may wait no longer.
     fn next_date(&self) -> Option<Instant> {
         let dates = self.pods.values().flat_map(|pod| {
-            let leaving = pod.leaving.map(|since| since + RELEASE_WITHIN);
+            let leaving = pod.leaving.map(Leaving::ends);
             pod.waiting.iter().map(|(_, until)| *until).chain(leaving)
         });
         // What is overdue failed, and is tried again a little later.
@@ -513,8 +530,17 @@ impl Reconciler {
                 let captured = pod.captured_as().is_some();
                 // Of one found again it is not known here whether it is captured; the mesh may say so.
                 if captured || (pod.restored && pod.state == State::Unknown) {
-                    let since = *pod.leaving.get_or_insert_with(Instant::now);
-                    if since.elapsed() < RELEASE_WITHIN && self.parts.may_be_dialled(key, uid) {
+                    let now = Instant::now();
+                    let (since, known) = (now, None);
+                    let leaving = pod.leaving.get_or_insert(Leaving { since, known });
+                    if self.parts.may_be_dialled(key, uid) {
+                        leaving.known = None;
+                    } else {
+                        leaving.known.get_or_insert(now);
+                    }
+                    // Of one that this agent does not serve, nobody is refused any more by its release.
+                    let ready = !captured && leaving.known.is_some();
+                    if !ready && now < leaving.ends() {
                         let text = "it leaves the mesh: its peers are told before it is released";
                         return Err(Trouble::Waiting(text.to_owned()));
                     }
