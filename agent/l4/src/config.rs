@@ -32,8 +32,9 @@ pub struct Config {
     /// How long an endpoint may take to be connected to before another one is tried beside it. 2 s: a lost SYN is sent
     /// again after 1 s.
     pub patience: Duration,
-    /// How long may pass before it is known of a destination that takes no tunnel that it has left the mesh; then it is
-    /// dialled as it is now, else refused. 1 s, which is what a client waits whose destination has no agent.
+    /// How long a connection waits where what is known here may be behind: until it is known of a destination that takes no
+    /// tunnel that it has left the mesh (then it is dialled as it is now), or enough of this pod to judge who comes by a
+    /// tunnel. 1 s, which is what a client waits longer whose destination has no agent.
     pub second_look: Duration,
     /// Half-open HBONE handshakes per pod and shard; when there are more, the oldest of the source with the most is
     /// dropped.

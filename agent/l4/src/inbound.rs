@@ -5,7 +5,8 @@
 //! 15006 ─► facts without an identity ─► verdict ─► application ─► relay
 //! ```
 //! The verdict comes before the application is dialled, always. A pod that nothing is known of takes nothing
-//! (`without_knowledge_everything_is_refused`).
+//! (`without_knowledge_everything_is_refused`); where too little is known yet to decide, the connection waits for a while
+//! (`who_comes_before_the_pod_is_announced_waits`): the kubelet's probe may have found the pod ready before its own agent was told.
 //!
 //! Order and status codes of a CONNECT are ztunnel's: 400 for an authority that is malformed or somebody else's, 503 for
 //! a pod, service or port that is not known, 401 when policy denies, 503 where the policies are not known (yet) or the
@@ -16,6 +17,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
 };
 
 use hbone::{Decision, IncomingRequest, RelayEnd};
@@ -28,7 +30,7 @@ use telemetry::{Direction, TraceId};
 use tokio::net::TcpStream;
 
 use crate::{
-    application,
+    application, ask,
     connection::Connection,
     counters::increment,
     descriptors, distrust,
@@ -79,19 +81,39 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
     if is_own_port(target.port()) {
         return Err(Failure::Loop(target));
     }
-    let snapshot = connection.shard.knowledge.snapshot();
-    let workload = own_workload(connection, &snapshot)?.clone();
-    connection.learn_source(&snapshot);
-    connection.learn_destination(workload.clone(), None, None);
-    handed::refuse_proxy_port(&workload, target)?;
-    let facts = Facts {
-        identity: None,
-        aliases: Arc::new([]),
-        source: connection.client.ip(),
-        destination: target,
+    let judge = || {
+        let snapshot = connection.shard.knowledge.snapshot();
+        let workload = own_workload(connection, &snapshot)?.clone();
+        connection.learn_source(&snapshot);
+        connection.learn_destination(workload.clone(), None, None);
+        handed::refuse_proxy_port(&workload, target)?;
+        let facts = Facts {
+            identity: None,
+            aliases: Arc::new([]),
+            source: connection.client.ip(),
+            destination: target,
+        };
+        admit(connection, &snapshot, &workload, facts)
     };
-    admit(connection, &snapshot, &workload, facts)?;
+    // Who comes in plaintext has nowhere else to go.
+    judged(connection, connection.shard.config.discovery_timeout, judge).await?;
     dial_application(connection, target).await
+}
+
+/// Judges, and where too little is known yet to decide, as of a pod that started a moment ago, again when more is.
+async fn judged<T>(
+    connection: &Connection,
+    within: Duration,
+    judge: impl Fn() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let is_open = |judged: &Result<T, Failure>| matches!(judged, Err(Failure::Denied(why)) if !why.is_decided());
+    let first = judge();
+    if !is_open(&first) {
+        return first;
+    }
+    let look = || Some(judge()).filter(|judged| !is_open(judged)).ok_or_else(Vec::new);
+    let later = ask::until_known_within(connection, within, look).await;
+    later.unwrap_or(first)
 }
 
 /// Judges the connection, and lets it be judged again when knowledge changes.
@@ -288,29 +310,36 @@ impl Handler {
         let own = canonical_socket(tunnel.local_address);
         handed::wait_until_behind(connection, own.ip(), &authority).await?;
         let trust = connection.shard.identities.trust();
-        let mut facts = Facts {
+        let facts = Facts {
             identity: Some(trust.normalize(tunnel.peer.clone())),
             aliases: trust.aliases(),
             source: connection.client.ip(),
             destination: own,
         };
         handed::wait_for_waypoints(connection, &facts).await;
-        let snapshot = connection.shard.knowledge.snapshot();
-        let workload = own_workload(connection, &snapshot)?.clone();
-        connection.learn_source(&snapshot);
-        let target = target_of(&authority, own, &snapshot, &workload)?;
-        let service = connection.claimed_service(&snapshot, &workload);
-        connection.learn_destination(workload.clone(), service, Some(target));
-        if is_own_port(target.port()) {
-            return Err(Failure::NotServed(authority));
-        }
-        distrust::refuse(&connection.shard, &workload.identity(), &tunnel.proof, || {
-            tunnel.peer.clone()
-        })?;
-        connection.known.borrow_mut().proof = Some(tunnel.proof.clone());
-        facts.destination = target;
-        admit(connection, &snapshot, &workload, facts)?;
-        drop(snapshot);
+        let judge = || {
+            let snapshot = connection.shard.knowledge.snapshot();
+            let workload = own_workload(connection, &snapshot)?.clone();
+            connection.learn_source(&snapshot);
+            let target = target_of(&authority, own, &snapshot, &workload)?;
+            let service = connection.claimed_service(&snapshot, &workload);
+            connection.learn_destination(workload.clone(), service, Some(target));
+            if is_own_port(target.port()) {
+                return Err(Failure::NotServed(authority.clone()));
+            }
+            distrust::refuse(&connection.shard, &workload.identity(), &tunnel.proof, || {
+                tunnel.peer.clone()
+            })?;
+            connection.known.borrow_mut().proof = Some(tunnel.proof.clone());
+            let facts = Facts {
+                destination: target,
+                ..facts.clone()
+            };
+            admit(connection, &snapshot, &workload, facts)?;
+            Ok((workload, target))
+        };
+        // Who comes by a tunnel may try another endpoint when it is told.
+        let (workload, target) = judged(connection, connection.shard.config.second_look, judge).await?;
         match workload.application_tunnel {
             Some(way) => handed::dial(connection, &workload, way, target, own.ip(), &tunnel.peer).await,
             None => dial_application(connection, target).await,

@@ -150,6 +150,43 @@ async fn an_endpoint_whose_agent_does_not_know_its_policies_yet_is_passed_over()
     assert!(nobody.is_err(), "the application was dialled");
 }
 
+/// The pod is ready, and the control plane slower than its probe.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_before_the_pod_is_announced_waits() {
+    const NEVER: Duration = Duration::from_secs(3600);
+    let (mut lab, mut far_side) = (Lab::new(), Lab::new());
+    far_side.identities = lab.identities.clone();
+    let near = lab.proxy();
+    let far = far_side.proxy_with(Config {
+        discovery_timeout: NEVER,
+        second_look: NEVER,
+        ..Config::default()
+    });
+    let client = lab.pod(&near, "client");
+    let server = far_side.pod(&far, "server");
+    lab.contents.workloads.extend(far_side.contents.workloads.clone());
+    lab.publish();
+    let pod = far_side.contents.workloads.remove(0);
+    far_side.writer.locals().set(vec![pod.clone()]);
+    far_side.publish();
+    let listener = server.listen(8080).await;
+    let plain = server.receive_plaintext(new_address(), 8080).await.unwrap();
+    let tunnelled = client.dial(server.at(8080)).await.unwrap();
+    eventually("both have come", async || {
+        let counters = far.counters();
+        counters.inbound_plaintext == 1 && counters.inbound_streams == 1
+    })
+    .await;
+    let nobody = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
+    assert!(nobody.is_err(), "the application was dialled");
+    echo(listener);
+    far_side.contents.workloads.push(pod);
+    far_side.publish();
+    for mut stream in [plain, tunnelled] {
+        expect_echo(&mut stream, b"hello").await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn black_holes_cost_the_client_little_and_are_passed_over() {
     let mut lab = Lab::new();
