@@ -7,6 +7,7 @@ use system_tests::{Background, Kubectl, Mesh, Pod, kubectl::is_captured, machine
 scenarios![
     a_label_takes_a_running_pod_into_the_mesh_and_refuses_nobody,
     a_pod_that_leaves_and_comes_back_keeps_its_connections,
+    an_agent_that_takes_over_serves_a_pod_until_it_has_left,
     a_label_lets_a_running_pod_out_of_the_mesh,
     a_bad_policy_says_why_and_the_good_ones_work,
     strict_and_allow_are_in_force_as_kubectl_says,
@@ -68,12 +69,14 @@ fn annotated(mesh: &Mesh, kubectl: &Kubectl, comes: bool) -> Result<bool> {
 
 fn storms(mesh: &Mesh) -> Result<Vec<(String, Background)>> {
     let address = joiner(mesh).v4()?.to_string();
-    let start = |from: Pod<'_>| -> Result<_> {
-        let storm = from.start("client.py", &["storm", &address, "8001", "80", "lB1-"])?;
-        storm.next()?;
-        Ok((from.key(), storm))
-    };
+    let start = |from: Pod<'_>| Ok((from.key(), start_storm(from, &address)?));
     clients(mesh).into_iter().map(start).collect()
+}
+
+fn start_storm(from: Pod<'_>, address: &str) -> Result<Background> {
+    let storm = from.start("client.py", &["storm", address, "8001", "80", "lB1-"])?;
+    storm.next()?;
+    Ok(storm)
 }
 
 fn failures(storms: Vec<(String, Background)>) -> Result<Vec<String>> {
@@ -153,6 +156,36 @@ fn a_pod_that_leaves_and_comes_back_keeps_its_connections(mesh: &Mesh) -> Result
         let result = talk.finish()?;
         ensure!(result["end"] == "eof", "{from}: {result}");
     }
+    Ok(())
+}
+
+/// With the control plane away a pod that leaves is captured for some seconds more, and its agent is replaced in these. After
+/// the scenario above.
+fn an_agent_that_takes_over_serves_a_pod_until_it_has_left(mesh: &Mesh) -> Result<()> {
+    let Some(kubectl) = Kubectl::of(mesh, "an upgrade while a pod leaves")? else {
+        return Ok(());
+    };
+    let address = joiner(mesh).v4()?.to_string();
+    mesh.kill_control()?;
+    let [client, outside] = clients(mesh);
+    let storm = start_storm(outside, &address)?;
+    let said = mesh.node("node-2").agent_log()?;
+    label(&kubectl, "none")?;
+    said.line_with(&["it leaves the mesh", NAME])?;
+    mesh.playground(&["upgrade", "node-2"])?;
+    // Who hears of nothing goes on by tunnels.
+    let tunnelled = client.client(&["echo", &address, "8001"])?;
+    wait::until_true("its capture is gone", || {
+        let pods = mesh.node("node-2").status()?.pods;
+        Ok(pods
+            .iter()
+            .any(|pod| pod.name == NAME && !pod.captured && pod.problem.is_none()))
+    })?;
+    let failures = failures(vec![(outside.key(), storm)])?;
+    mesh.start_control()?;
+    until_captured(mesh, &kubectl, true)?;
+    ensure!(tunnelled["same"] == true, "by a tunnel: {tunnelled}");
+    ensure!(failures.is_empty(), "while its agent was replaced: {failures:?}");
     Ok(())
 }
 

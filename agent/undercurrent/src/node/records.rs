@@ -32,6 +32,9 @@ pub struct PodRecord {
     /// Whether it is yet to be captured, or known, for the first time: nobody has let it start.
     #[serde(default)]
     pub starting: bool,
+    /// Whether an agent captured it when this was last written; nothing: by one that did not say.
+    #[serde(default)]
+    pub captured: Option<bool>,
     /// Who it is, as the Kubernetes API said last; nothing where there is none.
     #[serde(default)]
     pub api: Option<ApiPod>,
@@ -126,6 +129,7 @@ mod tests {
             container_id: String::new(),
             found: false,
             starting: false,
+            captured: None,
             api: None,
         };
         records.keep(&record("a")).unwrap();

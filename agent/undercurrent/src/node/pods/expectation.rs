@@ -81,6 +81,13 @@ impl Oracle {
         }
     }
 
+    /// The pod of this record as it is captured, whether it is to be or not; nothing where that is not known.
+    pub fn captured(&self, record: &PodRecord, knowledge: &Knowledge) -> Option<Expected> {
+        let Self::Cluster(pods) = self else { return None };
+        let api = record.api.as_ref()?;
+        Some(pods.captured(record, api, &knowledge.snapshot()))
+    }
+
     /// What the API says of the pod of this record now, where that is something else than the record has.
     pub fn news(&self, record: &PodRecord) -> Option<ApiPod> {
         let Self::Cluster(pods) = self else { return None };
@@ -133,18 +140,22 @@ impl PodsOfCluster {
             let text = format!("the Kubernetes API does not know a pod {} (yet)", record.pod);
             return Err(Trouble::Waiting(text));
         };
+        Ok(match api.in_mesh {
+            true => self.captured(record, api, snapshot),
+            false => Expected::Uncaptured(self.workload(record, api).uid),
+        })
+    }
+
+    fn captured(&self, record: &PodRecord, api: &ApiPod, snapshot: &Snapshot) -> Expected {
         let workload = self.workload(record, api);
-        if !api.in_mesh {
-            return Ok(Expected::Uncaptured(workload.uid));
-        }
-        Ok(Expected::Captured {
+        Expected::Captured {
             identity: workload.identity(),
             uid: workload.uid,
             settings: PodSettings {
                 forbid_non_tcp: api.non_tcp.is_forbidden(snapshot.settings().non_tcp),
                 ..api.settings.clone()
             },
-        })
+        }
     }
 
     /// The pod as the mesh is told of it before the control plane announces it.
@@ -198,6 +209,7 @@ mod tests {
             container_id: String::new(),
             found: false,
             starting: false,
+            captured: None,
             api,
         }
     }

@@ -88,6 +88,7 @@ impl Pods {
             container_id: event.container_id,
             found: false,
             starting: true,
+            captured: None,
             api,
         };
         self.ask(|answer| Event::Added(Box::new(record), answer, until)).await

@@ -8,7 +8,7 @@ use mesh::Knowledge;
 use model::{Identity, NamespacedName, OriginalDst, PeerAddr, PodSettings, WorkloadUid};
 use socket2::SockRef;
 
-use super::expectation::{Oracle, Trouble};
+use super::expectation::{Expected, Oracle, Trouble};
 use crate::node::{handover::Link, records::PodRecord, redirection::Board};
 
 /// What the reconciler works with.
@@ -77,7 +77,21 @@ impl Parts {
         settings.dns_capture.unwrap_or(self.dns_capture)
     }
 
-    pub(super) async fn capture(
+    /// Captures and serves a pod that is expected to be so. With `served` it is already, and other settings hold.
+    pub(super) async fn take(&self, record: &PodRecord, expected: &Expected, served: bool) -> Result<(), Trouble> {
+        let Expected::Captured {
+            uid,
+            identity,
+            settings,
+        } = expected
+        else {
+            return Ok(());
+        };
+        self.identities.want(identity);
+        self.capture(record, uid, settings.clone(), served).await
+    }
+
+    async fn capture(
         &self,
         record: &PodRecord,
         uid: &WorkloadUid,

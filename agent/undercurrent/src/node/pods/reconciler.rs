@@ -4,8 +4,9 @@
 //! [`SLOWER_PEERS`] after the mesh says so too, or after [`RELEASE_WITHIN`] (make before break, but a control plane that is
 //! away holds up nobody for long).
 //!
-//! A pod that an agent before this one had captured is taken over at once, whether there is a certificate yet or not: it
-//! runs. One that is about to start waits for it, since it must be able to talk at once.
+//! A pod that an agent before this one had captured is taken over at once, whether there is a certificate yet or not, and
+//! whether it is to stay or on its way out of the mesh: it runs, and what comes to it waits for somebody to accept it. One that is
+//! about to start, or to join, waits for its certificate, since it must be able to talk at once.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -101,7 +102,7 @@ pub(super) struct Pod {
     pub(super) record: PodRecord,
     state: State,
     trouble: Option<Trouble>,
-    /// Known from before this agent's start, and running since.
+    /// Known from before this agent's start, running since, and perhaps captured.
     restored: bool,
     leaving: Option<Leaving>,
     /// Its peers were told that it is on its way out.
@@ -148,8 +149,18 @@ impl Pod {
 
     /// One from the records. It runs, unless it was let wait until now.
     fn restored(record: PodRecord) -> Self {
-        let runs = !record.starting;
-        Self::new(record, runs)
+        let restored = !record.starting && record.captured != Some(false);
+        Self::new(record, restored)
+    }
+
+    /// The record says what is done to the pod now; whether that is news.
+    fn note(&mut self) -> bool {
+        let captured = Some(self.captured_as().is_some());
+        let (was_starting, before) = (
+            std::mem::take(&mut self.record.starting),
+            std::mem::replace(&mut self.record.captured, captured),
+        );
+        was_starting || before != captured
     }
 
     fn captured_as(&self) -> Option<&Identity> {
@@ -326,6 +337,7 @@ impl Reconciler {
         }
         if let Some(before) = self.pods.get(&key) {
             record.starting &= before.record.starting;
+            record.captured = before.record.captured;
         }
         self.records
             .keep(&record)
@@ -443,8 +455,10 @@ impl Reconciler {
             self.reconcile(&key).await;
         }
         self.send_tunnels_away();
-        // One that is found now ran without any agent: it does not hold up the others.
-        let waiting = |pod: &Pod| pod.trouble.is_some() && (pod.restored || !pod.record.found);
+        // One that is found now ran without any agent: it does not hold up the others. Nor does one that is served until it
+        // has left.
+        let counts = |pod: &Pod| (pod.restored || !pod.record.found) && pod.captured_as().is_none();
+        let waiting = |pod: &Pod| pod.trouble.is_some() && counts(pod);
         let settled = self.parts.knowledge.snapshot().ready() && !self.pods.values().any(waiting);
         if settled && !self.view.settled() {
             // Whoever sees the agent ready sees its pods.
@@ -501,7 +515,9 @@ impl Reconciler {
         let trouble = match outcome {
             Ok(expected) => {
                 (pod.state, pod.leaving) = (State::Told(expected), None);
-                if std::mem::take(&mut pod.record.starting)
+                // Not captured: when it joins, it is as new.
+                pod.restored &= pod.captured_as().is_some();
+                if pod.note()
                     && let Err(error) = self.records.keep(&pod.record)
                 {
                     tracing::warn!(pod = %key, %error, "cannot keep the pod's record");
@@ -527,6 +543,16 @@ impl Reconciler {
         };
         match after {
             Expected::Uncaptured(uid) => {
+                let unserved = pod.restored && pod.state == State::Unknown && pod.record.captured == Some(true);
+                if unserved && let Some(before) = self.parts.oracle.captured(&pod.record, &self.parts.knowledge) {
+                    match self.parts.take(&pod.record, &before, false).await {
+                        Ok(()) => pod.state = State::Told(before),
+                        // It leaves all the same; what came to it meanwhile is refused.
+                        Err(trouble) => {
+                            tracing::warn!(pod = %key, why = trouble.text(), "cannot serve it until it leaves the mesh")
+                        }
+                    }
+                }
                 let captured = pod.captured_as().is_some();
                 // Of one found again it is not known here whether it is captured; the mesh may say so.
                 if captured || (pod.restored && pod.state == State::Unknown) {
@@ -552,18 +578,13 @@ impl Reconciler {
                 }
                 self.parts.know(&pod.record, uid).await
             }
-            Expected::Captured {
-                uid,
-                identity,
-                settings,
-            } => {
+            Expected::Captured { uid, identity, .. } => {
                 pod.leaving = None;
                 if !pod.restored {
                     self.parts.may_start(identity)?;
                 }
-                self.parts.identities.want(identity);
                 let served = matches!(&pod.state, State::Told(Expected::Captured { uid: served, .. }) if served == uid);
-                self.parts.capture(&pod.record, uid, settings.clone(), served).await
+                self.parts.take(&pod.record, after, served).await
             }
         }
     }

@@ -253,6 +253,7 @@ fn record(untold: UntoldPod, netns: &NamedNetns) -> PodRecord {
         container_id: String::new(),
         found: true,
         starting: false,
+        captured: None,
         api: Some(untold.api),
     }
 }
