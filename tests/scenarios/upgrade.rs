@@ -68,12 +68,12 @@ fn while_asked(mesh: &Mesh, node: &'static str, does: impl FnOnce() -> Result<St
                 "http://127.0.0.1:15020/stats/prometheus",
                 "http://127.0.0.1:15000/logging",
             ] {
-                let answer = netns::says(
-                    &netns,
-                    "curl",
-                    &["-sS", "--fail", "--max-time", "20", "-o", "/dev/null", url],
-                );
-                failed.extend(answer.err().map(|error| error.to_string()));
+                let arguments = ["-sS", "--fail", "--max-time", "20", "-o", "/dev/null", url];
+                match netns::command(&netns, "curl").args(arguments).output() {
+                    Ok(answer) if answer.status.success() => {}
+                    Ok(answer) => failed.push(format!("{url}: {}", String::from_utf8_lossy(&answer.stderr))),
+                    Err(error) => failed.push(format!("curl: {error}")),
+                }
             }
         }
         failed

@@ -269,11 +269,16 @@ async fn in_charge(
         }
     };
     let Endpoints { admin, metrics, health } = endpoints.try_clone().context("the agent's endpoints")?;
+    // A probe that comes in the middle of a take-over waits, and is not told that the pods are not there yet.
+    let healthy = async {
+        agent.view.attempted().await;
+        admin::serve_health(health, agent.clone()).await
+    };
     tokio::select! {
         never = admin::serve_socket(&socket, agent.clone()) => match never.context("the local socket")? {},
         never = admin::serve_admin(admin, agent.clone()) => match never.context("the admin endpoint")? {},
         never = admin::serve_metrics(metrics, agent.clone()) => match never.context("the metrics endpoint")? {},
-        never = admin::serve_health(health, agent.clone()) => match never.context("the readiness endpoint")? {},
+        never = healthy => match never.context("the readiness endpoint")? {},
         end = ordered => Ok(end),
     }
 }
