@@ -249,27 +249,37 @@ impl Attempts<'_> {
         }
         let destination = self.connection.lead_to(Destination::dialled(self.dialled));
         let mut late = pin!(apart(self.connection, destination, late));
-        let Some(next) = self.next_way().await else {
-            let (outcome, destination) = late.await;
-            self.connection.lead_to(destination);
-            return self.judge(outcome, endpoint.as_ref(), counted);
-        };
-        let others: Pin<Box<dyn Future<Output = _> + '_>> = Box::pin(self.run(next));
+        // Another way may have to be asked for, which takes its time, too.
+        let others: Pin<Box<dyn Future<Output = _> + '_>> = Box::pin(async {
+            match self.next_way().await {
+                Some(next) => Some(self.run(next).await),
+                None => None,
+            }
+        });
         match select(late.as_mut(), others).await {
             Either::Left(((Err(failure), destination), others)) if is_endpoints_fault(&failure) => {
-                self.remember(Failed {
+                let failed = Failed {
                     failure: failure.into(),
                     destination: destination.into(),
-                });
-                others.await.map_err(|failed| (failed, false))
+                };
+                match others.await {
+                    Some(Ok(upstream)) => Ok(upstream),
+                    Some(Err(later)) => Err((failed.or(later), false)),
+                    None => Err((failed, false)),
+                }
             }
             Either::Left(((outcome, destination), others)) => {
                 drop(others);
                 self.connection.lead_to(destination);
                 self.judge(outcome, endpoint.as_ref(), counted)
             }
-            Either::Right((Ok(upstream), _)) => Ok(upstream),
-            Either::Right((Err(failed), late)) => {
+            Either::Right((Some(Ok(upstream)), _)) => Ok(upstream),
+            Either::Right((None, late)) => {
+                let (outcome, destination) = late.await;
+                self.connection.lead_to(destination);
+                self.judge(outcome, endpoint.as_ref(), counted)
+            }
+            Either::Right((Some(Err(failed)), late)) => {
                 self.remember(failed);
                 let (outcome, destination) = late.await;
                 self.connection.lead_to(destination);

@@ -28,7 +28,7 @@ use tokio::net::TcpStream;
 use crate::{
     ask,
     attempts::try_endpoints,
-    connection::Connection,
+    connection::{Connection, Destination},
     descriptors, distrust, dns,
     failure::Failure,
     headers,
@@ -292,11 +292,8 @@ async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) 
     };
     let config = &connection.shard.config;
     let end = Instant::now() + config.connect_timeout;
-    let v4_first = connection
-        .known
-        .borrow()
-        .destination
-        .is_none_or(|dialled| dialled.is_ipv4());
+    let dialled = connection.known.borrow().destination;
+    let v4_first = dialled.is_none_or(|dialled| dialled.is_ipv4());
     let asking = tokio::time::timeout(config.connect_timeout, config.lookup.addresses(host));
     let addresses = asking.await.unwrap_or_else(|_elapsed| {
         Err(LookupError {
@@ -307,7 +304,15 @@ async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) 
     })?;
     let addresses = lookup::in_turn(addresses, v4_first);
     let own = service.as_ref().map(|service| service.key());
-    let mut first: Option<Failure> = None;
+    // Where the first that failed led, too: what is told is of one address.
+    let mut first: Option<(Failure, Destination)> = None;
+    let mut failed = |failure| {
+        let nowhere = dialled.map_or_else(Destination::default, |dialled| {
+            Destination::dialled(OriginalDst(dialled))
+        });
+        let led = connection.lead_to(nowhere);
+        first.get_or_insert((failure, led));
+    };
     for (index, ip) in addresses.iter().enumerate() {
         let left = u32::try_from(addresses.len() - index).unwrap_or(1);
         let within = end.saturating_duration_since(Instant::now()) / left;
@@ -326,13 +331,13 @@ async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) 
             Ok((_, Route::Named { .. })) => continue,
             Ok((_, of_mesh)) => of_mesh,
             Err(failure) => {
-                first.get_or_insert(failure);
+                failed(failure);
                 continue;
             }
         };
         match Box::pin(follow(connection, source, way, within)).await {
             Ok(upstream) => return Ok(upstream),
-            Err(failure) => _ = first.get_or_insert(failure),
+            Err(failure) => failed(failure),
         }
     }
     let none = || LookupError {
@@ -340,7 +345,11 @@ async fn by_name(connection: &Connection, source: &Arc<Workload>, route: Route) 
         resolver: "the node's".into(),
         reason: "none of its addresses can be connected to".to_owned(),
     };
-    Err(first.unwrap_or_else(|| none().into()))
+    let Some((failure, destination)) = first else {
+        return Err(none().into());
+    };
+    connection.lead_to(destination);
+    Err(failure)
 }
 
 async fn plain(

@@ -92,6 +92,21 @@ async fn a_name_with_a_dead_address_is_reached_by_the_next() {
     assert!(line.contains(&format!("dst.addr={address}")), "{line}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_told_of_a_name_whose_addresses_all_fail_is_of_one_of_them() {
+    let [first, second] = [new_address(), new_address()];
+    let known = Known(HashMap::from([("api.example", Ok(vec![first, second]))]));
+    let out = out(&["api.example"], 9, known);
+    expect_refused(out.client.dial(out.service).await).await;
+    let address = SocketAddr::new(first, 9);
+    out.lab.line(&[
+        "outbound",
+        "dst.workload=\"api.example\"",
+        &format!("dst.addr={address}"),
+        &format!("{address} could not be connected to"),
+    ]);
+}
+
 /// As TCP ServiceEntries are written: what they are matched by is the real address, or a range around it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_that_leads_to_its_services_own_address_is_reached_there() {
