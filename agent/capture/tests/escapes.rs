@@ -386,6 +386,43 @@ fn a_pod_that_bends_the_agents_packets_gets_nothing_out() {
     );
 }
 
+/// Where it may send nothing but TCP, and the agent may ask name servers.
+#[test]
+fn a_pod_that_bends_the_agents_questions_gets_nothing_out_and_nobody_in() {
+    let name = "a_pod_that_bends_the_agents_questions_gets_nothing_out_and_nobody_in";
+    lab::test(name, |lab| async move {
+        let mut prison = Prison::new(lab).await;
+        let (node, spec) = (&prison.node, prison.pod.spec.clone());
+        node.capture(spec, forbidding()).await.unwrap();
+        let bend = "iptables -t nat -A OUTPUT -p udp --dport 53 -j DNAT --to 10.78.0.2:9";
+        let bent = prison
+            .inmate
+            .tell(&format!("subprocess.run('{bend}'.split(), check=True)"));
+        if bent.is_err() {
+            eprintln!("not run: redirected questions: no iptables here");
+            return;
+        }
+        let target = SocketAddr::new(OUTSIDE4.parse().unwrap(), 53);
+        let asking: std::net::UdpSocket = prison.handle.datagram_socket(target).unwrap().into();
+        asking.connect(target).unwrap();
+        asking.send(b"ESCAPE").unwrap();
+        until("the redirected question is dropped", || {
+            (prison.count(Reason::Altered) > 0).then_some(())
+        });
+        prison.outside.must("u.setblocking(False)");
+        while let Ok(got) = prison.outside.tell("u.recvfrom(99)") {
+            assert!(!got.contains("ESCAPE"), "{got}");
+        }
+        let before = prison.count(Reason::NonTcpForbidden);
+        let port = asking.local_addr().unwrap().port();
+        let answer = format!("u.sendto(b'hello', ('{}', {port}))", prison.pod.ip4());
+        prison.outside.must(&answer);
+        until("who was not asked is not let in", || {
+            (prison.count(Reason::NonTcpForbidden) > before).then_some(())
+        });
+    });
+}
+
 #[test]
 fn stolen_ports_do_not_matter() {
     lab::test("stolen_ports_do_not_matter", |lab| async move {
