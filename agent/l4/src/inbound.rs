@@ -24,7 +24,7 @@ use hbone::{Decision, IncomingRequest, RelayEnd};
 use identity::Credentials;
 use mesh::Snapshot;
 use model::{Authority, AuthorityError, OriginalDst, Workload, canonical_ip, canonical_socket};
-use policy::Facts;
+use policy::{Facts, Reason};
 use socket2::SockRef;
 use telemetry::{Direction, TraceId};
 use tokio::net::TcpStream;
@@ -339,7 +339,14 @@ impl Handler {
             Ok((workload, target))
         };
         // Who comes by a tunnel may try another endpoint when it is told.
-        let (workload, target) = judged(connection, connection.shard.config.second_look, judge).await?;
+        let (workload, target) = match judged(connection, connection.shard.config.second_look, judge).await {
+            // That it has a waypoint may be what was not known before.
+            Err(Failure::Denied(Reason::PastWaypoint(..))) => {
+                handed::wait_for_waypoints(connection, &facts).await;
+                judge()?
+            }
+            judged => judged?,
+        };
         match workload.application_tunnel {
             Some(way) => handed::dial(connection, &workload, way, target, own.ip(), &tunnel.peer).await,
             None => dial_application(connection, target).await,

@@ -390,6 +390,12 @@ impl Snapshot {
             .chain(selected)
     }
 
+    /// Whether there is anything that may refuse a connection to this workload: a policy, or a waypoint that all has to come
+    /// through.
+    pub fn restricts(&self, workload: &Workload) -> bool {
+        workload.waypoint.is_some() || self.shared_policies_for(workload).next().is_some()
+    }
+
     /// Whether a connection to this workload may be, and what decided. A pod of this node that the mesh has not
     /// announced takes none, since its policies are not known; one with a waypoint takes only what came through it.
     pub fn verdict(&self, facts: &Facts, workload: &Workload) -> Verdict {

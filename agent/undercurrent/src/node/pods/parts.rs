@@ -53,6 +53,14 @@ impl Parts {
         annotated || snapshot.workload(uid).is_some_and(|workload| workload.is_captured())
     }
 
+    /// Whether what comes to the pod without an identity may be refused.
+    pub(super) fn is_restricted(&self, uid: &WorkloadUid) -> bool {
+        let snapshot = self.knowledge.snapshot();
+        snapshot
+            .workload(uid)
+            .is_some_and(|workload| snapshot.restricts(workload))
+    }
+
     pub(super) async fn know(&self, record: &PodRecord, uid: &WorkloadUid) -> Result<(), Trouble> {
         self.capture.know(spec(record, uid)).await.map_err(failed)
     }

@@ -456,8 +456,8 @@ impl Reconciler {
         }
         self.send_tunnels_away();
         // One that is found now ran without any agent: it does not hold up the others. Nor does one that is served until it
-        // has left.
-        let counts = |pod: &Pod| (pod.restored || !pod.record.found) && pod.captured_as().is_none();
+        // has left, or that goes on as it was until it can join.
+        let counts = |pod: &Pod| (pod.restored || !pod.record.found) && pod.state == State::Unknown;
         let waiting = |pod: &Pod| pod.trouble.is_some() && counts(pod);
         let settled = self.parts.knowledge.snapshot().ready() && !self.pods.values().any(waiting);
         if settled && !self.view.settled() {
@@ -549,7 +549,10 @@ impl Reconciler {
                         Ok(()) => pod.state = State::Told(before),
                         // It leaves all the same; what came to it meanwhile is refused.
                         Err(trouble) => {
-                            tracing::warn!(pod = %key, why = trouble.text(), "cannot serve it until it leaves the mesh")
+                            tracing::warn!(pod = %key, why = trouble.text(), "cannot serve it until it leaves the mesh");
+                            // Not half captured; it may not be at all.
+                            let _ = self.parts.release(&pod.record, uid).await;
+                            pod.record.captured = None;
                         }
                     }
                 }
@@ -564,8 +567,10 @@ impl Reconciler {
                     } else {
                         leaving.known.get_or_insert(now);
                     }
-                    // Of one that this agent does not serve, nobody is refused any more by its release.
-                    let ready = !captured && leaving.known.is_some();
+                    // Of one that this agent does not serve, nobody is refused any more by its release; and where not all is let
+                    // in that comes in plaintext, peers that know are refused until it is released.
+                    let lingers = captured && !self.parts.is_restricted(uid);
+                    let ready = !lingers && leaving.known.is_some();
                     if !ready && now < leaving.ends() {
                         let text = "it leaves the mesh: its peers are told before it is released";
                         return Err(Trouble::Waiting(text.to_owned()));
@@ -580,8 +585,15 @@ impl Reconciler {
             }
             Expected::Captured { uid, identity, .. } => {
                 pod.leaving = None;
-                if !pod.restored {
-                    self.parts.may_start(identity)?;
+                if !pod.restored
+                    && let Err(trouble) = self.parts.may_start(identity)
+                {
+                    if pod.state == State::Unknown && pod.record.captured == Some(false) {
+                        // It runs, and goes on as it was until it can join.
+                        self.parts.know(&pod.record, uid).await?;
+                        pod.state = State::Told(Expected::Uncaptured(uid.clone()));
+                    }
+                    return Err(trouble);
                 }
                 let served = matches!(&pod.state, State::Told(Expected::Captured { uid: served, .. }) if served == uid);
                 self.parts.take(&pod.record, after, served).await
