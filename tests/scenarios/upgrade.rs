@@ -8,8 +8,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
-use system_tests::{Mesh, Pod, netns, scenarios, suite::note, wait};
+use system_tests::{Mesh, Pod, Stopped, netns, scenarios, suite::note, wait};
 
 scenarios![
     an_upgrade_under_load_fails_no_connection,
@@ -308,30 +312,45 @@ fn memory(pid: i32) -> Result<u64> {
         .parse()?)
 }
 
-/// Killed before it serves, a new agent changes nothing: at once, and when it has been told what is held.
+/// Kills a new agent of node-1: when it has said this, else while it waits for the first word of the holder in charge. That
+/// one stands still until there is a new agent, and then the worker does, which would have to yield: the new one can't have
+/// taken over before it is killed. What the upgrade came to.
+fn killed_half_way(mesh: &Mesh, said: Option<&str>) -> Result<Result<String>> {
+    let node = mesh.node("node-1");
+    let (holder, worker, log) = (node.holder_pid()?, node.agent_pid()?, node.agent_log()?);
+    thread::scope(|scope| {
+        let mut stopped = Stopped::at(holder)?;
+        let upgrading = scope.spawn(|| mesh.playground(&["upgrade", "node-1"]));
+        let new = wait::until("a new agent is started", || {
+            Ok(node.holder_pid().ok().filter(|pid| *pid != holder))
+        })?;
+        if let Some(said) = said {
+            // From here on the holder goes on.
+            stopped = Stopped::at(worker)?;
+            log.line_with(&[said])?;
+        }
+        kill(Pid::from_raw(new), Signal::SIGKILL)?;
+        wait::until_true("the new agent is dead", || Ok(ended(new)))?;
+        drop(stopped);
+        upgrading.join().map_err(|_| anyhow::anyhow!("the thread panicked"))
+    })
+}
+
+/// Killed before it serves, a new agent changes nothing: at once, when it has been told what is held, and when it is ready.
 fn an_agent_that_cannot_take_over_leaves_the_other_in_charge(mesh: &Mesh) -> Result<()> {
     let node = mesh.node("node-1");
     let address = server(mesh).v4()?.to_string();
     let (holder, worker) = (node.holder_pid()?, node.agent_pid()?);
     let storm = client(mesh).start("client.py", &["storm", &address, "8001", "60", "half-way", PATIENCE])?;
     storm.next()?;
-    for told in [false, true] {
-        let log = node.agent_log()?;
-        let upgraded = thread::scope(|scope| {
-            let upgrading = scope.spawn(|| mesh.playground(&["upgrade", "node-1"]));
-            let new = wait::until("a new agent is started", || {
-                Ok(node.holder_pid().ok().filter(|pid| *pid != holder))
-            })?;
-            if told {
-                log.line_with(&["taking over from it"])?;
-            }
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(new), nix::sys::signal::Signal::SIGKILL)?;
-            Ok::<_, anyhow::Error>(upgrading.join())
-        })?;
-        let upgraded = upgraded.map_err(|_| anyhow::anyhow!("the thread panicked"))?;
-        ensure!(upgraded.is_err(), "a new agent that was killed took over");
+    for said in [None, Some("taking over from it"), Some("ready to take over")] {
+        let upgraded = killed_half_way(mesh, said)?;
+        let why = upgraded.err().context("a new agent that was killed took over")?;
+        ensure!(why.to_string().contains("the former one goes on"), "{why}");
+        // Who had yielded answers again in a moment.
+        let answers = wait::until("an agent is in charge", || Ok(node.agent_pid().ok()))?;
         ensure!(
-            node.agent_pid()? == worker && node.holder_pid()? == holder && !ended(holder),
+            answers == worker && node.holder_pid()? == holder && !ended(holder),
             "the former agent is not in charge"
         );
     }

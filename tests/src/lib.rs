@@ -7,6 +7,7 @@
 //!       ├ Kubectl: a stock kubectl with the playground's kubeconfig
 //!       ├ Capture: every frame on the fabric      tcpdump, bracketed by a packet of our own: nothing is missed
 //!       ├ Api: the API without a program between    and when every agent has what it says
+//!       ├ Stopped: a process that stands still   and goes on in any case
 //!       └ Peer: a forged HBONE client             from inside any network namespace
 //! ```
 //! It knows the product by its outside alone: command line, files of the state directory, the agent's local socket,
@@ -31,6 +32,7 @@ pub mod mesh;
 pub mod netns;
 pub mod oracle;
 pub mod pod;
+pub mod stopped;
 pub mod suite;
 pub mod wait;
 
@@ -40,4 +42,5 @@ pub use kubectl::Kubectl;
 pub use leftovers::Leftovers;
 pub use mesh::Mesh;
 pub use pod::{Background, Pod};
+pub use stopped::Stopped;
 pub use suite::Scenario;
