@@ -1,11 +1,11 @@
 //! What a person does with kubectl: workloads come, change, grow and go while they are used, each pod captured before it
 //! starts.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use system_tests::{Kubectl, Mesh, Pod, kubectl::is_captured, machine, netns, scenarios, wait};
+use system_tests::{Api, Kubectl, Mesh, Pod, kubectl::is_captured, machine, netns, scenarios, wait};
 
 scenarios![
     an_applied_deployment_is_captured_and_found_by_its_services_name,
@@ -16,6 +16,9 @@ scenarios![
     a_deleted_deployment_leaves_nothing_behind,
     a_pod_does_not_start_before_its_node_has_an_agent,
 ];
+
+/// What takes as long as the grace of a pod, or as a CNI plugin's patience with an agent that is not there.
+const LONGER: Duration = Duration::from_secs(60);
 
 /// A Deployment whose pods answer until the end of their grace, as a server does that lets its clients go in order: who
 /// routes to them learns meanwhile that they are on their way out.
@@ -30,7 +33,7 @@ spec:
   template:
     metadata: {{labels: {{app: web, version: {version}}}}}
     spec:
-      terminationGracePeriodSeconds: 2
+      terminationGracePeriodSeconds: 10
       containers:
       - name: server
         command: [sh, -c, "trap '' TERM; exec {python} {scripts}/server.py"]
@@ -96,6 +99,12 @@ fn an_applied_deployment_is_captured_and_found_by_its_services_name(mesh: &Mesh)
         // It runs, so the agent had agreed; that peers may tunnel to it is said as soon as it is so.
         kubectl.until("the pod's capture is told", &["pod", "-n", "apps", pod], is_captured)?;
     }
+    // Before, a connection may be told of otherwise.
+    Api::of(mesh)?.until_in_force(&[
+        ("Pod", "/api/v1/pods"),
+        ("Service", "/api/v1/services"),
+        ("EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices"),
+    ])?;
     let log = mesh.node("node-1").access_log()?;
     for (from, name) in clients(mesh).into_iter().zip(["web", "web.apps.svc.cluster.local"]) {
         wait::until_true(&format!("{name} answers {}", from.key()), || {
@@ -165,7 +174,8 @@ fn a_scaled_deployment_is_served_by_all_of_its_pods(mesh: &Mesh) -> Result<()> {
     // Fewer, under load: nobody is sent to those that go.
     under_load(mesh, || {
         kubectl.says(&["scale", "-n", "apps", "deployment/web", "--replicas=2"])?;
-        kubectl.until("two pods are left", &["pods", "-n", "apps", "-l", "app=web"], |pods| {
+        let pods = ["pods", "-n", "apps", "-l", "app=web"];
+        kubectl.until_within(LONGER, "two pods are left", &pods, |pods| {
             pods["items"].as_array().is_some_and(|pods| pods.len() == 2)
         })
     })?;
@@ -201,11 +211,10 @@ fn a_rollout_fails_no_connection(mesh: &Mesh) -> Result<()> {
     under_load(mesh, || {
         kubectl.apply(&(deployment(2, "two") + SERVICE))?;
         rolled_out(&kubectl)?;
-        kubectl.until(
-            "the old pods are gone",
-            &["pods", "-n", "apps", "-l", "version=one"],
-            |pods| pods["items"].as_array().is_some_and(Vec::is_empty),
-        )
+        let old = ["pods", "-n", "apps", "-l", "version=one"];
+        kubectl.until_within(LONGER, "the old pods are gone", &old, |pods| {
+            pods["items"].as_array().is_some_and(Vec::is_empty)
+        })
     })?;
     let after = kubectl.pods("apps", "app=web")?;
     ensure!(
@@ -231,7 +240,9 @@ fn a_deleted_pod_ends_its_connections_and_no_others(mesh: &Mesh) -> Result<()> {
     };
     let (ends, mut lives) = (watch(gone)?, watch(kept)?);
     kubectl.says(&["delete", "pod", "-n", "apps", gone])?;
-    let end = ends.next().context("a connection to a pod that is gone hangs")?;
+    let end = ends
+        .next_within(LONGER)
+        .context("a connection to a pod that is gone hangs")?;
     ensure!(end["end"].is_string(), "{end}");
     ensure!(!lives.ended()?, "a connection to another pod ended, too");
     rolled_out(&kubectl)?;
@@ -260,7 +271,7 @@ fn a_deleted_deployment_leaves_nothing_behind(mesh: &Mesh) -> Result<()> {
     kubectl.says(&["delete", "-n", "apps", "deployment/web", "service/web"])?;
     for kind in ["pods", "replicasets", "endpointslices"] {
         let what = format!("no {kind} of it are left");
-        kubectl.until(&what, &[kind, "-n", "apps"], |all| {
+        kubectl.until_within(LONGER, &what, &[kind, "-n", "apps"], |all| {
             let all = all["items"].as_array().into_iter().flatten();
             all.filter(|one| text(one, "/metadata/name").starts_with("web")).count() == 0
         })?;
@@ -293,14 +304,17 @@ fn a_pod_does_not_start_before_its_node_has_an_agent(mesh: &Mesh) -> Result<()> 
         return Ok(());
     };
     mesh.node("node-2").kill_agent()?;
-    kubectl.apply(LONER)?;
+    let applied = kubectl.apply(LONER);
     let args = ["pod", "-n", "apps", "loner"];
-    kubectl.until("the pod says what it waits for", &args, |pod| {
+    let waits = kubectl.until_within(LONGER, "the pod says what it waits for", &args, |pod| {
         text(pod, "/status/phase") == "Pending" && text(pod, "/status/message").contains("CNI")
-    })?;
-    let said = kubectl.says(&["describe", "pod", "-n", "apps", "loner"])?;
-    ensure!(said.contains("CNI") && said.contains("agent"), "no reason: {said}");
+    });
+    let said = kubectl.says(&["describe", "pod", "-n", "apps", "loner"]);
     mesh.node("node-2").start_agent()?;
+    applied?;
+    waits?;
+    let said = said?;
+    ensure!(said.contains("CNI") && said.contains("agent"), "no reason: {said}");
     kubectl.until("the pod runs, and is captured", &args, |pod| {
         text(pod, "/status/phase") == "Running" && is_captured(pod)
     })?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
-use system_tests::{Kubectl, Mesh, Pod, kubectl::is_captured, machine, scenarios, suite, wait};
+use system_tests::{Api, Kubectl, Mesh, Pod, kubectl::is_captured, machine, scenarios, suite, wait};
 
 scenarios![
     a_dead_endpoint_is_never_noticed,
@@ -215,6 +215,7 @@ fn a_pod_that_is_given_the_address_of_another_is_reached_at_once(mesh: &Mesh) ->
     // Of the same service account, and so of the same identity.
     apply(&kubectl, &pod("heir-two", "heir", "node-2", true), &["heir-two"])?;
     let of_heir = mesh.pod("apps", "heir-two").v4()?.to_string();
+    Api::of(mesh)?.until_in_force(&[("Pod", "/api/v1/pods")])?;
     let log = mesh.node("node-1").access_log()?;
     ensure!(
         who_answers(client(mesh), &of_heir)? == of_heir,

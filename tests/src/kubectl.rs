@@ -5,6 +5,7 @@ use std::{
     fs,
     io::Write,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -74,9 +75,20 @@ impl Kubectl {
     }
 
     /// Waits until what `kubectl get ... -o json` says fulfils the condition; says what it was if it does not.
-    pub fn until(&self, what: &str, arguments: &[&str], mut condition: impl FnMut(&Value) -> bool) -> Result<Value> {
+    pub fn until(&self, what: &str, arguments: &[&str], condition: impl FnMut(&Value) -> bool) -> Result<Value> {
+        self.until_within(wait::LONG, what, arguments, condition)
+    }
+
+    /// As [`Self::until`], with a deadline of its own.
+    pub fn until_within(
+        &self,
+        limit: Duration,
+        what: &str,
+        arguments: &[&str],
+        mut condition: impl FnMut(&Value) -> bool,
+    ) -> Result<Value> {
         let mut last = Value::Null;
-        let found = wait::until(what, || {
+        let found = wait::until_within(limit, what, || {
             last = self.get(arguments)?;
             Ok(condition(&last).then(|| last.clone()))
         });
