@@ -2,7 +2,8 @@
 
 A line of standard input is a JSON list of `[name, address]`: from then on these. Each connection sends the marker to port
 8014 and is told who answers. One line of JSON for each: when it was begun and over (CLOCK_MONOTONIC, milliseconds), the
-target's name, who answered or null, how it failed or null, and the address that it came from.
+target's name, who answered or null, how it failed or null, and the address that it came from. And one, an object, for each
+line of standard input: what is begun from then on is to its targets.
 """
 
 import errno
@@ -57,13 +58,12 @@ def attempt(address, marker, out):
 
 def dial(marker):
     while not finished.is_set():
-        known = targets
+        begun, known = now(), targets
         if not known:
             time.sleep(0.01)
             continue
         name, address = random.choice(known)
         out, answered, failed = {}, None, None
-        begun = now()
         try:
             answered = attempt(address, marker, out)
         except OSError as error:

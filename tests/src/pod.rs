@@ -163,11 +163,14 @@ impl Background {
 
     /// As [`Self::next`], with a deadline of its own.
     pub fn next_within(&self, limit: Duration) -> Result<Value> {
-        let line = self
-            .lines
-            .recv_timeout(limit)
-            .with_context(|| format!("{} said nothing", self.what))?;
+        let line = self.next_line(limit)?;
         serde_json::from_str(&line).with_context(|| format!("{} said {line:?}", self.what))
+    }
+
+    /// The next line that it prints.
+    pub fn next_line(&self, limit: Duration) -> Result<String> {
+        let line = self.lines.recv_timeout(limit);
+        line.with_context(|| format!("{} said nothing", self.what))
     }
 
     /// A line that it has printed by now, if there is one.

@@ -24,6 +24,7 @@ pub(super) struct Attempt {
 }
 
 impl Attempt {
+    /// None: the line is of something else.
     pub(super) fn of(client: &'static str, line: &str) -> Result<Option<Self>> {
         let value: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
         let Some(fields) = value.as_array() else {

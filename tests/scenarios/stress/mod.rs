@@ -38,6 +38,10 @@ const SERVERS: [(&str, &str); 2] = [("s0", "node-1"), ("s1", "node-2")];
 /// These come and go.
 const GUESTS: [(&str, &str); 2] = [("g0", "node-2"), ("g1", "node-1")];
 const ROLLED: &str = "web";
+/// Seconds that a pod of it serves on once it is deleted: connections that are under way then are to have ended.
+const GRACE: u64 = 15;
+/// What takes as long as a pod's grace, and what else has its time on a busy machine.
+const LONGER: Duration = Duration::from_secs(60);
 /// Client, its namespace, its node, and what it sends.
 const CLIENTS: [(&str, &str, &str, &str); 4] = [
     ("friend", SPACE, "node-1", "sT8-in-the-mesh-"),
@@ -160,7 +164,7 @@ impl<'m> Stress<'m> {
         let labels = json!({"app": ROLLED});
         let spec = json!({"replicas": 2, "selector": {"matchLabels": labels}, "template": {
             "metadata": {"labels": labels},
-            "spec": {"terminationGracePeriodSeconds": 3, "containers": [serving()]}}});
+            "spec": {"terminationGracePeriodSeconds": GRACE, "containers": [serving()]}}});
         let metadata = metadata(SPACE, ROLLED);
         let deployment = json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec});
         self.api
@@ -190,14 +194,16 @@ impl<'m> Stress<'m> {
     }
 
     fn until_rolled(&self) -> Result<()> {
-        wait::until_true("the deployment is rolled out", || self.is_rolled())
+        wait::until_within(LONGER, "the deployment is rolled out", || {
+            Ok(self.is_rolled()?.then_some(()))
+        })
     }
 
     /// Starts the clients, once everybody answers.
     fn connect(&mut self, seconds: u64) -> Result<()> {
         self.api
             .until_in_force(&[("Pod", "/api/v1/pods"), ("Service", "/api/v1/services")])?;
-        let limit = (seconds + 90).to_string();
+        let limit = (seconds + 180).to_string();
         for (name, space, _, marker) in CLIENTS {
             let client = self
                 .mesh
@@ -208,7 +214,7 @@ impl<'m> Stress<'m> {
         self.aim()
     }
 
-    /// Tells the clients whom to dial.
+    /// Tells the clients whom to dial; returns when none begins to dial anybody else.
     fn aim(&mut self) -> Result<()> {
         let mut targets = vec![json!([ROLLED, "web.stress.svc.cluster.local"]); 4];
         let guests = GUESTS.iter().filter(|(name, _)| self.guests.contains(name));
@@ -220,6 +226,12 @@ impl<'m> Stress<'m> {
         let line = Value::from(targets).to_string();
         for (_, client) in &mut self.clients {
             client.say(&line)?;
+        }
+        for (name, client) in &self.clients {
+            // Attempts, up to the line that says that it has heard.
+            while let Some(attempt) = Attempt::of(name, &client.next_line(wait::LONG)?)? {
+                self.attempts.push(attempt);
+            }
         }
         Ok(())
     }
@@ -385,7 +397,9 @@ impl<'m> Stress<'m> {
         }
         for space in [SPACE, ROAMING] {
             let path = format!("/api/v1/namespaces/{space}");
-            wait::until_true(&format!("{space} is gone"), || Ok(!self.api.is_there(&path)?))?;
+            wait::until_within(LONGER, &format!("{space} is gone"), || {
+                Ok((!self.api.is_there(&path)?).then_some(()))
+            })?;
         }
         Ok(())
     }
