@@ -87,14 +87,20 @@ async fn shake(address: SocketAddr, config: ClientConfig) -> Result<(), std::io:
 
 /// What the server says of one connection that `attack` makes.
 async fn server_says<T>(attack: impl AsyncFnOnce(SocketAddr) -> T) -> (TunnelError, T) {
-    let pair = Pair::with(
-        Config::default(),
-        Config {
-            handshake_timeout: Duration::from_millis(400),
-            ..Config::default()
-        },
-    )
-    .await;
+    says(Config::default(), attack).await
+}
+
+/// Gives up who does not shake hands, and not before one that does has had its time on a busy machine.
+fn impatient() -> Config {
+    Config {
+        handshake_timeout: Duration::from_secs(2),
+        ..Config::default()
+    }
+}
+
+/// As [`server_says`], of a server with this configuration.
+async fn says<T>(config: Config, attack: impl AsyncFnOnce(SocketAddr) -> T) -> (TunnelError, T) {
+    let pair = Pair::with(Config::default(), config).await;
     let result = attack(pair.server.address).await;
     let seen = &pair.server.seen;
     seen.until("the tunnel's end", |seen| !seen.tunnel_ends.borrow().is_empty())
@@ -134,7 +140,7 @@ fn what_is_not_tls_is_named() {
 #[test]
 fn a_half_open_handshake_is_given_up() {
     run(async {
-        let (error, _socket) = server_says(async |at| {
+        let (error, _socket) = says(impatient(), async |at| {
             let mut socket = TcpStream::connect(at).await.unwrap();
             socket.write_all(&[22, 3, 1]).await.unwrap();
             socket
@@ -151,11 +157,7 @@ fn a_half_open_handshake_is_given_up() {
 fn a_tunnel_that_never_speaks_http2_is_given_up() {
     run(async {
         let mesh = Mesh::new();
-        let config = Config {
-            handshake_timeout: Duration::from_millis(300),
-            ..Config::default()
-        };
-        let server = common::server(&*mesh.credentials(SERVER).await, &Rc::new(config)).await;
+        let server = common::server(&*mesh.credentials(SERVER).await, &Rc::new(impatient())).await;
         let tls = mesh.credentials(CLIENT).await.client_config(&[SERVER.parse().unwrap()]);
         let socket = TcpStream::connect(server.address).await.unwrap();
         let name = ServerName::IpAddress(server.address.ip().into());

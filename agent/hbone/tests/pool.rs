@@ -8,7 +8,7 @@ use std::{cell::Cell, net::SocketAddr, rc::Rc, time::Duration};
 
 use common::{CLIENT, Pair, Seen, echo, run, socket_pair, within};
 use futures_util::future::join_all;
-use hbone::{Config, DrainMode, OpenError, RelayError, Standing};
+use hbone::{Config, DrainMode, HandshakeError, OpenError, RelayError, Standing};
 use proptest::prelude::*;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -186,18 +186,35 @@ fn a_failed_dial_fails_everyone_who_waited_and_nobody_later() {
 fn a_peer_that_does_not_answer_times_out() {
     run(async {
         let config = Config {
-            handshake_timeout: Duration::from_millis(200),
             response_timeout: Duration::from_millis(200),
             ..Config::default()
         };
-        let mut pair = with_echo(config, Config::default()).await;
+        let pair = with_echo(config, Config::default()).await;
         pair.server.stalls.set(true);
         assert!(matches!(pair.open().await, Err(OpenError::ResponseTimeout(_))));
         assert_eq!(pair.streams(), 0);
+        assert_eq!(pair.pool.tunnels().len(), 1);
+    });
+}
+
+#[test]
+fn a_peer_that_does_not_shake_hands_times_out() {
+    run(async {
+        let config = Config {
+            handshake_timeout: Duration::from_millis(200),
+            ..Config::default()
+        };
+        let mut pair = with_echo(config, Config::default()).await;
         let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
         pair.key.address = mute.local_addr().unwrap();
-        assert!(matches!(pair.open().await, Err(OpenError::Handshake { .. })));
-        assert!(pair.pool.tunnels().len() == 1);
+        assert!(matches!(
+            pair.open().await,
+            Err(OpenError::Handshake {
+                source: HandshakeError::Timeout(_),
+                ..
+            })
+        ));
+        assert!(pair.pool.tunnels().is_empty());
     });
 }
 
@@ -391,15 +408,19 @@ fn an_idle_tunnel_is_closed() {
     });
 }
 
+/// Notices soon that a peer has vanished, and not before one that lives has had its time on a busy machine.
+fn impatient() -> Config {
+    Config {
+        ping_interval: Duration::from_millis(50),
+        ping_timeout: Duration::from_secs(2),
+        ..Config::default()
+    }
+}
+
 #[test]
 fn a_peer_that_vanishes_is_noticed_by_each_side() {
     run(async {
-        let impatient = Config {
-            ping_interval: Duration::from_millis(50),
-            ping_timeout: Duration::from_millis(100),
-            ..Config::default()
-        };
-        let mut pair = with_echo(impatient.clone(), impatient).await;
+        let mut pair = with_echo(impatient(), impatient()).await;
         let mode = Rc::new(Cell::new(Middle::Pass));
         pair.key.address = middle(pair.server.address, mode.clone()).await;
         let stream = pair.open().await.unwrap();
@@ -408,7 +429,7 @@ fn a_peer_that_vanishes_is_noticed_by_each_side() {
         client.write_all(b"ping").await.unwrap();
         client.read_exact(&mut [0; 4]).await.unwrap();
         // Longer than both times: PINGs keep it alive.
-        tokio::time::sleep(Duration::from_millis(400)).await;
+        tokio::time::sleep(impatient().ping_timeout + Duration::from_millis(500)).await;
         assert_eq!(pair.streams(), 1);
         mode.set(Middle::Swallow);
         let end = within("the relay's end", relay).await.unwrap();
@@ -423,17 +444,12 @@ fn a_peer_that_vanishes_is_noticed_by_each_side() {
 #[test]
 fn a_stream_of_a_peer_that_vanished_ends_as_broken() {
     run(async {
-        let impatient = Config {
-            ping_interval: Duration::from_millis(50),
-            ping_timeout: Duration::from_millis(100),
-            ..Config::default()
-        };
-        let mut pair = with_echo(Config::default(), impatient).await;
+        let mut pair = with_echo(Config::default(), impatient()).await;
         let mode = Rc::new(Cell::new(Middle::Pass));
         pair.key.address = middle(pair.server.address, mode.clone()).await;
         let _stream = pair.open().await.unwrap();
         mode.set(Middle::Swallow);
-        broke(&pair.server.seen, "the peer did not answer a PING in 100ms").await;
+        broke(&pair.server.seen, "the peer did not answer a PING in 2s").await;
     });
 }
 

@@ -181,18 +181,6 @@ async fn until_frame(io: &mut (impl AsyncRead + Unpin), kind: u8, stream: u32) -
     .await
 }
 
-/// All frames until the server closes or is silent.
-async fn answers(io: &mut DuplexStream) -> Vec<(u8, u32, Vec<u8>)> {
-    let mut frames = Vec::new();
-    let read = async {
-        while let Some(frame) = read_frame(io).await {
-            frames.push(frame);
-        }
-    };
-    let _ = tokio::time::timeout(std::time::Duration::from_millis(200), read).await;
-    frames
-}
-
 #[test]
 fn a_connect_with_scheme_or_path_is_a_protocol_error_of_its_stream() {
     run(async {
@@ -202,11 +190,8 @@ fn a_connect_with_scheme_or_path_is_a_protocol_error_of_its_stream() {
             let mut bytes = preface();
             bytes.extend(frame(1, 4, 1, &headers(&fields)));
             io.write_all(&bytes).await.unwrap();
-            let reset = answers(&mut io)
-                .await
-                .into_iter()
-                .find(|(kind, stream, _)| (*kind, *stream) == (3, 1));
-            assert_eq!(reset.unwrap().2, [0, 0, 0, 1], "{extra:?}");
+            let reset = until_frame(&mut io, 3, 1).await;
+            assert_eq!(reset, [0, 0, 0, 1], "{extra:?}");
         }
     });
 }
@@ -216,19 +201,15 @@ fn settings_are_those_of_a_ztunnel() {
     run(async {
         let (mut io, _served, _) = plain_server(Config::default());
         io.write_all(&preface()).await.unwrap();
-        let frames = answers(&mut io).await;
-        let (_, _, settings) = frames.iter().find(|(kind, ..)| *kind == 4).unwrap();
+        let settings = until_frame(&mut io, 4, 0).await;
         let mut settings: Vec<_> = settings
             .chunks(6)
             .map(|entry| (entry[1], u32::from_be_bytes([entry[2], entry[3], entry[4], entry[5]])))
             .collect();
         settings.sort_unstable();
         assert_eq!(settings, [(3, 200), (4, 4_194_304), (5, 1_048_576), (6, 65_536)]);
-        let (_, _, window) = frames
-            .iter()
-            .find(|(kind, stream, _)| (*kind, *stream) == (8, 0))
-            .unwrap();
-        assert_eq!(window[..], 16_711_681u32.to_be_bytes());
+        let window = until_frame(&mut io, 8, 0).await;
+        assert_eq!(window, 16_711_681u32.to_be_bytes());
     });
 }
 
@@ -424,7 +405,7 @@ fn a_thousand_half_open_handshakes_harm_nobody() {
     run(async {
         let mesh = Mesh::new();
         let config = Rc::new(Config {
-            handshake_timeout: std::time::Duration::from_millis(500),
+            handshake_timeout: std::time::Duration::from_secs(5),
             ..Config::default()
         });
         let server = common::server(&*mesh.credentials(SERVER).await, &config).await;
