@@ -193,9 +193,9 @@ fn switch(mesh: &Mesh, way: &str) -> Result<()> {
     let marker = "wAy0fCaPtUrE-";
     let packets = Capture::on_fabric()?;
     let address = mesh.pod("mesh", "server").v4()?.to_string();
-    let storm: Background = mesh
-        .pod("mesh", "client")
-        .start("client.py", &["storm", &address, "8001", "100", marker])?;
+    let storm: Background =
+        mesh.pod("mesh", "client")
+            .start_for("130", "client.py", &["storm", &address, "8001", "100", marker])?;
     storm.next()?;
     mesh.capture_by(way)?;
     ensure!(ways(mesh)? == [way, way], "{:?}", ways(mesh)?);

@@ -1,7 +1,8 @@
 //! Ways out of a pod, tried as root in it with CAP_NET_RAW and CAP_NET_ADMIN: none leads TCP past the mesh.
 //!
 //! The judge is outside: a capture on the fabric and one in a pod beside the attacker. Every way has a text and a range
-//! of source ports (above 61000, where no agent dials from) of its own. A text addressed to a pod of the mesh must not
+//! of source ports of its own, above 61000: from there agents dial the applications, but not what is outside of a pod. A
+//! text addressed to a pod of the mesh must not
 //! be seen at all; to a pod outside the mesh the agent passes it on in plaintext, and then from a port of its own.
 
 use std::net::IpAddr;
@@ -83,9 +84,15 @@ fn targets(mesh: &Mesh) -> Result<(Vec<String>, Vec<String>)> {
     Ok((inside, strings(outside.concat())))
 }
 
+/// Tries a way; what gets no answer is given up soon.
 fn try_way(from: Pod<'_>, way: &str, text: &str, targets: &[String]) -> Result<Value> {
+    try_for("1", from, way, text, targets)
+}
+
+/// As [`try_way`], with so many seconds for each answer.
+fn try_for(seconds: &str, from: Pod<'_>, way: &str, text: &str, targets: &[String]) -> Result<Value> {
     let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
-    from.script("escape.py", &[&[way, text], &targets[..]].concat())
+    from.script("escape.py", &[&[seconds, way, text], &targets[..]].concat())
 }
 
 /// What was seen outside of the pod while something was tried.
@@ -107,7 +114,7 @@ fn watched(mesh: &Mesh, work: impl FnOnce() -> Result<()>) -> Result<Seen> {
     })
 }
 
-/// Source ports that only an attacker uses.
+/// Source ports that only an attacker uses, of what is seen outside of the pods.
 const FROM_ATTACKERS: &str = "tcp and src portrange 61000-61999";
 
 impl Seen {
@@ -243,7 +250,7 @@ fn a_captured_socket_reaches_its_peer_through_the_mesh(mesh: &Mesh) -> Result<()
         "io_uring",
     ] {
         for (text, targets) in [(text(way, true), &inside), (text(way, false), &outside)] {
-            let result = try_way(attacker(mesh), way, &text, targets)?;
+            let result = try_for("20", attacker(mesh), way, &text, targets)?;
             for (target, outcome) in result.as_object().context("not an object")? {
                 let fine = *outcome == "echo" || *outcome == "not for IPv6";
                 ensure!(fine, "{way} to {target}: {outcome}");

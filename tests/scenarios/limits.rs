@@ -279,7 +279,10 @@ fn urgent_shards(node: &Node<'_>) -> Result<BTreeSet<u64>> {
     const SCHED_RR: &str = "2";
     let mut urgent = BTreeSet::new();
     for task in std::fs::read_dir(format!("/proc/{}/task", node.agent_pid()?))? {
-        let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+        let Ok(stat) = std::fs::read_to_string(task?.path().join("stat")) else {
+            // The thread has ended meanwhile.
+            continue;
+        };
         let (name, after) = stat.rsplit_once(')').context("no name")?;
         let policy = after.split_whitespace().nth(38).context("no policy")?;
         if let Some((_, index)) = name.split_once("(shard-").filter(|_| policy == SCHED_RR) {

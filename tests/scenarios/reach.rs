@@ -170,8 +170,9 @@ fn iperf3_works(mesh: &Mesh) -> Result<()> {
 fn large_datagrams_pass_in_fragments(mesh: &Mesh) -> Result<()> {
     let datagram = "d".repeat(20_000);
     for address in server(mesh).addresses()? {
-        let result = client(mesh).client(&["udp", &text(address), "8012", &datagram])?;
-        ensure!(result["answered"] == true, "{result}");
+        wait::until_true(&format!("a large datagram to {address} is answered"), || {
+            Ok(client(mesh).client(&["udp", &text(address), "8012", &datagram])?["answered"] == true)
+        })?;
     }
     Ok(())
 }
@@ -201,8 +202,10 @@ fn udp_and_icmp_work_as_before(mesh: &Mesh) -> Result<()> {
         mesh.pod("outside", "near"),
     ] {
         for address in to.addresses()? {
-            ensure!(udp(client(mesh), address)?, "UDP to {address} is not answered");
-            ensure!(ping(client(mesh), address)?, "ICMP to {address} is not answered");
+            wait::until_true(&format!("UDP to {address} is answered"), || udp(client(mesh), address))?;
+            wait::until_true(&format!("ICMP to {address} is answered"), || {
+                ping(client(mesh), address)
+            })?;
         }
     }
     Ok(())

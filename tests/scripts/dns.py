@@ -163,7 +163,8 @@ def storm(server, name):
     print("{}", flush=True)
     while not finished.is_set():
         with socket.socket(family(server), socket.SOCK_DGRAM) as sock:
-            sock.settimeout(3)
+            # Longer than any answer takes on a busy machine, and short enough to be told of.
+            sock.settimeout(15)
             try:
                 sock.connect((server, 53))
                 sock.send(query(name, "A"))

@@ -1,8 +1,9 @@
-"""Ways out of a pod that do not go through the mesh, tried as root in the pod: `escape.py WAY TEXT TARGET ...`.
+"""Ways out of a pod that do not go through the mesh, tried as root in the pod: `escape.py PATIENCE WAY TEXT TARGET ...`.
 
-Every way sends TEXT to port 8001 of every target, from a source port of its own above 61000, which no agent uses: a
-packet with such a port, or with TEXT in it, that is seen outside of the pod has escaped. What is printed is what each
-attempt came to, for the reader; whether it escaped is judged outside.
+Every way sends TEXT to port 8001 of every target, from a source port of its own above 61000, from which no agent dials
+anything outside of a pod: a packet with such a port, or with TEXT in it, that is seen there has escaped. An answer is
+waited for PATIENCE seconds. What is printed is what each attempt came to, for the reader; whether it escaped is judged
+outside.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ IP_TRANSPARENT = 19
 IPV6_TRANSPARENT = 75
 IPPROTO_MPTCP = 262
 SYN, ACK, PSH = 2, 16, 8
+patience = 1.0
 
 
 def family(target):
@@ -34,7 +36,7 @@ def family(target):
 def stream(target, protocol=0, kind=None):
     sock = socket.socket(kind or family(target), socket.SOCK_STREAM, protocol)
     # Some never get an answer; what got out by then would have been seen.
-    sock.settimeout(1)
+    sock.settimeout(patience)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return sock
 
@@ -208,7 +210,7 @@ def io_uring(target, text, port):
             address += socket.inet_aton(target) + bytes(8)
         ring.run(16, sock.fileno(), address, off=len(address), length=0)
         ring.run(26, sock.fileno(), text, off=0, length=len(text))
-        sock.settimeout(2)
+        sock.settimeout(patience)
         sock.shutdown(socket.SHUT_WR)
         data = b""
         while more := sock.recv(1 << 16):
@@ -430,7 +432,7 @@ def nested_namespace(target, text, port):
             run(*inside, "ip", "route", "add", via, "dev", "eth0")
         run(*inside, "ip", "route", "add", "default", "via", via, "dev", "eth0")
         for way in ["tcp", "raw_ip", "packet_socket"]:
-            arguments = [sys.executable, __file__, way, text[: len(text) // 20].decode(), target]
+            arguments = [sys.executable, __file__, str(patience), way, text[: len(text) // 20].decode(), target]
             done = subprocess.run([*inside, *arguments], capture_output=True, timeout=20)
             sent.append([way, done.stdout.decode().strip() or done.stderr.decode()[-200:]])
         return sent
@@ -459,7 +461,8 @@ def attempt(work, *arguments):
 
 
 def main():
-    way, text, targets = sys.argv[1], sys.argv[2], sys.argv[3:]
+    global patience
+    patience, way, text, targets = float(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
     base = 61000 + 64 * (sum(way.encode()) % 15)
     results = {target: attempt(globals()[way], target, text.encode() * 20, base + 5 * index) for index, target in enumerate(targets)}
     print(json.dumps(results), flush=True)

@@ -34,7 +34,7 @@ def listen(port):
 
 def main():
     early = socket.socket()
-    early.settimeout(5)
+    early.settimeout(15)
     early.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     early.bind(("", 61900))
     print(json.dumps({port: listen(int(port)) for port in sys.argv[1:]}), flush=True)
