@@ -239,9 +239,18 @@ fn a_pod_without_ports_fails_by_that_name_and_recovers(mesh: &Mesh) -> Result<()
     let more = crowd.overflow(PORTS * 2, "EADDRNOTAVAIL")?;
     ensure!(more <= PORTS, "{more} connections from {PORTS} ports");
     crowd.all_answer()?;
-    // Elsewhere the same ports are free.
-    let result = client(mesh).client(&["echo", &mesh.pod("mesh", "near").v4()?.to_string(), "8001"])?;
-    ensure!(result["same"] == true, "{result}");
+    // Elsewhere the same ports are free, but for the one destination in 16 that has the same capture port.
+    let mut elsewhere = Vec::new();
+    for pod in [
+        mesh.pod("mesh", "near"),
+        mesh.pod("outside", "server"),
+        mesh.pod("outside", "near"),
+    ] {
+        for port in ["8001", ECHO] {
+            elsewhere.push(client(mesh).client(&["echo", &pod.v4()?.to_string(), port])?);
+        }
+    }
+    ensure!(elsewhere.iter().any(|result| result["same"] == true), "{elsewhere:?}");
     crowd.makes_room(more / 2)
 }
 
@@ -262,12 +271,18 @@ fn an_agent_without_ports_to_a_destination_refuses_and_recovers(mesh: &Mesh) -> 
     crowd.makes_room(more / 2)
 }
 
+/// How many ports there are above the usual range: from those agents dial applications, before they let the kernel choose.
+const ABOVE: u64 = 65_536 - 61_000;
+
 fn an_agent_without_ports_to_the_application_refuses_and_recovers(mesh: &Mesh) -> Result<()> {
     let log = mesh.node("node-2").access_log()?;
     let mut crowd = Crowd::of(client(mesh), &[&server(mesh).v4()?.to_string(), ECHO])?;
     let _range = PortRange::small(server(mesh))?;
-    let more = crowd.overflow(PORTS * 2, "ECONNRESET")?;
-    ensure!(more <= PORTS, "{more} connections from {PORTS} ports");
+    let more = crowd.overflow(ABOVE + PORTS * 2, "ECONNRESET")?;
+    ensure!(
+        more <= ABOVE + PORTS,
+        "{more} connections from {ABOVE} and {PORTS} ports"
+    );
     let line = log.line_with(&["no port is left to connect to", RANGE])?;
     ensure!(line.contains("direction=\"inbound\""), "{line}");
     crowd.all_answer()?;
@@ -292,25 +307,43 @@ fn urgent_shards(node: &Node<'_>) -> Result<BTreeSet<u64>> {
     Ok(urgent)
 }
 
+/// The shards that carry the client's connections to a port, and how many those are.
+fn carried(mesh: &Mesh, port: &str) -> Result<(BTreeSet<u64>, usize)> {
+    let connections = mesh.node("node-1").connections()?;
+    let target = format!("{}:{port}", server(mesh).v4()?);
+    let carried = connections.iter().filter(|one| one["hboneTarget"] == target);
+    let shards: Vec<_> = carried.filter_map(|one| one["shard"].as_u64()).collect();
+    Ok((shards.iter().copied().collect(), shards.len()))
+}
+
 fn shards_of_a_pod_that_asks_for_much_are_not_urgent(mesh: &Mesh) -> Result<()> {
+    const DRINKERS: usize = 8;
     let node = mesh.node("node-1");
     let address = server(mesh).v4()?.to_string();
     let mut crowd = Crowd::of(client(mesh), &[&address, ECHO])?;
     crowd.grow(8)?;
-    let shards = node.connections()?;
-    let shards: BTreeSet<_> = shards.iter().filter_map(|one| one["shard"].as_u64()).collect();
-    ensure!(!shards.is_empty(), "no connection is listed");
+    let (quiet, count) = carried(mesh, ECHO)?;
+    ensure!(count >= 8, "only {count} connections are listed");
     let mut until_urgent = || {
         wait::until_true("who asks for little is urgent", || {
             crowd.all_answer()?;
-            Ok(urgent_shards(&node)?.is_superset(&shards))
+            Ok(urgent_shards(&node)?.is_superset(&quiet))
         })
     };
     until_urgent()?;
-    let drinker = client(mesh).start("drink.py", &[&address, "8008", "8"])?;
-    wait::until_true("who asks for much is not", || {
-        Ok(urgent_shards(&node)?.is_disjoint(&shards))
+    let drinker = client(mesh).start("drink.py", &[&address, "8008", &DRINKERS.to_string()])?;
+    // They need not be on the shards that the others are on.
+    let noisy = wait::until("all drinkers are carried", || {
+        let (shards, count) = carried(mesh, "8008")?;
+        Ok((count == DRINKERS).then_some(shards))
     })?;
+    // Each for itself: on a busy machine one may have little to do while another has much.
+    let mut usual = BTreeSet::new();
+    wait::until_true("who asks for much is not", || {
+        usual.extend(noisy.difference(&urgent_shards(&node)?));
+        Ok(usual == noisy)
+    })
+    .with_context(|| format!("of {noisy:?} only {usual:?} were usual for a while"))?;
     ensure!(drinker.finish()?["bytes"].as_u64() > Some(0), "nothing came");
     until_urgent()
 }
