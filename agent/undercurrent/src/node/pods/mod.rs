@@ -18,6 +18,7 @@
 
 mod expectation;
 mod parts;
+mod pod;
 mod prepare;
 mod reconciler;
 mod untold;

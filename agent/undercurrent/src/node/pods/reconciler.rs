@@ -1,8 +1,8 @@
 //! The task that makes this node's pods what they should be.
 //!
 //! A pod that is to leave the mesh is released only when its peers were told: its annotation goes first, and its capture
-//! [`SLOWER_PEERS`] after the mesh says so too, or after [`RELEASE_WITHIN`] (make before break, but a control plane that is
-//! away holds up nobody for long).
+//! when the mesh says so too and slower peers may know, or after some seconds (make before break, but a control plane that
+//! is away holds up nobody for long): [`Pod::may_be_released`].
 //!
 //! A pod that an agent before this one had captured is taken over at once, whether there is a certificate yet or not, and
 //! whether it is to stay or on its way out of the mesh: it runs, and what comes to it waits for somebody to accept it. One that is
@@ -25,18 +25,15 @@ use tokio::{
 use super::{
     Event, Outcome, Parts, PodView, Pods, View,
     expectation::{Expected, Oracle, Trouble},
+    pod::{Leaving, Pod, State},
     untold::Lookout,
 };
 use crate::node::{
     records::{PodRecord, Records},
-    redirection::{Wish, Wishes},
+    redirection::Wishes,
 };
 
 const RECONCILE_EVERY: Duration = Duration::from_secs(15);
-/// How long a pod that leaves the mesh stays captured, at the most, so that its peers learn of it before.
-const RELEASE_WITHIN: Duration = Duration::from_secs(5);
-/// How long peers may take longer than this node to learn that a pod has left the mesh.
-const SLOWER_PEERS: Duration = Duration::from_secs(1);
 /// What could not be done on its date is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
 /// Events that wait; the local socket serves fewer connections than that at once.
@@ -96,98 +93,6 @@ pub(super) struct Reconciler {
     unused: HashSet<Identity>,
     pub(super) lookout: Lookout,
     view: View,
-}
-
-pub(super) struct Pod {
-    pub(super) record: PodRecord,
-    state: State,
-    trouble: Option<Trouble>,
-    /// Known from before this agent's start, running since, and perhaps captured.
-    restored: bool,
-    leaving: Option<Leaving>,
-    /// Its peers were told that it is on its way out.
-    sent_away: bool,
-    /// Plugins that wait, and until when.
-    waiting: Vec<(oneshot::Sender<Outcome>, Instant)>,
-}
-
-/// A pod that is to be released.
-#[derive(Clone, Copy)]
-struct Leaving {
-    since: Instant,
-    /// Since when the mesh has known.
-    known: Option<Instant>,
-}
-
-impl Leaving {
-    /// When it is released, as far as is known now.
-    fn ends(self) -> Instant {
-        let latest = self.since + RELEASE_WITHIN;
-        self.known.map_or(latest, |known| latest.min(known + SLOWER_PEERS))
-    }
-}
-
-/// What the kernel and the proxy were last told of a pod.
-#[derive(Clone, PartialEq)]
-enum State {
-    Unknown,
-    Told(Expected),
-}
-
-impl Pod {
-    fn new(record: PodRecord, restored: bool) -> Self {
-        Self {
-            record,
-            state: State::Unknown,
-            trouble: None,
-            restored,
-            leaving: None,
-            sent_away: false,
-            waiting: Vec::new(),
-        }
-    }
-
-    /// One from the records. It runs, unless it was let wait until now.
-    fn restored(record: PodRecord) -> Self {
-        let restored = !record.starting && record.captured != Some(false);
-        Self::new(record, restored)
-    }
-
-    /// The record says what is done to the pod now; whether that is news.
-    fn note(&mut self) -> bool {
-        let captured = Some(self.captured_as().is_some());
-        let (was_starting, before) = (
-            std::mem::take(&mut self.record.starting),
-            std::mem::replace(&mut self.record.captured, captured),
-        );
-        was_starting || before != captured
-    }
-
-    fn captured_as(&self) -> Option<&Identity> {
-        match &self.state {
-            State::Told(Expected::Captured { identity, .. }) => Some(identity),
-            _ => None,
-        }
-    }
-
-    /// Answers who waits, unless there may be a better answer soon.
-    fn answer(&mut self, now: Instant) {
-        let outcome = match &self.trouble {
-            None => Ok(()),
-            Some(Trouble::Failed(text)) => Err(text.clone()),
-            Some(Trouble::Waiting(text)) => {
-                let (over, waiting) = self.waiting.drain(..).partition(|(_, until)| *until <= now);
-                self.waiting = waiting;
-                let over: Vec<(oneshot::Sender<Outcome>, Instant)> = over;
-                over.into_iter()
-                    .for_each(|(answer, _)| drop(answer.send(Err(text.clone()))));
-                return;
-            }
-        };
-        // A plugin that does not wait any more asks again.
-        let waiting = self.waiting.drain(..);
-        waiting.for_each(|(answer, _)| drop(answer.send(outcome.clone())));
-    }
 }
 
 impl Reconciler {
@@ -559,19 +464,10 @@ impl Reconciler {
                 let captured = pod.captured_as().is_some();
                 // Of one found again it is not known here whether it is captured; the mesh may say so.
                 if captured || (pod.restored && pod.state == State::Unknown) {
-                    let now = Instant::now();
-                    let (since, known) = (now, None);
-                    let leaving = pod.leaving.get_or_insert(Leaving { since, known });
-                    if self.parts.may_be_dialled(key, uid) {
-                        leaving.known = None;
-                    } else {
-                        leaving.known.get_or_insert(now);
-                    }
                     // Of one that this agent does not serve, nobody is refused any more by its release; and where not all is let
                     // in that comes in plaintext, peers that know are refused until it is released.
                     let lingers = captured && !self.parts.is_restricted(uid);
-                    let ready = !lingers && leaving.known.is_some();
-                    if !ready && now < leaving.ends() {
+                    if !pod.may_be_released(!self.parts.may_be_dialled(key, uid), lingers) {
                         let text = "it leaves the mesh: its peers are told before it is released";
                         return Err(Trouble::Waiting(text.to_owned()));
                     }
@@ -633,25 +529,11 @@ impl Reconciler {
         let mut state = self.view.lock();
         state.pods = pods;
         let wishes = Wishes {
-            pods: self.pods.values().filter_map(wish).collect(),
+            pods: self.pods.values().filter_map(Pod::wish).collect(),
             complete: state.settled,
             missed: self.lookout.missed(),
         };
         drop(state);
         self.parts.board.put(wishes);
     }
-}
-
-/// What a pod's annotation is to say.
-fn wish(pod: &Pod) -> Option<(NamespacedName, (String, Wish))> {
-    let api = pod.record.api.as_ref()?;
-    let wish = match &pod.state {
-        _ if pod.leaving.is_some() => Wish::Absent,
-        State::Told(Expected::Captured { .. }) => Wish::Enabled,
-        State::Told(Expected::Uncaptured(_)) => Wish::Absent,
-        // Found again: the kernel still captures it, and this agent is about to serve it.
-        State::Unknown if pod.restored => Wish::Leave,
-        State::Unknown => Wish::Absent,
-    };
-    Some((pod.record.pod.clone(), (api.uid.clone(), wish)))
 }

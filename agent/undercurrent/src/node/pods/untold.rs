@@ -23,10 +23,7 @@ use capture::NamedNetns;
 use model::NamespacedName;
 use tokio::time::Instant;
 
-use super::{
-    expectation::Oracle,
-    reconciler::{Pod, Reconciler},
-};
+use super::{expectation::Oracle, pod::Pod, reconciler::Reconciler};
 use crate::node::{
     kube_source::{Cluster, UntoldPod},
     records::PodRecord,
