@@ -7,11 +7,10 @@ mod lab;
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpListener},
-    time::Instant,
 };
 
-use capture::{CaptureError, IptablesNode, IptablesPodHandle, PodListeners};
-use lab::{Lab, OUTSIDE4, OUTSIDE6, PATIENCE, TestPod, accept, connect, forbidding, nobody_came};
+use capture::{CaptureError, IptablesNode, IptablesPodHandle};
+use lab::{Lab, OUTSIDE4, OUTSIDE6, accept, captured_by_rules as captured, connect, forbidding, nobody_came};
 use model::{Exclusions, OriginalDst, PodSettings};
 use socket2::SockRef;
 
@@ -19,31 +18,6 @@ const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INE
 
 fn start(lab: &Lab) -> IptablesNode {
     IptablesNode::start(&lab.pin_dir()).unwrap()
-}
-
-async fn captured(node: &IptablesNode, pod: &TestPod) -> (IptablesPodHandle, PodListeners) {
-    let handle = node.capture(pod.spec.clone(), PodSettings::default()).await;
-    let handle = handle.unwrap_or_else(|error| panic!("{error}"));
-    (handle.clone(), handle.listeners().unwrap())
-}
-
-/// The rules of a namespace, without tables, policies and counters.
-fn rules(lab: &Lab, netns: Option<&str>) -> String {
-    let saved = lab.run(netns, "iptables-save") + &lab.run(netns, "ip6tables-save");
-    saved
-        .lines()
-        .filter(|line| line.starts_with('-'))
-        .collect::<Vec<_>>()
-        .join("\n")
-}
-
-/// Waits until the last of what a released pod `a` had is gone.
-async fn drained(lab: &Lab, node: &IptablesNode) {
-    let deadline = Instant::now() + PATIENCE;
-    while !rules(lab, Some("a")).is_empty() {
-        assert!(Instant::now() < deadline, "{}", lab.run(Some("a"), "ss -tan"));
-        node.reconcile().await.unwrap();
-    }
 }
 
 fn accepted_destination(handle: &IptablesPodHandle, listener: &TcpListener) -> Option<OriginalDst> {
@@ -145,19 +119,6 @@ fn the_application_sees_the_client() {
                 peer,
             );
         }
-        // Its end is at the client's address, and needs a part of the rules after the release, too.
-        let target = SocketAddr::new(pod.ip4(), 8080);
-        let socket = handle.inbound_socket(target, lab::any_port(OUTSIDE4)).unwrap();
-        let mut upstream = connect(socket, target).unwrap();
-        app.must("c, a = l.accept()");
-        node.release(pod.uid()).await.unwrap();
-        app.must("c.sendall(b'still'); c.close()");
-        let mut said = String::new();
-        upstream.read_to_string(&mut said).unwrap();
-        assert_eq!(said, "still");
-        drop(upstream);
-        outside.must("s.close()");
-        drained(&lab, &node).await;
     });
 }
 
@@ -223,69 +184,6 @@ fn a_connection_from_before_lives_on() {
 }
 
 #[test]
-fn a_redirected_connection_outlives_the_release() {
-    lab::test("a_redirected_connection_outlives_the_release", |lab| async move {
-        let node = start(&lab);
-        let pod = lab.pod("a", 2);
-        let (handle, listeners) = captured(&node, &pod).await;
-        let mut app = lab.in_pod(&pod);
-        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
-        let (mut stream, _) = accept(&listeners.outbound[0]);
-        node.release(pod.uid()).await.unwrap();
-        // As the proxy does: what lives has its handle.
-        drop(listeners);
-        assert!(handle.listeners().is_err());
-        app.must("s.sendall(b'still')");
-        stream.read_exact(&mut [0; 5]).unwrap();
-        stream.write_all(b"here").unwrap();
-        assert_eq!(app.must("s.recv(9)"), "b'here'");
-        assert!(!rules(&lab, Some("a")).contains("REDIRECT"));
-        // Captured again meanwhile, released again: as before.
-        captured(&node, &pod).await;
-        node.release(pod.uid()).await.unwrap();
-        node.reconcile().await.unwrap();
-        // The next agent captures the pod no more, and the former finishes what it carries.
-        let next = start(&lab);
-        next.know(pod.spec.clone()).await.unwrap();
-        next.forget_untold().await.unwrap();
-        next.reconcile().await.unwrap();
-        app.must("s.sendall(b'still')");
-        stream.read_exact(&mut [0; 5]).unwrap();
-        stream.write_all(b"there").unwrap();
-        assert_eq!(app.must("s.recv(9)"), "b'there'");
-        app.must("s.close()");
-        drop(stream);
-        drained(&lab, &next).await;
-
-        // A pod that is gone needs nothing any more: whoever still holds on is told.
-        let (_handle, listeners) = captured(&node, &pod).await;
-        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
-        let (_stream, _) = accept(&listeners.outbound[0]);
-        node.forget(pod.uid()).await;
-        assert!(app.tell("s.recv(1)").unwrap_err().starts_with("ECONNRESET"));
-        assert_eq!(rules(&lab, Some("a")), "");
-    });
-}
-
-#[test]
-fn what_a_dead_agent_left_ends_with_its_connections() {
-    lab::test("what_a_dead_agent_left_ends_with_its_connections", |lab| async move {
-        let node = start(&lab);
-        let pod = lab.pod("a", 2);
-        let (handle, listeners) = captured(&node, &pod).await;
-        let mut app = lab.in_pod(&pod);
-        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
-        let (stream, _) = accept(&listeners.outbound[0]);
-        drop((node, handle, listeners, stream));
-        let next = start(&lab);
-        next.know(pod.spec.clone()).await.unwrap();
-        assert_eq!(app.must("s.recv(1)"), "b''");
-        app.must("s.close()");
-        drained(&lab, &next).await;
-    });
-}
-
-#[test]
 fn a_process_of_the_node_reaches_the_application_as_a_probe() {
     lab::test(
         "a_process_of_the_node_reaches_the_application_as_a_probe",
@@ -333,7 +231,7 @@ fn a_pod_that_went_unheard_takes_no_probes_along() {
         assert!(node.know(gone.clone()).await.is_ok());
         captured(&node, &pod).await;
         node.forget(&gone.uid).await;
-        assert!(rules(&lab, None).contains("10.77.1.2"));
+        assert!(lab.rules(None).contains("10.77.1.2"));
     });
 }
 
@@ -350,7 +248,7 @@ fn without_an_agent_connections_are_refused() {
         let mut kubelet = lab.kubelet();
         let (handle, listeners) = captured(&node, &pod).await;
         let of_other = captured(&node, &other).await;
-        let before = (rules(&lab, Some("a")), rules(&lab, None));
+        let before = (lab.rules(Some("a")), lab.rules(None));
         drop((node, handle, listeners, of_other));
         let refused = |told: Result<String, String>| assert!(told.unwrap_err().starts_with("ECONNREFUSED"));
         for (there, own) in [(OUTSIDE4, pod.ip4()), (OUTSIDE6, pod.ip6())] {
@@ -362,17 +260,17 @@ fn without_an_agent_connections_are_refused() {
 
         let node = start(&lab);
         let (handle, listeners) = captured(&node, &pod).await;
-        assert_eq!((rules(&lab, Some("a")), rules(&lab, None)), before);
+        assert_eq!((lab.rules(Some("a")), lab.rules(None)), before);
         app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
         assert!(accepted_destination(&handle, &listeners.outbound[0]).is_some());
         // The other was not told of again: the node's rules for it go.
-        assert!(rules(&lab, None).contains("10.77.1.3"));
+        assert!(lab.rules(None).contains("10.77.1.3"));
         node.forget_untold().await.unwrap();
-        assert!(!rules(&lab, None).contains("10.77.1.3"));
-        assert!(rules(&lab, None).contains("10.77.1.2"));
+        assert!(!lab.rules(None).contains("10.77.1.3"));
+        assert!(lab.rules(None).contains("10.77.1.2"));
         // And what the next is told not to capture, it releases.
         node.know(other.spec.clone()).await.unwrap();
-        assert_eq!(rules(&lab, Some("b")), "");
+        assert_eq!(lab.rules(Some("b")), "");
     });
 }
 
@@ -383,7 +281,7 @@ fn a_spoiled_rule_is_repaired() {
         let pod = lab.pod("a", 2);
         let (_handle, _listeners) = captured(&node, &pod).await;
         assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
-        let (good, good_of_node) = (rules(&lab, Some("a")), rules(&lab, None));
+        let (good, good_of_node) = (lab.rules(Some("a")), lab.rules(None));
         let routes = "sh -c 'ip -4 rule; ip -6 rule; ip -4 route show table 100; ip -6 route show table 100'";
         let good_routes = lab.run(Some("a"), routes);
         for spoil in [
@@ -399,39 +297,13 @@ fn a_spoiled_rule_is_repaired() {
             assert_eq!(repaired.len(), 1, "{spoil}: {repaired:?}");
             assert_eq!(lab.run(Some("a"), routes), good_routes, "{spoil}");
             // What somebody else put there is theirs; it only may not come first.
-            let now = rules(&lab, Some("a")).replace("\n-A OUTPUT -p tcp -j ACCEPT", "");
+            let now = lab.rules(Some("a")).replace("\n-A OUTPUT -p tcp -j ACCEPT", "");
             assert_eq!(now, good, "{spoil}");
         }
         lab.run(None, "iptables -t nat -D POSTROUTING -j UNDERCURRENT_POSTRT");
         assert_eq!(node.reconcile().await.unwrap().len(), 1);
-        assert_eq!(rules(&lab, None), good_of_node);
+        assert_eq!(lab.rules(None), good_of_node);
         assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
-    });
-}
-
-#[test]
-fn nothing_is_left() {
-    lab::test("nothing_is_left", |lab| async move {
-        let pods = [lab.pod("a", 2), lab.pod("b", 3)];
-        let state = || rules(&lab, Some("a")) + &rules(&lab, Some("b")) + &rules(&lab, None) + &lab.settings();
-        lab.run(Some("a"), "iptables -t nat -A OUTPUT -d 10.1.1.1/32 -j ACCEPT");
-        let before = state();
-        let node = start(&lab);
-        for pod in &pods {
-            captured(&node, pod).await;
-        }
-        assert_ne!(state(), before);
-        node.release(pods[0].uid()).await.unwrap();
-        node.forget(pods[1].uid()).await;
-        assert_eq!(state(), before, "released and forgotten");
-
-        for pod in &pods {
-            captured(&node, pod).await;
-        }
-        drop(node);
-        capture::uninstall_iptables(pods.iter().map(|pod| pod.spec.netns.clone())).unwrap();
-        assert_eq!(state(), before, "uninstalled");
-        capture::uninstall_iptables(pods.iter().map(|pod| pod.spec.netns.clone())).unwrap();
     });
 }
 
@@ -472,7 +344,7 @@ fn a_pod_that_cannot_be_captured_says_why() {
         wrong.addresses = vec!["10.77.1.9".parse().unwrap()];
         let error = node.capture(wrong, PodSettings::default()).await.unwrap_err();
         assert!(matches!(error, CaptureError::AddressNotThere { .. }), "{error}");
-        assert_eq!(rules(&lab, Some("a")), "");
+        assert_eq!(lab.rules(Some("a")), "");
         captured(&node, &pod).await;
     });
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use capture::{CaptureError, IptablesNode, Node};
-use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, accept, captured, until};
+use lab::{Actor, OUTSIDE4, OUTSIDE6, accept, captured, until};
 use model::{PeerAddr, PodSettings, canonical_socket};
 use socket2::SockRef;
 
@@ -53,15 +53,6 @@ fn echoes(app: &mut Actor, socket: &str) {
         app.must(&format!("[{socket}.sendall(b'ping'), {socket}.recv(4).decode()][1]")),
         "ping"
     );
-}
-
-fn rules(lab: &Lab, netns: Option<&str>) -> String {
-    let saved = lab.run(netns, "iptables-save") + &lab.run(netns, "ip6tables-save");
-    saved
-        .lines()
-        .filter(|line| line.starts_with('-'))
-        .collect::<Vec<_>>()
-        .join("\n")
 }
 
 /// As an upgrade by a surge does it: another cgroup, and the listeners handed over.
@@ -150,19 +141,19 @@ fn from_iptables_to_ebpf() {
         let local = canonical_socket(stream.local_addr().unwrap());
         assert_eq!(local, SocketAddr::new(pod.ip4(), 9090));
         // What the old connections need goes with them.
-        assert!(rules(&lab, Some("a")).contains("CONNMARK"));
-        assert!(!rules(&lab, Some("a")).contains("REDIRECT"));
+        assert!(lab.rules(Some("a")).contains("CONNMARK"));
+        assert!(!lab.rules(Some("a")).contains("REDIRECT"));
         drop((outbound, inbound));
         app.must("carried.close()");
         outside.must("i.close()");
         let deadline = std::time::Instant::now() + lab::PATIENCE;
-        while !rules(&lab, Some("a")).is_empty() {
-            assert!(std::time::Instant::now() < deadline, "{}", rules(&lab, Some("a")));
+        while !lab.rules(Some("a")).is_empty() {
+            assert!(std::time::Instant::now() < deadline, "{}", lab.rules(Some("a")));
             node.reconcile().await.unwrap();
         }
-        assert!(!rules(&lab, None).is_empty());
+        assert!(!lab.rules(None).is_empty());
         node.forget_untold().await.unwrap();
-        assert_eq!(rules(&lab, None), "");
+        assert_eq!(lab.rules(None), "");
         assert_eq!(node.reconcile().await.unwrap(), Vec::<String>::new());
         echoes(&mut app, "older");
     });

@@ -13,7 +13,7 @@
 //! `plan` says which rules and compares, `program` reads and changes them, `node` does it for pods, `sockets` asks
 //! conntrack where a connection was going, `takeover` changes the way of capture of a live node. No eBPF is loaded.
 //!
-//! Invariants, and the tests that hold them (`tests/iptables.rs`, and scenarios of the same name in `tests/`):
+//! Invariants, and the tests that hold them (`tests/iptables*.rs`, and scenarios of the same name in `tests/`):
 //! - What is as it should be is not touched; what is not, is repaired: `a_spoiled_rule_is_repaired`.
 //! - Connections older than the capture live on: `a_connection_from_before_lives_on`.
 //! - Release and uninstall leave no rule, no route: `nothing_is_left`. Empty tables stay.

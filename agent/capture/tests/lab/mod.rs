@@ -25,7 +25,7 @@ use std::{
 
 pub use actor::Actor;
 use boxes::Boxes;
-use capture::{Node, NodeConfig, PodHandle, PodSpec};
+use capture::{IptablesNode, Node, NodeConfig, PodHandle, PodSpec};
 use model::{PodSettings, WorkloadUid};
 
 /// How long anything may take before a test fails.
@@ -176,6 +176,16 @@ impl Lab {
         self.boxes.run(netns, command)
     }
 
+    /// The rules of iptables in a namespace of the box (none: the node's), without tables, policies and counters.
+    pub fn rules(&self, netns: Option<&str>) -> String {
+        let saved = self.run(netns, "iptables-save") + &self.run(netns, "ip6tables-save");
+        saved
+            .lines()
+            .filter(|line| line.starts_with('-'))
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
     /// What capture changes in the pod `a`: rules, routes, settings.
     pub fn settings(&self) -> String {
         [
@@ -296,6 +306,16 @@ pub async fn captured(node: &Node, pod: &TestPod) -> (PodHandle, capture::PodLis
         .unwrap_or_else(|error| panic!("{error}"));
     let listeners = handle.listeners().unwrap();
     (handle, listeners)
+}
+
+/// The same by iptables.
+pub async fn captured_by_rules(
+    node: &IptablesNode,
+    pod: &TestPod,
+) -> (capture::IptablesPodHandle, capture::PodListeners) {
+    let handle = node.capture(pod.spec.clone(), PodSettings::default()).await;
+    let handle = handle.unwrap_or_else(|error| panic!("{error}"));
+    (handle.clone(), handle.listeners().unwrap())
 }
 
 /// Whether two descriptors are open on the same thing is not asked here; only that the number is one.
