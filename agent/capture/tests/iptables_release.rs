@@ -11,7 +11,7 @@ use std::{
 };
 
 use capture::IptablesNode;
-use lab::{Lab, OUTSIDE4, PATIENCE, accept, captured_by_rules as captured, connect};
+use lab::{Lab, OUTSIDE4, OUTSIDE6, PATIENCE, accept, captured_by_rules as captured, connect, until};
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
 
@@ -48,6 +48,63 @@ fn what_the_agent_dialled_outlives_the_release() {
         upstream.read_to_string(&mut said).unwrap();
         assert_eq!(said, "still");
         drop(upstream);
+        drained(&lab, &node).await;
+    });
+}
+
+/// A peer that hears late opens streams in the tunnel that it has, and may still make one.
+#[test]
+fn what_comes_after_the_release_still_reaches_the_application() {
+    lab::test(
+        "what_comes_after_the_release_still_reaches_the_application",
+        |lab| async move {
+            let node = start(&lab);
+            let pod = lab.pod("a", 2);
+            let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+            app.must(SERVE);
+            let (handle, listeners) = captured(&node, &pod).await;
+            let mut dialled = |client: &str, own| {
+                let target = SocketAddr::new(own, 8080);
+                let socket = handle.inbound_socket(target, lab::any_port(client)).unwrap();
+                connect(socket, target).expect("the application's answer finds back");
+                app.must("l.accept()");
+            };
+            // As between capture's release and the proxy's.
+            node.release(pod.uid()).await.unwrap();
+            outside.must(&format!("s = socket.create_connection(('{}', 15008))", pod.ip4()));
+            let (tunnel, _) = accept(&listeners.hbone[0]);
+            dialled(OUTSIDE4, pod.ip4());
+            drop(listeners);
+            node.reconcile().await.unwrap();
+            dialled(OUTSIDE4, pod.ip4());
+            dialled(OUTSIDE6, pod.ip6());
+            drop(tunnel);
+            outside.must("s.close()");
+            drained(&lab, &node).await;
+        },
+    );
+}
+
+#[test]
+fn a_dial_under_way_outlives_the_release() {
+    lab::test("a_dial_under_way_outlives_the_release", |lab| async move {
+        let node = start(&lab);
+        let pod = lab.pod("a", 2);
+        let mut app = lab.in_pod(&pod);
+        app.must(SERVE);
+        let (handle, listeners) = captured(&node, &pod).await;
+        drop(listeners);
+        let hold_back = "INPUT -p tcp --dport 8080 -j DROP";
+        lab.run(Some("a"), &format!("iptables -A {hold_back}"));
+        let target = SocketAddr::new(pod.ip4(), 8080);
+        let socket = handle.inbound_socket(target, lab::any_port(OUTSIDE4)).unwrap();
+        socket.connect(&target.into()).unwrap_err();
+        node.release(pod.uid()).await.unwrap();
+        node.reconcile().await.unwrap();
+        lab.run(Some("a"), &format!("iptables -D {hold_back}"));
+        until("the application's answer finds back", || socket.peer_addr().ok());
+        app.must("l.accept()[0].close()");
+        drop(socket);
         drained(&lab, &node).await;
     });
 }

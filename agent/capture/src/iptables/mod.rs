@@ -19,6 +19,9 @@
 //! - Release and uninstall leave no rule, no route: `nothing_is_left`. Empty tables stay.
 //! - What an agent carries when its pod is released goes on, also when another agent follows it; what needs the rules
 //!   after they are gone is reset, and does not go on in plaintext: `a_redirected_connection_outlives_the_release`.
+//! - What a peer sends that hears late of a release finds its way, too: the rules that answers need stay until no tunnel
+//!   and no listener is left (`what_comes_after_the_release_still_reaches_the_application`). Only a pod that is gone has
+//!   connections reset.
 //! - The agent dead, the rules redirect to nobody: refused: `without_an_agent_connections_are_refused`.
 //!
 //! Limits, which the eBPF capture does not have:

@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use abi::{Address, CAPTURE_PORTS, INBOUND_PORT};
+use abi::{Address, CAPTURE_PORTS, HBONE_PORT, INBOUND_PORT};
 use model::{PodSettings, WorkloadUid};
 
 use super::{
@@ -113,7 +113,8 @@ impl IptablesNode {
     }
 
     /// Ends a pod's capture and removes what was put into it; the pod stays known. Connections that the agent carries go
-    /// on: what they need is removed by [`Self::reconcile`] after the last of them.
+    /// on, and so does what comes to listeners that are still open: what they need is removed by [`Self::reconcile`] after
+    /// the last of them.
     pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
         let uid = uid.clone();
         self.run(move |inner| inner.release(&uid)).await
@@ -251,7 +252,7 @@ impl Inner {
         // Captured by an earlier agent, but not to be so any more: that one may still carry connections.
         let is_draining = self.remove_redirects(&netns)? || routed(&netns)?;
         if !is_draining {
-            self.remove_from(&netns, &spec.addresses)?;
+            self.clear(&netns, &spec.addresses)?;
         }
         self.end_former(spec, &netns, false)?;
         let state = PodState {
@@ -427,16 +428,17 @@ impl Inner {
         self.end_drained(uid)
     }
 
-    /// Removes the rest of what was in a released pod, once nothing needs it any more.
+    /// Removes the rest of what was in a released pod, once nothing needs it any more, nor may come to need it. Nothing is
+    /// reset: what lives has its time.
     fn end_drained(&mut self, uid: &WorkloadUid) -> Result<(), CaptureError> {
         let Some(state) = self.pods.get_mut(uid).filter(|state| state.is_draining) else {
             return Ok(());
         };
-        if !redirected(&self.home, &state.netns)?.is_empty() {
+        if may_be_needed(&self.home, &state.netns)? {
             return Ok(());
         }
         let (netns, addresses) = (state.netns.clone(), state.spec.addresses.clone());
-        self.remove_from(&netns, &addresses)?;
+        self.clear(&netns, &addresses)?;
         if let Some(state) = self.pods.get_mut(uid) {
             state.is_draining = false;
         }
@@ -464,15 +466,20 @@ impl Inner {
         Ok(removed)
     }
 
-    /// Removes what is in a pod, and what the node has for it. Connections that need it are reset.
+    /// Removes what is in a pod that is gone, and what the node has for it. Connections that need it are reset.
     fn remove_from(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
-        self.printed.retain(|(cookie, _), _| *cookie != netns.cookie());
         if self.remove_redirects(netns)? || routed(netns)? {
             for socket in redirected(&self.home, netns)? {
                 // It may have ended by itself meanwhile.
                 let _ = netns.enter(|| diag::destroy(&socket));
             }
         }
+        self.clear(netns, addresses)
+    }
+
+    /// Removes what is in a pod, and what the node has for it.
+    fn clear(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
+        self.printed.retain(|(cookie, _), _| *cookie != netns.cookie());
         clean(&self.iptables, netns)?;
         let before = self.probed.len();
         // One that is not captured may have gone unheard, and another have its address by now.
@@ -547,19 +554,36 @@ pub(super) fn routed(netns: &Netns) -> Result<bool, CaptureError> {
 }
 
 /// The connections that need the rules: the agent's ends of what was redirected, and of what it dialled from clients'
-/// addresses. The latter are those at none of the pod's own addresses.
+/// addresses.
 pub(super) fn redirected(home: &Netns, netns: &Netns) -> Result<Vec<TcpSocket>, CaptureError> {
+    let own = own_addresses(home, netns)?;
+    let mut sockets = diag::list_in(netns, diag::state::CONNECTED)?;
+    sockets
+        .retain(|socket| [CAPTURE_PORTS[0], INBOUND_PORT].contains(&socket.local.port) || is_from_client(socket, &own));
+    Ok(sockets)
+}
+
+/// Whether a connection of the agent needs the rules, or one may come that will: in a tunnel its peer opens streams until
+/// it has heard, each of which is dialled from the client's address, and a listener accepts until the proxy has closed it,
+/// which is after the release.
+fn may_be_needed(home: &Netns, netns: &Netns) -> Result<bool, CaptureError> {
+    let own = own_addresses(home, netns)?;
+    let states = diag::state::CONNECTED | diag::state::SYN_SENT | diag::state::LISTEN;
+    Ok(diag::list_in(netns, states)?.iter().any(|socket| {
+        [CAPTURE_PORTS[0], INBOUND_PORT, HBONE_PORT].contains(&socket.local.port) || is_from_client(socket, &own)
+    }))
+}
+
+fn own_addresses(home: &Netns, netns: &Netns) -> Result<Vec<Address>, CaptureError> {
     let network =
         interfaces::look(home, netns).tried(|| format!("looking at the interfaces of {}", netns.path().display()))?;
     let interfaces = network.interfaces.iter();
-    let own: Vec<Address> = interfaces
+    Ok(interfaces
         .flat_map(|interface| interface.addresses.iter().copied().map(Address::from_ip))
-        .collect();
-    let mut sockets = diag::list_in(netns, diag::state::CONNECTED)?;
-    sockets.retain(|socket| {
-        let redirected = [CAPTURE_PORTS[0], INBOUND_PORT].contains(&socket.local.port);
-        let from_client = !own.contains(&socket.local.address) && own.contains(&socket.remote.address);
-        redirected || from_client
-    });
-    Ok(sockets)
+        .collect())
+}
+
+/// Whether the agent dialled the application from a client's address, which is none of the pod's own.
+fn is_from_client(socket: &TcpSocket, own: &[Address]) -> bool {
+    !own.contains(&socket.local.address) && own.contains(&socket.remote.address)
 }
