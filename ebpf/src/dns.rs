@@ -6,7 +6,8 @@
 //! ```
 //! Nothing is kept for a socket: one may ask several servers in turn and check who answers (musl), be connected and never
 //! name an address again (Go), or be a v6 socket that asks a v4 server (then it is `sendmsg4` that is called, and
-//! `recvmsg6`). The number of a server is given when it is first asked, and stays until the pod is released.
+//! `recvmsg6`). The number of a server is given when it is first asked, and stays until the pod is gone: what was asked before a
+//! release is answered after it.
 //!
 //! Fails open, other than TCP: where the agent does not listen, as when it is away, or where a pod asks more than
 //! [`abi::DNS_SLOTS`] servers, its queries go to the server itself. A pod that can't resolve names is dead; UDP is not
@@ -167,7 +168,7 @@ pub fn server_of(ctx: &SockAddrContext, end: &Endpoint) -> Option<Endpoint> {
         return None;
     }
     let key = DnsSlot::new(cookie, u32::from(end.port - DNS_PORT));
-    // SAFETY: an entry does not change until the pod is released.
+    // SAFETY: an entry does not change while the pod is there.
     let server = unsafe { DNS_SERVERS.get(&key) }?;
     // A server of the other family can't have been asked by this address.
     if server.is_v4() != end.address.is_v4() {
@@ -189,7 +190,7 @@ fn slot_of(cookie: u64, server: &Address) -> Option<u32> {
     let mut slot = 0;
     while slot < DNS_SLOTS {
         let key = DnsSlot::new(cookie, slot);
-        // SAFETY: an entry does not change until the pod is released.
+        // SAFETY: an entry does not change while the pod is there.
         if unsafe { DNS_SERVERS.get(&key).is_none() }
             && DNS_SERVERS.insert(&key, server, u64::from(BPF_NOEXIST)).is_ok()
         {

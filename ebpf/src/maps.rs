@@ -68,7 +68,7 @@ pub static FLOWS: HashMap<Flow, u32> = HashMap::with_max_entries(65536, BPF_F_NO
 #[map]
 pub static COUNTERS: PerCpuHashMap<CounterKey, u64> = PerCpuHashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 
-/// The name servers that captured pods ask. An entry stays until its pod is released.
+/// The name servers that captured pods ask. An entry stays until its pod is gone.
 #[map]
 pub static DNS_SERVERS: HashMap<DnsSlot, Address> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 

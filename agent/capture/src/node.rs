@@ -413,6 +413,7 @@ impl Inner {
             uninstall::restore_pod(&self.home, cookie, &restore);
             self.maps.remove_restore(cookie);
         }
+        self.maps.forget_name_servers(cookie);
         self.maps.remove_pod(cookie);
         Ok(())
     }

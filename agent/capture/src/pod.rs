@@ -407,7 +407,7 @@ impl Inner {
     }
 
     /// Detaches what is attached for a pod, the guard first, and clears the maps of it. The pod's own entry stays as
-    /// it is.
+    /// it is, and so do the numbers of its name servers: queries under way are answered yet.
     pub(crate) fn detach_pod(&mut self, cookie: u64) -> Result<(), CaptureError> {
         self.detach_pod_as(cookie, None)
     }
@@ -447,7 +447,6 @@ impl Inner {
             }
         }
         self.maps.remove_interfaces(cookie, &[]);
-        self.maps.forget_name_servers(cookie);
         self.maps.set_exclusions(cookie, &Entries::default())
     }
 

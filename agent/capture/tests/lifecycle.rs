@@ -303,6 +303,47 @@ fn what_the_agent_carries_outlives_the_release() {
 }
 
 #[test]
+fn a_query_under_way_at_the_release_is_answered_by_the_server_that_was_asked() {
+    lab::test(
+        "a_query_under_way_at_the_release_is_answered_by_the_server_that_was_asked",
+        |lab| async move {
+            let node = lab.node();
+            let pod = lab.pod("a", 2);
+            let (handle, _listeners) = captured(&node, &pod).await;
+            let queries = node.set_dns(pod.uid(), true).await.unwrap().unwrap();
+            let mut app = lab.in_pod(&pod);
+            let mut asked = Vec::new();
+            for (family, server) in [("AF_INET", OUTSIDE4), ("AF_INET6", OUTSIDE6)] {
+                app.must(&format!(
+                    "{family} = socket.socket(socket.{family}, socket.SOCK_DGRAM); {family}.settimeout(5); \
+                     {family}.sendto(b'query', ('{server}', 53))"
+                ));
+                asked.push(until("the query comes", || {
+                    queries.iter().find_map(|(slot, socket)| {
+                        let (_, client) = socket.recv_from(&mut [0; 16]).ok()?;
+                        Some((*slot, socket, client, family, server))
+                    })
+                }));
+            }
+            node.release(pod.uid()).await.unwrap();
+            for (slot, socket, client, family, server) in &asked {
+                let known = SocketAddr::new(server.parse().unwrap(), 53);
+                assert_eq!(handle.name_server(*slot), Some(known));
+                socket.send_to(b"answer", client).unwrap();
+                app.must(&format!("data, a = {family}.recvfrom(16)"));
+                assert_eq!(app.must("data, a[:2]"), format!("(b'answer', ('{server}', 53))"));
+            }
+            // The numbers are the same when it comes back, and nobody's when it is gone.
+            captured(&node, &pod).await;
+            let slots = || asked.iter().map(|(slot, ..)| handle.name_server(*slot));
+            assert!(slots().all(|server| server.is_some()));
+            node.forget(pod.uid()).await;
+            assert!(slots().all(|server| server.is_none()));
+        },
+    );
+}
+
+#[test]
 fn what_a_pod_spoils_is_repaired() {
     lab::test("what_a_pod_spoils_is_repaired", |lab| async move {
         let node = lab.node();
