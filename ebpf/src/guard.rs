@@ -38,6 +38,7 @@ const ROOT_CGROUP: u64 = 1;
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
+const TCP_NEW_SYN_RECV: u32 = 12;
 
 const AF_INET6: u32 = 10;
 
@@ -123,7 +124,7 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
             Err(Reason::Altered)
         };
     }
-    if !segment.opens() && is_recorded(segment) {
+    if !segment.opens() && is_recorded(sk, segment) {
         return Ok(());
     }
     if !segment.opens() && is_answer_to_host(interface, sk, segment) {
@@ -147,12 +148,12 @@ fn judge_tcp(ctx: &TcContext, interface: &Interface, segment: &Segment) -> Resul
 
 /// A host's connection, or one older than the enrolment.
 #[inline(always)]
-fn is_recorded(segment: &Segment) -> bool {
+fn is_recorded(sk: *mut bpf_sock, segment: &Segment) -> bool {
     // SAFETY: only the presence matters.
     if unsafe { PROBES.get(&segment.flow).is_some() } {
         return true;
     }
-    if segment.flags & SYN != 0 {
+    if segment.flags & SYN != 0 && !is_of_handshake(sk, segment) {
         return false;
     }
     // The agent removes what has ended otherwise.
@@ -161,6 +162,18 @@ fn is_recorded(segment: &Segment) -> bool {
     }
     // SAFETY: only the presence matters.
     unsafe { FLOWS.get(&segment.flow).is_some() }
+}
+
+/// Whether a SYN-ACK, maybe not the first, answers the SYN that the kernel has of this very flow: no process can make a
+/// socket of that kind.
+#[inline(always)]
+fn is_of_handshake(sk: *mut bpf_sock, segment: &Segment) -> bool {
+    if sk.is_null() || !segment.empty || segment.flags & (RST | SYN | FIN | ACK) != SYN | ACK {
+        return false;
+    }
+    // SAFETY: not null.
+    let state = unsafe { core::ptr::read_volatile(&raw const (*sk).state) };
+    state == TCP_NEW_SYN_RECV && matches_socket(sk, &segment.flow)
 }
 
 /// What [`PROBES`] had once, and has no more: it holds so many. The socket that was accepted is marked.

@@ -1,10 +1,11 @@
 //! One pod: its capture applied, repaired and taken back.
 //!
 //! Order matters, so that nothing slips through and nothing is cut off. To capture: what answers need (routes),
-//! listeners, the proof of probes, steering, the connect hooks; from here on every new connection is captured, so the
-//! ones that are still there are older: they are recorded; then the guard. What is recorded once more afterwards are
-//! those whose SYN had left before the guard came. To release: the guard first, and back; what answers need stays for as
-//! long as the agent has connections in the pod (`what_the_agent_carries_outlives_the_release`).
+//! listeners, the proof of probes, steering (handshakes under way are recorded before it and right after it), the connect
+//! hooks; from here on every new connection is captured, so the ones that are still there are older: they are recorded;
+//! then the guard. What is recorded once more afterwards are those whose SYN had left before the guard came. To release:
+//! the guard first, and back; what answers need stays for as long as the agent has connections in the pod
+//! (`what_the_agent_carries_outlives_the_release`).
 
 use std::{collections::HashSet, fs, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
@@ -190,6 +191,10 @@ impl Inner {
         if attach_steer(&directory, netns, &self.programs)? {
             repaired.push("steer");
         }
+        if !was_captured {
+            // Those that began between the two.
+            self.keep_handshakes(netns, plan)?;
+        }
         let reroutes = self.reroutes(cookie);
         let captured = self.pods.get(&spec.uid).and_then(|pod| pod.captured.as_ref());
         let known = captured.is_some_and(|captured| captured.settings == *settings);
@@ -352,7 +357,9 @@ impl Inner {
     }
 
     /// Records the handshakes from outside that are under way, before anything is steered: they come to the application, and
-    /// their other ends may be connected already.
+    /// their other ends may be connected already. And those once more that there are right after it: among these are the
+    /// first ones of the agent's own, which the kernel does not tell from others. What is recorded of them has no use, and
+    /// goes when they end.
     fn keep_handshakes(&mut self, netns: &Netns, plan: &PodPlan) -> Result<(), CaptureError> {
         let begun = diag::list_in(netns, diag::state::SYN_RECV)?;
         let agents = [CAPTURE_PORTS[0], INBOUND_PORT, HBONE_PORT];

@@ -165,54 +165,6 @@ fn an_older_connection_that_ends_does_not_come_back() {
 }
 
 #[test]
-fn an_attempt_to_connect_under_way_is_aborted() {
-    lab::test("an_attempt_to_connect_under_way_is_aborted", |lab| async move {
-        let node = lab.node();
-        let pod = lab.pod("a", 2);
-        node.know(pod.spec.clone()).await.unwrap();
-        // Nobody answers there.
-        lab.run(Some("out"), "ip route add blackhole 10.77.1.2/32");
-        let mut app = lab.in_pod(&pod);
-        app.must("s = socket.socket(); s.setblocking(False)");
-        assert!(
-            app.tell(&format!("s.connect(('{OUTSIDE4}', 8080))"))
-                .unwrap_err()
-                .starts_with("EINPROGRESS")
-        );
-        let (_, listeners) = captured(&node, &pod).await;
-        assert_eq!(
-            app.must("errno.errorcode[s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)]"),
-            "ECONNABORTED"
-        );
-        app.must(&format!("s = socket.create_connection(('{OUTSIDE4}', 8080))"));
-        accept(&listeners.outbound[0]);
-    });
-}
-
-#[test]
-fn a_handshake_under_way_from_outside_is_finished() {
-    lab::test("a_handshake_under_way_from_outside_is_finished", |lab| async move {
-        let node = lab.node();
-        let pod = lab.pod("a", 2);
-        node.know(pod.spec.clone()).await.unwrap();
-        let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
-        app.must(SERVE);
-        // The last part of the handshake does not arrive.
-        let hold_back = "OUTPUT -p tcp --dport 8080 --tcp-flags SYN,ACK ACK -j DROP";
-        lab.run(Some("out"), &format!("iptables -A {hold_back}"));
-        outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
-        let begun = lab.run(Some("a"), "ss -Htn state syn-recv sport = :8080");
-        assert!(begun.contains("8080"), "{begun}");
-        captured(&node, &pod).await;
-        node.reconcile().await.unwrap();
-        lab.run(Some("out"), &format!("iptables -D {hold_back}"));
-        outside.must("s.sendall(b'ask')");
-        app.must("c, _ = l.accept(); c.sendall(c.recv(3))");
-        assert_eq!(outside.must("s.recv(3)"), "b'ask'");
-    });
-}
-
-#[test]
 fn a_released_pod_is_as_it_was() {
     lab::test("a_released_pod_is_as_it_was", |lab| async move {
         let node = lab.node();
