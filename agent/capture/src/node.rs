@@ -190,7 +190,7 @@ impl Node {
     }
 
     /// Ends a pod's capture and puts back what was changed in it; the pod stays known. What the agent's connections in it need
-    /// stays until the last of them has ended and [`Self::reconcile`] has seen it.
+    /// stays until the last of them has ended, no listener of the agent is left, and [`Self::reconcile`] has seen it.
     pub async fn release(&self, uid: &WorkloadUid) -> Result<(), CaptureError> {
         let uid = uid.clone();
         self.run(move |inner| inner.release(&uid)).await

@@ -4,7 +4,7 @@
 //! listeners, the proof of probes, steering (handshakes under way are recorded before it and right after it), the connect
 //! hooks; from here on every new connection is captured, so the ones that are still there are older: they are recorded;
 //! then the guard. What is recorded once more afterwards are those whose SYN had left before the guard came. To release:
-//! the guard first, and back; what answers need stays for as long as the agent has connections in the pod
+//! the guard first, and back; what answers need stays for as long as the agent has connections in the pod, or listeners
 //! (`what_the_agent_carries_outlives_the_release`).
 
 use std::{collections::HashSet, fs, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
@@ -457,13 +457,16 @@ impl Inner {
         self.maps.set_exclusions(cookie, &Entries::default())
     }
 
-    /// Puts back the settings of a pod that is not captured any more, once the agents have no connection in it: answers of
-    /// the application find the way back by them. Until then it is for [`Self::reconcile`] to ask again.
+    /// Puts back the settings of a pod that is not captured any more, once the agents have no connection in it, and no
+    /// listener that one may come to: answers of the application find the way back by them. Until then it is for
+    /// [`Self::reconcile`] to ask again.
     pub(crate) fn end_release(&mut self, netns: &Netns) -> Result<(), CaptureError> {
         let Some(restore) = self.maps.restore(netns.cookie()) else {
             return Ok(());
         };
-        let carried = diag::list_in(netns, diag::state::CONNECTED | diag::state::SYN_SENT)?;
+        // A handshake under way has no cgroup, but a listener that has.
+        let states = diag::state::CONNECTED | diag::state::SYN_SENT | diag::state::LISTEN;
+        let carried = diag::list_in(netns, states)?;
         if carried.iter().any(|socket| self.is_an_agents(socket)) {
             return Ok(());
         }

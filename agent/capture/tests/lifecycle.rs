@@ -255,6 +255,38 @@ fn what_the_agent_carries_outlives_the_release() {
 }
 
 #[test]
+fn a_handshake_with_the_agent_at_the_release_reaches_the_application() {
+    lab::test(
+        "a_handshake_with_the_agent_at_the_release_reaches_the_application",
+        |lab| async move {
+            let node = lab.node();
+            let pod = lab.pod("a", 2);
+            let before = lab.settings();
+            let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
+            app.must(SERVE);
+            let (handle, listeners) = captured(&node, &pod).await;
+            // The last part of the handshake does not arrive.
+            let hold_back = "OUTPUT -p tcp --dport 8080 --tcp-flags SYN,ACK ACK -j DROP";
+            lab.run(Some("out"), &format!("iptables -A {hold_back}"));
+            outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
+            // As the proxy does, whose listeners close last.
+            node.release(pod.uid()).await.unwrap();
+            node.reconcile().await.unwrap();
+            lab.run(Some("out"), &format!("iptables -D {hold_back}"));
+            outside.must("s.sendall(b'ask')");
+            let (client, peer) = accept(&listeners.inbound[0]);
+            let target = SocketAddr::new(pod.ip4(), 8080);
+            let socket = handle.inbound_socket(target, SocketAddr::new(peer.ip(), 0)).unwrap();
+            let upstream = connect(socket, target).expect("the application's answer finds back");
+            app.must("l.accept()[0].close()");
+            drop((client, upstream, listeners));
+            node.reconcile().await.unwrap();
+            assert_eq!(lab.settings(), before);
+        },
+    );
+}
+
+#[test]
 fn a_query_under_way_at_the_release_is_answered_by_the_server_that_was_asked() {
     lab::test(
         "a_query_under_way_at_the_release_is_answered_by_the_server_that_was_asked",
