@@ -198,6 +198,11 @@ impl Lab {
         ]
         .map(|command| self.run(Some("a"), command))
         .join("")
+        .lines()
+        // The kernel adds it by itself, when it has seen that nobody else has the address.
+        .filter(|line| !line.starts_with("local fe80:"))
+        .collect::<Vec<_>>()
+        .join("\n")
     }
 
     pub fn links(&self) -> Vec<PathBuf> {
