@@ -250,7 +250,7 @@ fn a_captured_socket_reaches_its_peer_through_the_mesh(mesh: &Mesh) -> Result<()
         "io_uring",
     ] {
         for (text, targets) in [(text(way, true), &inside), (text(way, false), &outside)] {
-            let result = try_for("20", attacker(mesh), way, &text, targets)?;
+            let result = try_for("8", attacker(mesh), way, &text, targets)?;
             for (target, outcome) in result.as_object().context("not an object")? {
                 let fine = *outcome == "echo" || *outcome == "not for IPv6";
                 ensure!(fine, "{way} to {target}: {outcome}");

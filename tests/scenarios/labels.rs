@@ -1,6 +1,6 @@
 //! What a person changes with kubectl while pods run: who is in the mesh, and who may talk to whom.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use system_tests::{Background, Kubectl, Mesh, Pod, kubectl::is_captured, machine, scenarios, wait};
 
@@ -165,28 +165,40 @@ fn an_agent_that_takes_over_serves_a_pod_until_it_has_left(mesh: &Mesh) -> Resul
     let Some(kubectl) = Kubectl::of(mesh, "an upgrade while a pod leaves")? else {
         return Ok(());
     };
+    // A machine that is busy may take longer than the pod stays.
+    for _ in 0..3 {
+        mesh.kill_control()?;
+        let replaced = replaced_while_it_leaves(mesh, &kubectl);
+        mesh.start_control()?;
+        until_captured(mesh, &kubectl, true)?;
+        if replaced? {
+            return Ok(());
+        }
+    }
+    bail!("it had always left before its agent was replaced")
+}
+
+/// Whether it was still there for its new agent.
+fn replaced_while_it_leaves(mesh: &Mesh, kubectl: &Kubectl) -> Result<bool> {
     let address = joiner(mesh).v4()?.to_string();
-    mesh.kill_control()?;
+    let is_captured = || -> Result<bool> {
+        let pods = mesh.node("node-2").status()?.pods;
+        Ok(pods.iter().any(|pod| pod.name == NAME && pod.captured))
+    };
     let [client, outside] = clients(mesh);
     let storm = start_storm(outside, &address)?;
     let said = mesh.node("node-2").agent_log()?;
-    label(&kubectl, "none")?;
+    label(kubectl, "none")?;
     said.line_with(&["it leaves the mesh", NAME])?;
     mesh.playground(&["upgrade", "node-2"])?;
     // Who hears of nothing goes on by tunnels.
     let tunnelled = client.client(&["echo", &address, "8001"])?;
-    wait::until_true("its capture is gone", || {
-        let pods = mesh.node("node-2").status()?.pods;
-        Ok(pods
-            .iter()
-            .any(|pod| pod.name == NAME && !pod.captured && pod.problem.is_none()))
-    })?;
+    let was_there = is_captured()?;
+    wait::until_true("its capture is gone", || Ok(!is_captured()?))?;
     let failures = failures(vec![(outside.key(), storm)])?;
-    mesh.start_control()?;
-    until_captured(mesh, &kubectl, true)?;
-    ensure!(tunnelled["same"] == true, "by a tunnel: {tunnelled}");
     ensure!(failures.is_empty(), "while its agent was replaced: {failures:?}");
-    Ok(())
+    ensure!(tunnelled["same"] == true || !was_there, "by a tunnel: {tunnelled}");
+    Ok(was_there)
 }
 
 /// After the scenarios above.

@@ -189,7 +189,8 @@ impl Background {
     /// Closes its standard input, which is how it is told to end, and reads what it says then.
     pub fn finish(mut self) -> Result<Value> {
         drop(self.child.stdin.take());
-        self.next()
+        // A storm's last attempt may take two of its own time limits.
+        self.next_within(wait::LONG * 2)
     }
 
     /// Closes its standard input; all that it prints from now on, to its end.

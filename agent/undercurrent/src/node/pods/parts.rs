@@ -73,6 +73,14 @@ impl Parts {
         Ok(())
     }
 
+    /// What came of a capture that failed half way is taken back; who waits at listeners that were held is refused.
+    pub(super) async fn abandon(&self, uid: &WorkloadUid) {
+        // Unknown, if it failed before it was captured.
+        let _ = self.capture.release(uid).await;
+        self.proxy.retire_pod(uid);
+        self.link.release(&uid.0);
+    }
+
     /// A pod is gone.
     pub(super) async fn forget(&self, uid: &WorkloadUid) {
         self.proxy.remove_pod(uid);
@@ -111,11 +119,14 @@ impl Parts {
         if !inherited.is_empty() {
             self.capture.offer(uid.clone(), inherited);
         }
-        let handle = self
-            .capture
-            .capture(spec(record, uid), settings)
-            .await
-            .map_err(failed)?;
+        let captured = self.capture.capture(spec(record, uid), settings).await;
+        let handle = captured.map_err(|error| {
+            if !served {
+                // Nobody accepts from what was held, and the next attempt needs its ports.
+                self.link.release(&uid.0);
+            }
+            failed(error)
+        })?;
         // It can do without: then its queries go where it sends them, and names that only the mesh knows are not found.
         let queries = self.capture.set_dns(uid, dns).await.unwrap_or_else(|error| {
             tracing::error!(pod = %record.pod, %error, "the agent is not the pod's name server");

@@ -455,8 +455,7 @@ impl Reconciler {
                         // It leaves all the same; what came to it meanwhile is refused.
                         Err(trouble) => {
                             tracing::warn!(pod = %key, why = trouble.text(), "cannot serve it until it leaves the mesh");
-                            // Not half captured; it may not be at all.
-                            let _ = self.parts.release(&pod.record, uid).await;
+                            self.parts.abandon(uid).await;
                             pod.record.captured = None;
                         }
                     }
@@ -490,6 +489,12 @@ impl Reconciler {
                         pod.state = State::Told(Expected::Uncaptured(uid.clone()));
                     }
                     return Err(trouble);
+                }
+                if pod.record.captured == Some(false) {
+                    // Before it is so: an agent that finds it captured after a crash must not take it for one that is not.
+                    pod.record.captured = None;
+                    let kept = self.records.keep(&pod.record);
+                    kept.map_err(|error| Trouble::Failed(format!("cannot keep the pod's record: {error}")))?;
                 }
                 let served = matches!(&pod.state, State::Told(Expected::Captured { uid: served, .. }) if served == uid);
                 self.parts.take(&pod.record, after, served).await
