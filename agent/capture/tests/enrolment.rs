@@ -5,7 +5,7 @@
 mod lab;
 
 use capture::Reason;
-use lab::{OUTSIDE4, accept, captured, until};
+use lab::{HOLD_BACK, OUTSIDE4, accept, captured, until};
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
 
@@ -42,15 +42,13 @@ fn a_handshake_under_way_from_outside_is_finished() {
         node.know(pod.spec.clone()).await.unwrap();
         let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
         app.must(SERVE);
-        // The last part of the handshake does not arrive.
-        let hold_back = "OUTPUT -p tcp --dport 8080 --tcp-flags SYN,ACK ACK -j DROP";
-        lab.run(Some("out"), &format!("iptables -A {hold_back}"));
+        lab.run(Some("out"), &format!("iptables -A {HOLD_BACK}"));
         outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
         let begun = lab.run(Some("a"), "ss -Htn state syn-recv sport = :8080");
         assert!(begun.contains("8080"), "{begun}");
         captured(&node, &pod).await;
         node.reconcile().await.unwrap();
-        lab.run(Some("out"), &format!("iptables -D {hold_back}"));
+        lab.run(Some("out"), &format!("iptables -D {HOLD_BACK}"));
         outside.must("s.sendall(b'ask')");
         app.must("c, _ = l.accept(); c.sendall(c.recv(3))");
         assert_eq!(outside.must("s.recv(3)"), "b'ask'");
@@ -166,13 +164,12 @@ fn handshakes_that_begin_with_the_enrolment_are_finished() {
             let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
             app.must(ECHO);
             outside.must(BEGIN);
-            let hold_back = "OUTPUT -p tcp --dport 8080 --tcp-flags SYN,ACK ACK -j DROP";
-            lab.run(Some("out"), &format!("iptables -A {hold_back}"));
+            lab.run(Some("out"), &format!("iptables -A {HOLD_BACK}"));
             outside.must(&format!("own = '{}'; b.start()", pod.ip4()));
             until("one has begun", || (outside.must("len(begun)") != "0").then_some(()));
             let (_, listeners) = captured(&node, &pod).await;
             outside.must("finish()");
-            lab.run(Some("out"), &format!("iptables -D {hold_back}"));
+            lab.run(Some("out"), &format!("iptables -D {HOLD_BACK}"));
             outside.must("for s in begun: s.sendall(b'ask')");
             let all: usize = outside.must("len(begun)").parse().unwrap();
             let mut agents = Vec::new();

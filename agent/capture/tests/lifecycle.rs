@@ -10,7 +10,7 @@ use std::{
 };
 
 use capture::{CaptureError, Node, Reason};
-use lab::{Actor, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, connect, until};
+use lab::{Actor, HOLD_BACK, Lab, OUTSIDE4, OUTSIDE6, TestPod, accept, captured, connect, until};
 use model::PodSettings;
 
 const SERVE: &str = "l = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)";
@@ -265,14 +265,12 @@ fn a_handshake_with_the_agent_at_the_release_reaches_the_application() {
             let (mut app, mut outside) = (lab.in_pod(&pod), lab.outside());
             app.must(SERVE);
             let (handle, listeners) = captured(&node, &pod).await;
-            // The last part of the handshake does not arrive.
-            let hold_back = "OUTPUT -p tcp --dport 8080 --tcp-flags SYN,ACK ACK -j DROP";
-            lab.run(Some("out"), &format!("iptables -A {hold_back}"));
+            lab.run(Some("out"), &format!("iptables -A {HOLD_BACK}"));
             outside.must(&format!("s = socket.create_connection(('{}', 8080))", pod.ip4()));
             // As the proxy does, whose listeners close last.
             node.release(pod.uid()).await.unwrap();
             node.reconcile().await.unwrap();
-            lab.run(Some("out"), &format!("iptables -D {hold_back}"));
+            lab.run(Some("out"), &format!("iptables -D {HOLD_BACK}"));
             outside.must("s.sendall(b'ask')");
             let (client, peer) = accept(&listeners.inbound[0]);
             let target = SocketAddr::new(pod.ip4(), 8080);

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Above Linux's default range for clients, 32768 to 60999.
-pub(crate) const FIRST: u16 = 61000;
+const FIRST: u16 = 61000;
 const COUNT: u64 = (u16::MAX - FIRST) as u64 + 1;
 /// How many are tried before the kernel is asked for any. With 2,000 connections one in a million comes to that.
 const TRIES: usize = 16;

@@ -97,7 +97,7 @@ async fn open_plaintext(connection: &Connection, client: &TcpStream) -> Result<T
     };
     // Who comes in plaintext has nowhere else to go.
     judged(connection, connection.shard.config.discovery_timeout, judge).await?;
-    dial_application(connection, target).await
+    Ok(application::dial(connection, target, connection.client.ip()).await?)
 }
 
 /// Judges, and where too little is known yet to decide, as of a pod that started a moment ago, again when more is.
@@ -133,10 +133,6 @@ fn admit(connection: &Connection, snapshot: &Snapshot, workload: &Workload, fact
 fn own_workload<'a>(connection: &Connection, snapshot: &'a Snapshot) -> Result<&'a Arc<Workload>, Failure> {
     let workload = snapshot.workload(&connection.pod.uid);
     workload.ok_or_else(|| Failure::UnknownWorkload(connection.pod.uid.clone()))
-}
-
-async fn dial_application(connection: &Connection, target: SocketAddr) -> Result<TcpStream, Failure> {
-    Ok(application::dial(connection, target, connection.client.ip()).await?)
 }
 
 /// Carries an accepted tunnel.
@@ -349,7 +345,7 @@ impl Handler {
         };
         match workload.application_tunnel {
             Some(way) => handed::dial(connection, &workload, way, target, own.ip(), &tunnel.peer).await,
-            None => dial_application(connection, target).await,
+            None => Ok(application::dial(connection, target, connection.client.ip()).await?),
         }
     }
 }

@@ -224,6 +224,9 @@ impl Lab {
 pub const OUTSIDE4: &str = "10.78.0.2";
 pub const OUTSIDE6: &str = "fd78::2";
 
+/// Outside, for iptables: the last part of a handshake with port 8080 does not arrive.
+pub const HOLD_BACK: &str = "OUTPUT -p tcp --dport 8080 --tcp-flags SYN,ACK ACK -j DROP";
+
 /// From one port of the client's a connection after another, each at once after the one before, and never two.
 pub fn a_port_serves_again_but_never_two(
     app: &mut Actor,
